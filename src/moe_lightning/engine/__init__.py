@@ -1,0 +1,1 @@
+"""Requests in, outputs out: which sequences ride on which pass."""

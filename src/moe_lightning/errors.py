@@ -1,0 +1,35 @@
+"""The errors that a user can act on."""
+
+from __future__ import annotations
+
+
+class MoELightningError(Exception):
+    """Base of every error this package raises on purpose; its message says the value and the remedy."""
+
+
+class ConfigError(MoELightningError):
+    """A setting or flag cannot be used."""
+
+
+class UnsupportedModelError(MoELightningError):
+    """The checkpoint's architecture or one of its config values is not supported."""
+
+
+class CheckpointError(MoELightningError):
+    """The checkpoint's files are missing, truncated or not what its config says."""
+
+
+class NoFeasiblePolicyError(MoELightningError):
+    """No policy fits the memory there is."""
+
+
+class ScheduleError(MoELightningError):
+    """A schedule would compute something else than the model."""
+
+
+class RequestError(MoELightningError):
+    """One request cannot be served; other requests are not affected."""
+
+
+class JobError(MoELightningError):
+    """A batch job cannot start or go on; what it has written stays valid."""

@@ -1,0 +1,1 @@
+"""Operations on tensors: the plain definition of each, and the fast versions."""

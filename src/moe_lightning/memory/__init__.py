@@ -1,0 +1,1 @@
+"""Where weights, KV and activations lie, and how they get there."""

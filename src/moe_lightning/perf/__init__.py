@@ -1,0 +1,1 @@
+"""Costs of tasks and of passes, without running them."""

@@ -1,0 +1,136 @@
+"""Tasks, the buffers they touch, and the schedule they form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Lane(StrEnum):
+    """A resource that runs one task at a time, in launch order."""
+
+    GPU = "gpu"
+    H2D = "h2d"
+    D2H = "d2h"
+    CPU = "cpu"
+
+
+class TaskKind(StrEnum):
+    """What a task does; `j` is a micro-batch, `g` a group of them."""
+
+    EMBED = "embed"  # token ids of j -> hidden states
+    PRE_ATTENTION = "pre_attention"  # norm, QKV projection, RoPE of j
+    OFFLOAD_QKV = "offload_qkv"  # q, k, v of decode j -> host
+    ATTENTION = "attention"  # decode attention of j where its KV lies: on the CPU
+    LOAD_HIDDEN = "load_hidden"  # attention output of decode j -> GPU
+    PREFILL_ATTENTION = "prefill_attention"  # causal attention of prefill j on the GPU
+    STORE_KV = "store_kv"  # k, v of j -> KV cache in host memory
+    LOAD_KV = "load_kv"  # KV cache of decode j -> GPU (baselines with attention on the GPU)
+    GPU_ATTENTION = "gpu_attention"  # decode attention of j over KV loaded to the GPU (baselines)
+    POST_ATTENTION = "post_attention"  # output projection, norm, router of j
+    LOAD_PAGE = "load_page"  # one page of expert weights -> frame
+    EXPERTS = "experts"  # experts of one layer for all micro-batches of g
+    SAMPLE = "sample"  # final norm, head, sampling of j
+
+
+class BufferKind(StrEnum):
+    """What a buffer holds; its index is a micro-batch, but for FRAME (a frame) and KV (layer, micro-batch)."""
+
+    HIDDEN = "hidden"  # residual stream, GPU
+    QKV = "qkv"  # q, k, v, GPU; a later prefill chunk of the same prompt reads k and v of an earlier one
+    HOST_QKV = "host_qkv"  # q, k, v, host
+    HOST_OUT = "host_out"  # attention output, host
+    ATTENTION_OUT = "attention_out"  # attention output, GPU
+    EXPERTS_IN = "experts_in"  # normed hidden states with routing, GPU
+    FRAME = "frame"  # a page's place on the GPU
+    KV = "kv"  # KV cache of one layer and micro-batch, host
+    KV_STAGE = "kv_stage"  # KV loaded for one micro-batch, GPU; the index is a staging slot
+    TOKENS = "tokens"  # sampled ids
+
+
+class Buffer(NamedTuple):
+    """A piece of memory whose readers and writers order tasks."""
+
+    kind: BufferKind
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One launch on one lane.
+
+    `layer` is -1 outside the layers; `micro_batches` are those it works on; `page` counts the streamed pages of
+    its layer and `frame` is the place in the ring (LOAD_PAGE only). A page may belong to the next pass: then
+    `layer` is the layer of that pass and `next_pass` is set.
+    """
+
+    kind: TaskKind
+    lane: Lane
+    layer: int
+    micro_batches: tuple[int, ...]
+    reads: tuple[Buffer, ...]
+    writes: tuple[Buffer, ...]
+    page: int = -1
+    frame: int = -1
+    next_pass: bool = False
+
+    def __str__(self) -> str:
+        """Short name such as ``experts L3 mb0-7`` or ``load_page L4 p2>f5``."""
+        layer = f" L{self.layer}" if self.layer >= 0 else ""
+        if self.kind is TaskKind.LOAD_PAGE:
+            return f"{self.kind}{layer}{'+' if self.next_pass else ''} p{self.page}>f{self.frame}"
+        first, last = self.micro_batches[0], self.micro_batches[-1]
+        return f"{self.kind}{layer} mb{first}" + (f"-{last}" if last != first else "")
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """What a schedule is built for: all that decides which tasks a pass has, and nothing else.
+
+    Micro-batches 0 .. num_prefill - 1 are prefill chunks, the following num_decode ones are decode. Chunks of
+    one prompt are consecutive. `streamed_pages[l]` pages of layer l go through the ring of `num_frames` frames;
+    the others are resident. `preloaded` says that the previous pass has loaded this pass's first pages.
+    """
+
+    num_layers: int
+    num_prefill: int
+    num_decode: int
+    group_size: int
+    look_ahead: int
+    streamed_pages: tuple[int, ...]
+    num_frames: int
+    preloaded: bool = False
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Prefill and decode together."""
+        return self.num_prefill + self.num_decode
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Micro-batches of each experts group, in order."""
+        n, g = self.num_micro_batches, self.group_size
+        return tuple(tuple(range(start, min(start + g, n))) for start in range(0, n, g))
+
+    @property
+    def pages_ahead(self) -> int:
+        """First pages of the next pass that this pass loads in its tail.
+
+        They need frames that the last layer's own pages do not use.
+        """
+        total = sum(self.streamed_pages)
+        return min(self.num_frames - max(self.streamed_pages, default=0), total)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tasks in launch order; `deps[t]` are the indices of the tasks that task t waits for beyond its lane's order.
+
+    A dependency always points to an earlier task, so launch order is a valid order of execution.
+    """
+
+    name: str
+    shape: PassShape
+    tasks: tuple[Task, ...]
+    deps: tuple[tuple[int, ...], ...]

@@ -1,0 +1,46 @@
+"""The choices that decide how a model runs on a machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Device(StrEnum):
+    """Where something runs."""
+
+    CPU = "cpu"
+    GPU = "gpu"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One way to run a model: the paper's (N, mu, A_g, F_g, r_w, r_c) in the units the runtime works with.
+
+    Attributes:
+        max_num_seqs: sequences decoding at once (N).
+        micro_batch_size: sequences in a decode micro-batch (mu).
+        group_size: micro-batches that share one sweep over a layer's experts.
+        look_ahead: decode micro-batches whose attention is launched ahead of the one in post-attention.
+        prefill_tokens: prompt tokens that one pass admits at most; at least the longest prompt.
+        chunk_tokens: prompt tokens in one prefill micro-batch.
+        pages_per_expert: slices of an expert's intermediate dimension; divides it.
+        resident_pages: pages of each layer that stay on the GPU (r_w, in pages).
+        num_frames: frames of the ring that streamed pages go through.
+        num_blocks: KV blocks in host memory.
+        block_size: tokens in a KV block.
+        schedule: name of the builder, `cgopipe` or a baseline.
+    """
+
+    max_num_seqs: int
+    micro_batch_size: int
+    group_size: int
+    look_ahead: int
+    prefill_tokens: int
+    chunk_tokens: int
+    pages_per_expert: int
+    resident_pages: tuple[int, ...]
+    num_frames: int
+    num_blocks: int
+    block_size: int = 16
+    schedule: str = "cgopipe"
