@@ -1,0 +1,175 @@
+"""The tasks of a pass, appended one launch at a time."""
+
+from __future__ import annotations
+
+from moe_lightning.errors import ScheduleError
+from moe_lightning.pipeline import hazards
+from moe_lightning.pipeline.task import Buffer, Lane, PassShape, Schedule, Task, TaskKind
+from moe_lightning.pipeline.task import BufferKind as B
+
+
+class PassBuilder:
+    """Appends tasks in launch order with the buffers they touch; `finish` derives what waits for what.
+
+    The streamed pages of a pass are one sequence, layer by layer, followed by the first pages of the next pass.
+    Page k of it goes to frame k mod num_frames.
+
+    Raises:
+        ScheduleError: the ring cannot hold the pages of one layer, or the shape is not a pass.
+    """
+
+    def __init__(self, shape: PassShape) -> None:
+        _check(shape)
+        self.shape = shape
+        self._tasks: list[Task] = []
+        layers = range(shape.num_layers)
+        self._pages = [(layer, page) for layer in layers for page in range(shape.streamed_pages[layer])]
+        self._first_page = [sum(shape.streamed_pages[:layer]) for layer in layers]
+        self._next_page = shape.pages_ahead if shape.preloaded else 0
+        self._groups_done = [0] * shape.num_layers
+        self._group_of = {j: g for g, members in enumerate(shape.groups) for j in members}
+
+    # What each task does to buffers.
+
+    def embed(self, j: int) -> None:
+        """Token ids of j to hidden states."""
+        self._add(TaskKind.EMBED, Lane.GPU, -1, (j,), writes=(Buffer(B.HIDDEN, j),))
+
+    def pre_attention(self, layer: int, j: int) -> None:
+        """Norm, QKV projection and RoPE; the first layer's comes with the embedding."""
+        if layer == 0:
+            self.embed(j)
+        hidden, qkv = Buffer(B.HIDDEN, j), Buffer(B.QKV, j)
+        self._add(TaskKind.PRE_ATTENTION, Lane.GPU, layer, (j,), (hidden,), (qkv,))
+
+    def offload_qkv(self, layer: int, j: int) -> None:
+        """q, k and v of a decode micro-batch to the host."""
+        qkv, host = Buffer(B.QKV, j), Buffer(B.HOST_QKV, j)
+        self._add(TaskKind.OFFLOAD_QKV, Lane.D2H, layer, (j,), (qkv,), (host,))
+
+    def attention(self, layer: int, j: int) -> None:
+        """Decode attention on the CPU, which also appends k and v to the cache."""
+        host, kv, out = Buffer(B.HOST_QKV, j), self._kv(layer, j), Buffer(B.HOST_OUT, j)
+        self._add(TaskKind.ATTENTION, Lane.CPU, layer, (j,), (host, kv), (kv, out))
+
+    def load_hidden(self, layer: int, j: int) -> None:
+        """The attention output back to the GPU."""
+        host, out = Buffer(B.HOST_OUT, j), Buffer(B.ATTENTION_OUT, j)
+        self._add(TaskKind.LOAD_HIDDEN, Lane.H2D, layer, (j,), (host,), (out,))
+
+    def prefill_attention(self, layer: int, j: int) -> None:
+        """Causal attention of a chunk over itself and the chunks before it."""
+        chunks = tuple(Buffer(B.QKV, chunk) for chunk in range(j + 1))
+        self._add(TaskKind.PREFILL_ATTENTION, Lane.GPU, layer, (j,), chunks, (Buffer(B.ATTENTION_OUT, j),))
+
+    def store_kv(self, layer: int, j: int) -> None:
+        """k and v to the cache in host memory."""
+        self._add(TaskKind.STORE_KV, Lane.D2H, layer, (j,), (Buffer(B.QKV, j),), (self._kv(layer, j),))
+
+    def load_kv(self, layer: int, j: int, slot: int) -> None:
+        """The cache of a decode micro-batch to a staging slot on the GPU."""
+        self._add(TaskKind.LOAD_KV, Lane.H2D, layer, (j,), (self._kv(layer, j),), (Buffer(B.KV_STAGE, slot),))
+
+    def gpu_attention(self, layer: int, j: int, slot: int) -> None:
+        """Decode attention on the GPU over a staging slot and the new k and v."""
+        reads = (Buffer(B.QKV, j), Buffer(B.KV_STAGE, slot))
+        self._add(TaskKind.GPU_ATTENTION, Lane.GPU, layer, (j,), reads, (Buffer(B.ATTENTION_OUT, j),))
+
+    def post_attention(self, layer: int, j: int) -> None:
+        """Output projection, norm and router."""
+        out, hidden, experts_in = (Buffer(kind, j) for kind in (B.ATTENTION_OUT, B.HIDDEN, B.EXPERTS_IN))
+        self._add(TaskKind.POST_ATTENTION, Lane.GPU, layer, (j,), (out, hidden), (hidden, experts_in))
+
+    def experts(self, layer: int, group: int) -> None:
+        """One sweep over a layer's experts for a group, once all pages of the layer are launched."""
+        self.load_pages(self.pages_before(layer + 1))
+        members = self.shape.groups[group]
+        hidden = tuple(Buffer(B.HIDDEN, j) for j in members)
+        inputs = tuple(Buffer(B.EXPERTS_IN, j) for j in members)
+        frames = tuple(
+            Buffer(B.FRAME, page % self.shape.num_frames)
+            for page in range(self.pages_before(layer), self.pages_before(layer + 1))
+        )
+        self._add(TaskKind.EXPERTS, Lane.GPU, layer, members, hidden + inputs + frames, hidden)
+        self._groups_done[layer] += 1
+
+    def sample(self, j: int) -> None:
+        """Final norm, head and sampling."""
+        self._add(TaskKind.SAMPLE, Lane.GPU, -1, (j,), (Buffer(B.HIDDEN, j),), (Buffer(B.TOKENS, j),))
+
+    # Streamed pages.
+
+    def pages_before(self, layer: int) -> int:
+        """Streamed pages of the layers below `layer`."""
+        return self._first_page[layer] if layer < self.shape.num_layers else len(self._pages)
+
+    def load_pages(self, target: int) -> None:
+        """Launch page copies until `target` pages of the pass are launched or no frame is free.
+
+        Pages past the last layer's are the next pass's first.
+        """
+        target = min(target, len(self._pages) + self.shape.pages_ahead)
+        while self._next_page < target and self._is_frame_free(self._next_page):
+            layer, page = self._pages[self._next_page % len(self._pages)]
+            frame = self._next_page % self.shape.num_frames
+            task = Task(
+                TaskKind.LOAD_PAGE, Lane.H2D, layer, (), (), (Buffer(B.FRAME, frame),),
+                page=page, frame=frame, next_pass=self._next_page >= len(self._pages),
+            )  # fmt: skip
+            self._tasks.append(task)
+            self._next_page += 1
+
+    def _is_frame_free(self, page: int) -> bool:
+        """Whether every reader of the page that had the frame before is launched."""
+        before = page - self.shape.num_frames
+        return before < 0 or self._is_layer_done(self._pages[before][0])
+
+    def _is_layer_done(self, layer: int) -> bool:
+        return self._groups_done[layer] == len(self.shape.groups)
+
+    # Reading the state.
+
+    def is_group_done(self, layer: int, j: int) -> bool:
+        """Whether the experts of the layer are launched for j."""
+        return self._groups_done[layer] > self._group_of[j]
+
+    def group_ending_at(self, j: int) -> int | None:
+        """The group whose last member is j."""
+        group = self._group_of[j]
+        return group if self.shape.groups[group][-1] == j else None
+
+    def finish(self, name: str) -> Schedule:
+        """The schedule, with derived dependencies."""
+        tasks = tuple(self._tasks)
+        return Schedule(name, self.shape, tasks, hazards.derive(tasks))
+
+    def _kv(self, layer: int, j: int) -> Buffer:
+        return Buffer(B.KV, layer * self.shape.num_micro_batches + j)
+
+    def _add(
+        self,
+        kind: TaskKind,
+        lane: Lane,
+        layer: int,
+        micro_batches: tuple[int, ...],
+        reads: tuple[Buffer, ...] = (),
+        writes: tuple[Buffer, ...] = (),
+    ) -> None:
+        self._tasks.append(Task(kind, lane, layer, micro_batches, reads, writes))
+
+
+def _check(shape: PassShape) -> None:
+    if shape.num_layers < 1 or shape.num_micro_batches < 1 or shape.group_size < 1 or shape.look_ahead < 0:
+        raise ScheduleError(
+            f"{shape} is no pass: it needs a layer, a micro-batch and a group size of 1 or more"
+        )
+    if len(shape.streamed_pages) != shape.num_layers:
+        raise ScheduleError(
+            f"streamed_pages has {len(shape.streamed_pages)} entries for {shape.num_layers} layers"
+        )
+    most = max(shape.streamed_pages)
+    if shape.num_frames < most:
+        raise ScheduleError(
+            f"a ring of {shape.num_frames} frames cannot hold the {most} streamed pages of one layer; "
+            f"give it {most} frames or keep more pages resident"
+        )

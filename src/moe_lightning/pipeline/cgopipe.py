@@ -1,0 +1,86 @@
+"""CGOPipe: CPU attention, GPU work and paged weight copies, interleaved (the paper's Algorithm 1)."""
+
+from __future__ import annotations
+
+from moe_lightning.pipeline.builder import PassBuilder
+from moe_lightning.pipeline.task import PassShape, Schedule
+
+
+def build(shape: PassShape) -> Schedule:
+    """The pass in CGOPipe's launch order.
+
+    With groups of one micro-batch, a look-ahead of two and as many pages as micro-batches it is Algorithm 1.
+    Larger groups sweep a layer's experts once for several micro-batches; prefill chunks come first in each layer,
+    so that the GPU has work while the CPU attends to the first decode micro-batches.
+    """
+    builder = PassBuilder(shape)
+    ahead = LookAhead(builder)
+    ahead.launch(shape.look_ahead)
+    for layer in range(shape.num_layers):
+        for j in range(shape.num_micro_batches):
+            if j < shape.num_prefill:
+                prefill(builder, layer, j)
+            else:
+                ahead.launch(ahead.position(layer, j) + 1)
+                builder.load_hidden(layer, j)
+            builder.load_pages(pages_due(builder, layer, j))
+            builder.post_attention(layer, j)
+            close_group(builder, layer, j)
+            if j >= shape.num_prefill:
+                ahead.launch(ahead.position(layer, j) + 1 + shape.look_ahead)
+    return builder.finish("cgopipe")
+
+
+def prefill(builder: PassBuilder, layer: int, j: int) -> None:
+    """A prefill chunk up to its attention; its k and v leave for the host meanwhile."""
+    builder.pre_attention(layer, j)
+    builder.store_kv(layer, j)
+    builder.prefill_attention(layer, j)
+
+
+def pages_due(builder: PassBuilder, layer: int, j: int) -> int:
+    """Pages launched once micro-batch j of the layer is: an even share each, as far ahead as the ring allows."""
+    shape = builder.shape
+    share = shape.streamed_pages[layer] * (j + 1) // shape.num_micro_batches
+    return builder.pages_before(layer) + share + shape.pages_ahead
+
+
+def close_group(builder: PassBuilder, layer: int, j: int) -> None:
+    """The experts of the group that ends with j, and after the last layer its tokens."""
+    group = builder.group_ending_at(j)
+    if group is None:
+        return
+    builder.experts(layer, group)
+    if layer == builder.shape.num_layers - 1:
+        for member in builder.shape.groups[group]:
+            builder.sample(member)
+
+
+class LookAhead:
+    """Launches the way to CPU attention of decode micro-batches, in order, ahead of their post-attention.
+
+    Decode micro-batches of all layers are one sequence; the look-ahead runs over the end of a layer into the next
+    as far as the hidden states are there.
+    """
+
+    def __init__(self, builder: PassBuilder) -> None:
+        self._builder = builder
+        self._launched = 0
+
+    def position(self, layer: int, j: int) -> int:
+        """Place of decode micro-batch j of a layer in the sequence."""
+        shape = self._builder.shape
+        return layer * shape.num_decode + j - shape.num_prefill
+
+    def launch(self, target: int) -> None:
+        """Launch attention until `target` micro-batches of the sequence are launched or hidden states are missing."""
+        shape = self._builder.shape
+        while self._launched < min(target, shape.num_layers * shape.num_decode):
+            layer, decode = divmod(self._launched, shape.num_decode)
+            j = shape.num_prefill + decode
+            if layer > 0 and not self._builder.is_group_done(layer - 1, j):
+                return
+            self._builder.pre_attention(layer, j)
+            self._builder.offload_qkv(layer, j)
+            self._builder.attention(layer, j)
+            self._launched += 1
