@@ -25,7 +25,9 @@ class EngineConfig:
         ConfigError: a value cannot be used; the message names the setting and the remedy.
     """
 
-    model: str = _setting("", "checkpoint directory: config.json, safetensors, tokenizer", aliases=("--model-path",))
+    model: str = _setting(
+        "", "checkpoint directory: config.json, safetensors, tokenizer", aliases=("--model-path",)
+    )
     tokenizer: str | None = _setting(None, "tokenizer directory, if it is not the checkpoint's own")
     dtype: str = _setting("auto", "precision of weights and KV; auto takes the checkpoint's", choices=DTYPES)
     max_model_len: int | None = _setting(
@@ -37,9 +39,13 @@ class EngineConfig:
     )
     gpu_memory: int | None = _setting(None, "GPU memory to use at most, such as 16GiB", parse=parse_bytes)
     host_memory: int | None = _setting(
-        None, "host memory for weights and KV, such as 100GiB; default: 80 % of what is free", parse=parse_bytes
+        None,
+        "host memory for weights and KV, such as 100GiB; default: 80 % of what is free",
+        parse=parse_bytes,
     )
-    device: str = _setting("auto", "where the dense work runs; auto: cuda where there is one", choices=DEVICES)
+    device: str = _setting(
+        "auto", "where the dense work runs; auto: cuda where there is one", choices=DEVICES
+    )
     executor: str = _setting(
         "auto", "how lanes run: one after the other, or at once on threads", choices=EXECUTORS
     )
@@ -57,4 +63,6 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_seqs", "gpu_memory", "host_memory"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ConfigError(f"{name}={value} leaves nothing to run in; give a positive value or leave it out")
+                raise ConfigError(
+                    f"{name}={value} leaves nothing to run in; give a positive value or leave it out"
+                )

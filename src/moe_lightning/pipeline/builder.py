@@ -11,8 +11,8 @@ from moe_lightning.pipeline.task import BufferKind as B
 class PassBuilder:
     """Appends tasks in launch order with the buffers they touch; `finish` derives what waits for what.
 
-    The streamed pages of a pass are one sequence, layer by layer, followed by the first pages of the next pass.
-    Page k of it goes to frame k mod num_frames.
+    The streamed pages of a pass are one sequence, layer by layer, followed by the first pages of the next
+    pass. Page k of it goes to frame k mod num_frames.
 
     Raises:
         ScheduleError: the ring cannot hold the pages of one layer, or the shape is not a pass.
@@ -43,7 +43,7 @@ class PassBuilder:
         self._add(TaskKind.PRE_ATTENTION, Lane.GPU, layer, (j,), (hidden,), (qkv,))
 
     def offload_qkv(self, layer: int, j: int) -> None:
-        """q, k and v of a decode micro-batch to the host."""
+        """Queries, keys and values of a decode micro-batch to the host."""
         qkv, host = Buffer(B.QKV, j), Buffer(B.HOST_QKV, j)
         self._add(TaskKind.OFFLOAD_QKV, Lane.D2H, layer, (j,), (qkv,), (host,))
 
@@ -63,7 +63,7 @@ class PassBuilder:
         self._add(TaskKind.PREFILL_ATTENTION, Lane.GPU, layer, (j,), chunks, (Buffer(B.ATTENTION_OUT, j),))
 
     def store_kv(self, layer: int, j: int) -> None:
-        """k and v to the cache in host memory."""
+        """Keys and values to the cache in host memory."""
         self._add(TaskKind.STORE_KV, Lane.D2H, layer, (j,), (Buffer(B.QKV, j),), (self._kv(layer, j),))
 
     def load_kv(self, layer: int, j: int, slot: int) -> None:

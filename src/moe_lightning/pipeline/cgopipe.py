@@ -10,8 +10,8 @@ def build(shape: PassShape) -> Schedule:
     """The pass in CGOPipe's launch order.
 
     With groups of one micro-batch, a look-ahead of two and as many pages as micro-batches it is Algorithm 1.
-    Larger groups sweep a layer's experts once for several micro-batches; prefill chunks come first in each layer,
-    so that the GPU has work while the CPU attends to the first decode micro-batches.
+    Larger groups sweep a layer's experts once for several micro-batches; prefill chunks come first in each
+    layer, so that the GPU has work while the CPU attends to the first decode micro-batches.
     """
     builder = PassBuilder(shape)
     ahead = LookAhead(builder)
@@ -39,7 +39,7 @@ def prefill(builder: PassBuilder, layer: int, j: int) -> None:
 
 
 def pages_due(builder: PassBuilder, layer: int, j: int) -> int:
-    """Pages launched once micro-batch j of the layer is: an even share each, as far ahead as the ring allows."""
+    """Pages launched once micro-batch j of the layer is: an even share each, as early as the ring allows."""
     shape = builder.shape
     share = shape.streamed_pages[layer] * (j + 1) // shape.num_micro_batches
     return builder.pages_before(layer) + share + shape.pages_ahead
@@ -59,8 +59,8 @@ def close_group(builder: PassBuilder, layer: int, j: int) -> None:
 class LookAhead:
     """Launches the way to CPU attention of decode micro-batches, in order, ahead of their post-attention.
 
-    Decode micro-batches of all layers are one sequence; the look-ahead runs over the end of a layer into the next
-    as far as the hidden states are there.
+    Decode micro-batches of all layers are one sequence; the look-ahead runs over the end of a layer into the
+    next as far as the hidden states are there.
     """
 
     def __init__(self, builder: PassBuilder) -> None:
@@ -73,7 +73,7 @@ class LookAhead:
         return layer * shape.num_decode + j - shape.num_prefill
 
     def launch(self, target: int) -> None:
-        """Launch attention until `target` micro-batches of the sequence are launched or hidden states are missing."""
+        """Launch until `target` micro-batches of the sequence are launched or hidden states are missing."""
         shape = self._builder.shape
         while self._launched < min(target, shape.num_layers * shape.num_decode):
             layer, decode = divmod(self._launched, shape.num_decode)

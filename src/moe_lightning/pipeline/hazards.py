@@ -12,8 +12,9 @@ _LANES = {lane: index for index, lane in enumerate(Lane)}
 def derive(tasks: Sequence[Task]) -> tuple[tuple[int, ...], ...]:
     """For each task the earlier tasks it must wait for, beyond those that its lane's order already implies.
 
-    A task waits for the last writer of whatever it touches, and for the readers since of what it writes. Of these,
-    only those are kept that no other kept dependency and no lane order implies: taking any one away is a race.
+    A task waits for the last writer of whatever it touches, and for the readers since of what it writes. Of
+    these, only those are kept that no other kept dependency and no lane order implies: taking any one away is
+    a race.
     """
     last_writer: dict[Buffer, int] = {}
     readers: dict[Buffer, list[int]] = {}
