@@ -1,0 +1,176 @@
+"""The next token of each row of logits.
+
+Everything that chooses is elementwise, an exact integer sum, or a maximum or sort within one row. So a row's
+token depends on its own logits, parameters and random number only: not on the batch beside it, nor on the order
+in which a device adds floating-point numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_lightning.runtime.sampling_batch import Penalties, SamplingBatch
+
+# A likelihood is an integer, in units of 2**-40 of the row's largest: 2**22 of them still sum below 2**63.
+_LIKELIHOOD_ONE = 2.0**40
+# Rows are sorted a few at a time: a sorted logit needs some 40 bytes of workspace, and a micro-batch of 324 rows
+# has up to 50 million of them.
+_SORTED_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    """Chosen tokens and, where asked for, their log-probabilities under the unchanged logits.
+
+    Attributes:
+        token_ids: [R] int64.
+        logprobs: [R] float32, of the chosen tokens.
+        ranks: [R] int64, 1 for the most likely token; of equally likely ones the lowest id comes first.
+        top_ids: [R, k] int64, the most likely tokens in the order of their ranks; None for k = 0.
+        top_logprobs: [R, k] float32.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor | None = None
+    ranks: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
+
+
+def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
+    """One token per row: penalties, temperature, min-p, top-k and top-p, in this order, as in vLLM.
+
+    A greedy row takes its most likely token after penalties, of equally likely ones that with the lowest id.
+
+    Args:
+        logits: [R, V], any floating type; not modified.
+        batch: parameters of the R rows, on the same device.
+
+    Raises:
+        ValueError: shapes do not agree.
+    """
+    if logits.dim() != 2 or logits.shape[0] != batch.num_rows:
+        raise ValueError(
+            f"logits of shape {list(logits.shape)} for {batch.num_rows} rows of parameters; give [R, V]"
+        )
+    adjusted = _adjust(logits, batch)
+    token_ids = adjusted.argmax(dim=-1)
+    if batch.random_rows is not None:
+        rows_at_once = max(1, _SORTED_AT_ONCE // logits.shape[1])
+        for rows in torch.split(batch.random_rows, rows_at_once):
+            token_ids[rows] = _draw(adjusted, batch, rows)
+    if batch.num_logprobs is None:
+        return SampleOutput(token_ids)
+    return score(logits, token_ids, batch.num_logprobs)
+
+
+def prompt_logprobs(logits: Tensor, next_ids: Tensor, k: int) -> SampleOutput:
+    """Log-probabilities of a prompt's tokens, each under the logits at the position before it.
+
+    Args:
+        logits: [T, V].
+        next_ids: [T], the token that follows each position.
+        k: how many of the most likely tokens to give beside.
+
+    Raises:
+        ValueError: shapes do not agree.
+    """
+    if logits.dim() != 2 or next_ids.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits of shape {list(logits.shape)} with next_ids of shape {list(next_ids.shape)}; "
+            "give [T, V] and [T]"
+        )
+    return score(logits, next_ids.to(torch.int64), k)
+
+
+def score(logits: Tensor, token_ids: Tensor, k: int) -> SampleOutput:
+    """Log-probability and rank of one token per row, with the k most likely ones.
+
+    Args:
+        logits: [R, V], any floating type.
+        token_ids: [R] int64.
+        k: 0 for none; no more than V are given.
+    """
+    logits = logits.float()
+    log_sums = logits.logsumexp(dim=-1)
+    own = logits.gather(1, token_ids[:, None])
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    before = (logits > own) | ((logits == own) & (ids < token_ids[:, None]))
+    logprobs, ranks = own[:, 0] - log_sums, before.sum(dim=-1) + 1
+    if k == 0:
+        return SampleOutput(token_ids, logprobs, ranks)
+    top_ids = _rank_keys(logits).topk(min(k, logits.shape[1]), dim=-1).indices
+    top_logprobs = logits.gather(1, top_ids) - log_sums[:, None]
+    return SampleOutput(token_ids, logprobs, ranks, top_ids, top_logprobs)
+
+
+def _rank_keys(logits: Tensor) -> Tensor:
+    """Integers in the order of (logit, then lower id): topk leaves open which of equal values it takes."""
+    bits = (logits + 0.0).view(torch.int32)  # + 0.0 makes -0.0 the equal of 0.0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    return (ordered << 32) - ids
+
+
+def _adjust(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """Logits in float32 after penalties, with forbidden tokens at -inf; a copy only if something changes."""
+    adjusted = logits.float()
+    if adjusted is logits and (batch.penalties or batch.masked_rows is not None):
+        adjusted = logits.clone()
+    if batch.penalties:
+        _penalize_(adjusted, batch.penalties)
+    if batch.masked_rows is not None:
+        adjusted[batch.masked_rows, batch.masked_ids] = float("-inf")
+    return adjusted
+
+
+def _penalize_(logits: Tensor, penalties: Penalties) -> None:
+    """Lower what was said before; touches only the tokens of the history, not all of [R, V]."""
+    p = penalties
+    values = logits[p.rows, p.token_ids]
+    values = torch.where(values > 0, values / p.repetition, values * p.repetition)
+    values = values - p.frequency * p.counts - p.presence * (p.counts > 0)
+    logits[p.rows, p.token_ids] = values
+
+
+def _draw(logits: Tensor, batch: SamplingBatch, rows: Tensor) -> Tensor:
+    """Token ids [r] of the given rows by the inverse distribution function, most likely token first.
+
+    Sorted by likelihood, each filter keeps a prefix of the row; so the filters only have to find its length.
+    """
+    tempered = logits[rows] / batch.temperature[rows, None]
+    tempered, order = tempered.sort(dim=-1, descending=True, stable=True)
+    likelihoods = ((tempered - tempered[:, :1]).exp() * _LIKELIHOOD_ONE).to(torch.int64)
+    cumulative = likelihoods.cumsum(dim=-1)
+    last = _num_kept(tempered, likelihoods, cumulative, batch, rows) - 1
+    total = cumulative.gather(1, last)
+    drawn = (batch.uniforms[rows, None] * total).to(torch.int64)
+    # total is rounded when it becomes a double, so the product may reach it.
+    drawn = torch.minimum(drawn, total - 1)
+    choice = torch.searchsorted(cumulative, drawn, right=True)
+    return order.gather(1, torch.minimum(choice, last))[:, 0]
+
+
+def _num_kept(
+    tempered: Tensor, likelihoods: Tensor, cumulative: Tensor, batch: SamplingBatch, rows: Tensor
+) -> Tensor:
+    """Length [r, 1] of the prefix that min-p, top-k and top-p leave; the first token always stays."""
+    vocab_size = tempered.shape[1]
+    kept = torch.full((len(rows), 1), vocab_size, device=tempered.device)
+    if batch.min_p is not None:
+        least = batch.min_p[rows, None].double() * _LIKELIHOOD_ONE
+        kept = (likelihoods >= least).sum(dim=-1, keepdim=True)
+    if batch.top_k is not None:
+        k = batch.top_k[rows, None].clamp(max=vocab_size)
+        least = tempered.gather(1, k - 1)
+        # Tokens as likely as the k-th stay too, as in vLLM.
+        kept = torch.minimum(kept, (tempered >= least).sum(dim=-1, keepdim=True))
+    if batch.top_p is not None:
+        total = cumulative.gather(1, kept.clamp(min=1) - 1)  # 0 where logits are not numbers
+        enough = batch.top_p[rows, None] * total
+        reached_before = cumulative - likelihoods >= enough  # the tokens before this one are already enough
+        kept = torch.minimum(kept, (~reached_before).sum(dim=-1, keepdim=True))
+    return kept.clamp(min=1)
