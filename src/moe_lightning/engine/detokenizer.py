@@ -12,8 +12,8 @@ _REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character (
 class Detokenizer:
     """Text of one sequence, token by token; a character is held back until its last byte is there.
 
-    `text` only grows, with one exception that the decoder forces: byte-fallback tokenizers turn a whole run of
-    byte tokens into replacement characters when any of it is invalid, characters that were already shown
+    `text` only grows, with one exception that the decoder forces: byte-fallback tokenizers turn a whole run
+    of byte tokens into replacement characters when any of it is invalid, characters that were already shown
     included. Then `text` is decoded anew once the run is over.
 
     Clean-up of spaces (`clean_up_tokenization_spaces`) is never done: it deletes what the model wrote.

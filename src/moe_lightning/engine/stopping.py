@@ -36,9 +36,9 @@ def accept_token(
 ) -> Finish | None:
     """Put the last of `token_ids` into the text; what ended the sequence, or None if it goes on.
 
-    Stop tokens come first, then stop strings, then the length. Call it once for each generated token, in order.
-    A stop token stays out of the text (not out of the token ids) unless `include_stop_str_in_output` is set, as
-    in vLLM.
+    Stop tokens come first, then stop strings, then the length. Call it once for each generated token, in
+    order. A stop token stays out of the text (not out of the token ids) unless `include_stop_str_in_output` is set,
+    as in vLLM.
 
     Args:
         detokenizer: of this sequence; it has all generated tokens but the last.
@@ -86,8 +86,8 @@ def find_stop_string(text: str, num_new_chars: int, stop_strings: Sequence[str])
     """The stop string that is complete first; of several that end at the same character, the longest.
 
     The first to be complete, not the first to begin: so the answer does not depend on how the text was cut
-    into tokens. Only a match that ends in the last `num_new_chars` characters counts: the others were searched
-    before, or were produced while `min_tokens` still forbade to stop.
+    into tokens. Only a match that ends in the last `num_new_chars` characters counts: the others were
+    searched before, or were produced while `min_tokens` still forbade to stop.
     """
     searched = len(text) - num_new_chars
     best: StopMatch | None = None

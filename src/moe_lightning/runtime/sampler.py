@@ -1,8 +1,8 @@
 """The next token of each row of logits.
 
 Everything that chooses is elementwise, an exact integer sum, or a maximum or sort within one row. So a row's
-token depends on its own logits, parameters and random number only: not on the batch beside it, nor on the order
-in which a device adds floating-point numbers.
+token depends on its own logits, parameters and random number only: not on the batch beside it, nor on the
+order in which a device adds floating-point numbers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from moe_lightning.runtime.sampling_batch import Penalties, SamplingBatch
 
 # A likelihood is an integer, in units of 2**-40 of the row's largest: 2**22 of them still sum below 2**63.
 _LIKELIHOOD_ONE = 2.0**40
-# Rows are sorted a few at a time: a sorted logit needs some 40 bytes of workspace, and a micro-batch of 324 rows
-# has up to 50 million of them.
+# Rows are sorted a few at a time: a sorted logit needs some 40 bytes of workspace, and a micro-batch of 324
+# rows has up to 50 million of them.
 _SORTED_AT_ONCE = 2**22
 
 

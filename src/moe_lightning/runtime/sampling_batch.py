@@ -100,8 +100,8 @@ def build_sampling_batch(
 ) -> SamplingBatch:
     """The parameters of the rows as tensors on the device.
 
-    All that depends on the data is decided here, on the host: the sampler then launches without waiting for the
-    GPU. Token ids outside the vocabulary, such as a stop id that the model cannot produce, are left out.
+    All that depends on the data is decided here, on the host: the sampler then launches without waiting for
+    the GPU. Token ids outside the vocabulary, such as a stop id that the model cannot produce, are left out.
     """
 
     def column(values: list[float], dtype: torch.dtype) -> Tensor:
