@@ -1,0 +1,43 @@
+"""What a schedule would take, from what each of its tasks takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from moe_lightning.errors import ScheduleError
+from moe_lightning.pipeline.task import Lane, Schedule, Task
+from moe_lightning.pipeline.timeline import Timeline
+
+
+def simulate(schedule: Schedule, seconds: Callable[[Task], float]) -> Timeline:
+    """The timeline in which every task starts as soon as it can: its lane is free, its dependencies are done.
+
+    Lanes run in launch order and dependencies point backward, so one sweep in launch order meets the events
+    in an order that never has to look back.
+
+    Args:
+        schedule: what to run.
+        seconds: how long a task takes; asked once for each task, in launch order.
+
+    Raises:
+        ScheduleError: a duration is negative or not a finite number, or a dependency does not point backward.
+    """
+    free = dict.fromkeys(Lane, 0.0)
+    starts: list[float] = []
+    ends: list[float] = []
+    for index, (task, deps) in enumerate(zip(schedule.tasks, schedule.deps, strict=True)):
+        duration = seconds(task)
+        if not (math.isfinite(duration) and duration >= 0):
+            raise ScheduleError(f"{task} would take {duration} s; give a finite duration of 0 or more")
+        start = free[task.lane]
+        for dep in deps:
+            if not 0 <= dep < index:
+                raise ScheduleError(
+                    f"task {index}, {task}, waits for task {dep}; it can wait for earlier ones only"
+                )
+            start = max(start, ends[dep])
+        starts.append(start)
+        ends.append(start + duration)
+        free[task.lane] = ends[-1]
+    return Timeline.of(schedule, starts, ends)
