@@ -37,8 +37,8 @@ def accept_token(
     """Put the last of `token_ids` into the text; what ended the sequence, or None if it goes on.
 
     Stop tokens come first, then stop strings, then the length. Call it once for each generated token, in
-    order. A stop token stays out of the text (not out of the token ids) unless `include_stop_str_in_output` is set,
-    as in vLLM.
+    order. A stop token stays out of the text (not out of the token ids) unless `include_stop_str_in_output`
+    is set, as in vLLM.
 
     Args:
         detokenizer: of this sequence; it has all generated tokens but the last.

@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from moe_lightning.runtime import sampler
+from moe_lightning.runtime.sampler import prompt_logprobs, sample
+from moe_lightning.runtime.sampling_batch import RowSampling, build_sampling_batch
+
+torch.set_num_threads(1)
+
+VOCAB = 12
+IDS = st.lists(st.integers(0, VOCAB - 1), max_size=8)
+# Steps of 1/4 make ties, exact in every dtype; the range makes tails that filters cut.
+LOGITS = st.lists(st.integers(-24, 24).map(lambda i: i / 4), min_size=VOCAB, max_size=VOCAB)
+ROWS = st.builds(
+    RowSampling,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+    top_k=st.integers(-1, VOCAB + 3),
+    top_p=st.sampled_from([0.05, 0.35, 0.8, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.4, 1.0]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 0.7, -0.7]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.3, -0.3]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.3, 0.8]),
+    uniform=st.floats(0.0, 1.0, exclude_max=True),
+    forbidden_ids=st.lists(st.integers(0, VOCAB - 1), max_size=3),
+    prompt_ids=IDS,
+    output_ids=IDS,
+)
+BATCHES = st.lists(st.tuples(LOGITS, ROWS), min_size=1, max_size=5)
+
+
+def choose(logits, rows):
+    logits = torch.tensor(np.array(logits), dtype=torch.float32)
+    return sample(logits, build_sampling_batch(rows, logits.shape[1])).token_ids.tolist()
+
+
+def penalized(logits, row):
+    """vLLM's formulas, one token after the other."""
+    values = np.array(logits, dtype=np.float64)
+    for token in range(len(values)):
+        count = list(row.output_ids).count(token)
+        if count or token in row.prompt_ids:
+            factor = row.repetition_penalty
+            values[token] = values[token] / factor if values[token] > 0 else values[token] * factor
+        values[token] -= row.frequency_penalty * count + row.presence_penalty * (count > 0)
+    values[list(row.forbidden_ids)] = -np.inf
+    return values
+
+
+def kept_tokens(values, row):
+    """Ids that the filters leave, most likely first, with their probabilities; and how close a filter was."""
+    tempered = values / row.temperature
+    order = sorted(range(len(values)), key=lambda i: (-tempered[i], i))
+    weights = np.exp(tempered[order] - tempered[order[0]])
+    margins = [1.0]
+    if row.min_p > 0:
+        margins += [abs(w - row.min_p) for w in weights if w != 1.0]
+        weights = weights[weights >= row.min_p]
+    if 0 < row.top_k < len(weights):
+        kth = tempered[order[row.top_k - 1]]
+        margins += [abs(tempered[i] - kth) for i in order if tempered[i] != kth]
+        weights = weights[tempered[order[: len(weights)]] >= kth]
+    if row.top_p < 1:
+        sums = np.cumsum(weights) / weights.sum()
+        margins += list(abs(sums - row.top_p))
+        weights = weights[: int(np.argmax(sums >= row.top_p)) + 1]
+    return order[: len(weights)], weights / weights.sum(), min(margins)
+
+
+def reference(logits, row):
+    """The token of one row in float64 and how far rounding would have to reach to change it."""
+    values = penalized(logits, row)
+    if row.temperature == 0:
+        return int(values.argmax()), gap(logits, row)
+    ids, probabilities, margin = kept_tokens(values, row)
+    bounds = np.cumsum(probabilities)
+    position = min(int(np.searchsorted(bounds, row.uniform, side="right")), len(ids) - 1)
+    return ids[position], min(margin, gap(logits, row), *abs(bounds[:-1] - row.uniform), 1.0)
+
+
+def gap(logits, row):
+    """The smallest difference between tokens of different logit or history: float32 may order those otherwise.
+
+    Tokens of equal logit and history tie exactly in every precision.
+    """
+    values, outputs = penalized(logits, row), list(row.output_ids)
+    kinds = {
+        (logits[t], outputs.count(t), t in row.prompt_ids): values[t]
+        for t in range(len(logits))
+        if np.isfinite(values[t])
+    }
+    return min(np.diff(sorted(kinds.values())), default=1.0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(LOGITS, ROWS)
+def test_each_row_gets_the_token_of_the_plain_float64_sampler(logits, row):
+    expected, margin = reference(logits, row)
+    assume(margin > 1e-5)
+    assert choose([logits], [row]) == [expected]
+
+
+@settings(max_examples=150, deadline=None)
+@given(BATCHES, st.randoms(use_true_random=False))
+def test_a_rows_token_does_not_depend_on_the_other_rows_nor_on_their_order(batch, random):
+    logits, rows = zip(*batch, strict=True)
+    together = choose(logits, rows)
+    assert together == [choose([row_logits], [row])[0] for row_logits, row in batch]
+    order = random.sample(range(len(batch)), len(batch))
+    assert choose([logits[i] for i in order], [rows[i] for i in order]) == [together[i] for i in order]
+
+
+def test_large_vocabularies_give_the_same_token_alone_and_in_a_batch():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(24, 5003, generator=generator) * 2
+    rows = [RowSampling(uniform=(i + 0.5) / 24, top_p=1.0 if i % 2 else 0.95) for i in range(24)]
+    batch = build_sampling_batch(rows, 5003)
+    together = sample(logits, batch).token_ids.tolist()
+    assert together == [
+        sample(logits[i : i + 1], build_sampling_batch([rows[i]], 5003)).token_ids.item() for i in range(24)
+    ]
+    assert len(set(together)) > 12
+
+
+def test_sorting_a_few_rows_at_a_time_changes_nothing(monkeypatch):
+    logits = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(1))
+    rows = [RowSampling(uniform=i / 7, top_k=0 if i % 3 else 4, temperature=float(i != 2)) for i in range(7)]
+    batch = build_sampling_batch(rows, VOCAB)
+    at_once = sample(logits, batch).token_ids
+    monkeypatch.setattr(sampler, "_SORTED_AT_ONCE", 2 * VOCAB)
+    assert torch.equal(sample(logits, batch).token_ids, at_once)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_greedy_takes_the_lowest_id_of_the_most_likely(dtype):
+    logits = torch.zeros(3, 40_000, dtype=dtype)
+    logits[0, [39_999, 17, 20_000]] = 3.0
+    logits[1, [5, 4]] = 3.0
+    batch = build_sampling_batch([RowSampling(temperature=0.0)] * 3, 40_000)
+    assert sample(logits, batch).token_ids.tolist() == [17, 4, 0]
+
+
+def test_greedy_is_the_limit_of_every_filter():
+    logits = [[0.0, 2.0, 2.0, 1.0]]
+    for row in (RowSampling(top_p=1e-6), RowSampling(temperature=1e-4)):
+        for uniform in (0.0, 0.499):
+            assert choose(logits, [dataclasses.replace(row, uniform=uniform)]) == [1]
+
+
+def frequencies(logits, row, draws):
+    rows = [dataclasses.replace(row, uniform=(i + 0.5) / draws) for i in range(draws)]
+    tokens = choose([logits] * draws, rows)
+    return np.bincount(tokens, minlength=len(logits)) / draws
+
+
+@settings(max_examples=60, deadline=None)
+@given(LOGITS, ROWS.filter(lambda row: row.temperature > 0))
+def test_even_random_numbers_give_each_token_its_probability(logits, row):
+    values = penalized(logits, row)
+    ids, probabilities, margin = kept_tokens(values, row)
+    assume(min(margin, gap(logits, row)) > 1e-5)
+    expected = np.zeros(VOCAB)
+    expected[ids] = probabilities
+    assert abs(frequencies(logits, row, 500) - expected).max() <= 1 / 500 + 1e-6
+
+
+def test_random_numbers_of_a_generator_give_each_token_its_probability():
+    logits = np.array([1.0, 0.0, -1.0, 0.5, 2.0, -3.0])
+    draws = 20_000
+    uniforms = np.random.default_rng(3).random(draws)
+    tokens = choose([logits] * draws, [RowSampling(uniform=u) for u in uniforms])
+    expected = np.exp(logits) / np.exp(logits).sum() * draws
+    chi_square = ((np.bincount(tokens, minlength=6) - expected) ** 2 / expected).sum()
+    assert chi_square < 5 + 5 * math.sqrt(2 * 5)  # five standard deviations
+
+
+@settings(max_examples=100, deadline=None)
+@given(LOGITS, st.floats(0.01, 0.99))
+def test_top_p_keeps_the_smallest_prefix_that_reaches_p(logits, top_p):
+    probabilities = np.sort(np.exp(np.array(logits)) / np.exp(np.array(logits)).sum())[::-1]
+    assume(abs(np.cumsum(probabilities) - top_p).min() > 1e-5)
+    # The largest random number draws the last token that is kept.
+    last = choose([logits], [RowSampling(top_p=top_p, uniform=1 - 2**-53)])[0]
+    order = sorted(range(VOCAB), key=lambda i: (-logits[i], i))
+    kept = order.index(last) + 1
+    assert probabilities[:kept].sum() >= top_p
+    assert probabilities[: kept - 1].sum() < top_p
+
+
+def test_top_p_that_is_reached_exactly_adds_no_further_token():
+    rows = [RowSampling(top_p=p, uniform=1 - 2**-53) for p in (0.25, 0.26, 0.5, 0.75, 1.0)]
+    assert choose([[0.0] * 4] * 5, rows) == [0, 1, 1, 2, 3]
+
+
+def test_min_p_keeps_tokens_at_the_bound():
+    assert choose([[0.0, 1.0, 1.0, 0.5]], [RowSampling(min_p=1.0, uniform=1 - 2**-53)]) == [2]
+
+
+def test_top_k_keeps_tokens_as_likely_as_the_kth():
+    found = frequencies([3.0, 2.0, 2.0, 1.0], RowSampling(top_k=2), 200)
+    assert list(found > 0) == [True, True, True, False]
+
+
+def test_top_k_beyond_the_vocabulary_keeps_all():
+    rows = [RowSampling(top_k=k, uniform=1 - 2**-53) for k in (-1, 0, 4, 2**31, 3)]
+    assert choose([[0.0, 0.0, 0.0, 0.0]] * 4 + [[0.0, -1.0, -2.0, -3.0]], rows) == [3, 3, 3, 3, 2]
+
+
+def test_the_largest_random_number_never_draws_a_token_of_probability_zero():
+    logits = [[0.0, -math.inf, 1.0, -math.inf, -200.0]]
+    assert choose(logits, [RowSampling(uniform=1 - 2**-53)]) == [0]
+    assert choose(logits, [RowSampling(uniform=0.0)]) == [2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_forbidden_tokens_are_never_chosen(temperature):
+    rows = [
+        RowSampling(
+            temperature=temperature,
+            forbidden_ids=(0, 2),
+            uniform=i / 50,
+            output_ids=[0],
+            presence_penalty=-2.0,
+        )
+        for i in range(50)
+    ] + [RowSampling(temperature=0.0)]
+    chosen = choose([[9.0, 1.0, 8.0, 1.0]] * 51, rows)
+    assert set(chosen[:-1]) <= {1, 3}
+    assert chosen[-1] == 0
+
+
+def test_ids_outside_the_vocabulary_are_ignored():
+    row = RowSampling(
+        temperature=0.0,
+        forbidden_ids=(4, -1, 2**31),
+        prompt_ids=[99],
+        output_ids=[-1, 4],
+        repetition_penalty=2.0,
+    )
+    assert choose([[1.0, 2.0, 0.0, 0.0]], [row]) == [1]
+
+
+def test_a_prompts_tokens_matter_to_the_repetition_penalty_only():
+    logits = [[3.0, 2.9]]
+    row = RowSampling(temperature=0.0, prompt_ids=[0, 0])
+    assert choose(logits, [dataclasses.replace(row, presence_penalty=2.0, frequency_penalty=2.0)]) == [0]
+    assert choose(logits, [dataclasses.replace(row, repetition_penalty=1.1)]) == [1]
+
+
+@settings(max_examples=150, deadline=None)
+@given(BATCHES)
+def test_penalties_equal_the_formula(batch):
+    logits, rows = zip(*batch, strict=True)
+    adjusted = sampler._adjust(torch.tensor(logits), build_sampling_batch(rows, VOCAB)).numpy()
+    expected = np.stack([penalized(values, row) for values, row in batch])
+    np.testing.assert_allclose(adjusted, expected, rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(BATCHES)
+def test_the_callers_logits_are_not_modified(batch):
+    logits, rows = zip(*batch, strict=True)
+    given_logits = torch.tensor(logits)
+    sample(given_logits, build_sampling_batch(rows, VOCAB))
+    assert torch.equal(given_logits, torch.tensor(logits))
+
+
+@settings(max_examples=100, deadline=None)
+@given(BATCHES, st.integers(0, VOCAB + 2))
+def test_logprobs_are_of_the_raw_logits_and_ranks_count_from_one(batch, k):
+    logits, rows = zip(*batch, strict=True)
+    rows = [dataclasses.replace(row, num_logprobs=k if i == 0 else None) for i, row in enumerate(rows)]
+    out = sample(torch.tensor(logits), build_sampling_batch(rows, VOCAB))
+    for i, values in enumerate(np.array(logits)):
+        logprobs = values - np.log(np.exp(values).sum())
+        order = sorted(range(VOCAB), key=lambda t, values=values: (-values[t], t))
+        token = int(out.token_ids[i])
+        assert float(out.logprobs[i]) == pytest.approx(logprobs[token], abs=1e-5)
+        assert int(out.ranks[i]) == order.index(token) + 1
+        if k == 0:
+            assert out.top_ids is None
+            assert out.top_logprobs is None
+        else:
+            assert out.top_ids[i].tolist() == order[:k]
+            np.testing.assert_allclose(out.top_logprobs[i].numpy(), logprobs[order[:k]], atol=1e-5)
+
+
+def test_without_a_wish_for_logprobs_there_are_none():
+    out = sample(torch.zeros(1, 4), build_sampling_batch([RowSampling()], 4))
+    assert (out.logprobs, out.ranks, out.top_ids, out.top_logprobs) == (None, None, None, None)
+
+
+def test_zero_and_negative_zero_are_equally_likely_in_the_ranking():
+    out = prompt_logprobs(torch.tensor([[-0.0, 0.0, -1.0, -0.0]]), torch.tensor([3]), 4)
+    assert out.top_ids.tolist() == [[0, 1, 3, 2]]
+    assert out.ranks.tolist() == [3]
+
+
+def test_prompt_logprobs_score_the_given_tokens():
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(2)).bfloat16()
+    ids = torch.tensor([0, 8, 3, 3, 1], dtype=torch.int32)
+    out = prompt_logprobs(logits, ids, 2)
+    expected = logits.double().log_softmax(-1)
+    assert out.token_ids.tolist() == ids.tolist()
+    torch.testing.assert_close(out.logprobs.double(), expected[range(5), ids.long()], atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.top_logprobs.double(), expected.topk(2).values, atol=1e-5, rtol=0)
+    assert prompt_logprobs(logits, ids, 0).top_ids is None
+    assert prompt_logprobs(logits[:0], ids[:0], 2).top_ids.shape == (0, 2)
+
+
+def test_no_rows_give_no_tokens():
+    assert sample(torch.zeros(0, 4), build_sampling_batch([], 4)).token_ids.shape == (0,)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers_give_some_token_and_leave_other_rows_alone(value, temperature):
+    row = RowSampling(temperature=temperature, top_p=0.9, top_k=2, min_p=0.1, uniform=0.5)
+    broken, sound = choose([[value] * 4, [0.0, 9.0, 0.0, 0.0]], [row, row])
+    assert 0 <= broken < 4
+    assert sound == 1
+
+
+def test_greedy_batches_carry_nothing_to_compute():
+    batch = build_sampling_batch([RowSampling(temperature=0.0, top_p=0.5, top_k=3, min_p=0.5)] * 2, VOCAB)
+    unused = (batch.random_rows, batch.top_k, batch.top_p, batch.min_p, batch.penalties, batch.masked_rows)
+    assert unused == (None,) * 6
+
+
+def test_shapes_that_do_not_agree_are_refused():
+    batch = build_sampling_batch([RowSampling()] * 2, 4)
+    with pytest.raises(ValueError, match=r"\[3, 4\] for 2 rows"):
+        sample(torch.zeros(3, 4), batch)
+    with pytest.raises(ValueError, match=r"\[2\]; give"):
+        prompt_logprobs(torch.zeros(3, 4), torch.tensor([1, 2]), 1)
