@@ -108,7 +108,7 @@ class Request:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One of the n answers. `finish_reason` is ``stop``, ``length`` or ``abort``; `stop_reason` what stopped it."""
+    """One of the n answers. `finish_reason`: ``stop``, ``length`` or ``abort``; `stop_reason`: what stopped it."""
 
     index: int
     text: str
@@ -129,3 +129,14 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = True
     prompt_logprobs: list[Logprobs | None] | None = None
+
+
+@dataclass(frozen=True)
+class PassStats:
+    """Where a run stands after a pass: totals since the run began; `seconds` since then."""
+
+    num_running: int
+    num_waiting: int
+    prompt_tokens: int
+    generated_tokens: int
+    seconds: float

@@ -1,0 +1,126 @@
+"""Which fields a request body may have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from moe_lightning.errors import RequestError
+
+# Sampling fields that go to SamplingParams under their own name, with the types JSON may give them.
+NUMBER = (int, float)
+SAMPLING: dict[str, tuple[type, ...]] = {
+    "n": (int,),
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "top_k": (int,),
+    "min_p": NUMBER,
+    "presence_penalty": NUMBER,
+    "frequency_penalty": NUMBER,
+    "repetition_penalty": NUMBER,
+    "seed": (int,),
+    "stop": (str, list),
+    "stop_token_ids": (list,),
+    "ignore_eos": (bool,),
+    "min_tokens": (int,),
+    "prompt_logprobs": (int,),
+    "skip_special_tokens": (bool,),
+    "include_stop_str_in_output": (bool,),
+}
+IGNORED = frozenset({"user", "metadata", "store"})
+COMPLETION = frozenset({"model", "prompt", "max_tokens", "logprobs", "echo"})
+CHAT = frozenset({"model", "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"})
+
+# Fields of the API that are not supported, with the values that ask for nothing: some clients send those.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),  # says how tools are called; without tools it says nothing
+    "prediction": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "stream": (False,),
+    "stream_options": (),
+    "suffix": ("",),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+def given_fields(body: Mapping[str, Any], own: frozenset[str]) -> dict[str, Any]:
+    """The fields of `body` that say something: those that are null, ignored or neutral are left out.
+
+    Raises:
+        RequestError: a field is not known or asks for what is not supported.
+    """
+    given = {}
+    for name, value in body.items():
+        if value is None or name in IGNORED:
+            if name not in IGNORED and not _is_known(name, own):
+                raise _unknown(name, own)
+        elif name in UNSUPPORTED:
+            _require_neutral(name, value)
+        elif name in own or name in SAMPLING:
+            given[name] = value
+        else:
+            raise _unknown(name, own)
+    return given
+
+
+def typed(name: str, value: Any, types: tuple[type, ...]) -> Any:
+    """`value`, if it has one of the types; JSON's true is no number.
+
+    Raises:
+        RequestError: the value has another type.
+    """
+    if isinstance(value, types) and (bool in types or not isinstance(value, bool)):
+        return value
+    names = {int: "an integer", float: "a number", str: "a string", list: "a list", bool: "true or false"}
+    wanted = " or ".join(names[t] for t in types if not (t is int and float in types))
+    raise RequestError(f"{name}={shown(value)}: give {wanted}")
+
+
+def text(name: str, value: Any) -> str:
+    """`value`, if it is a string that UTF-8 can write.
+
+    Raises:
+        RequestError: it is none.
+    """
+    if not isinstance(value, str):
+        raise RequestError(f"{name}={shown(value)}: give a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise RequestError(f"{name} holds half a surrogate pair at character {e.start}; remove it") from None
+    return value
+
+
+def shown(value: Any) -> str:
+    """`repr` of a value, cut so that it fits in a message."""
+    written = repr(value)
+    return written if len(written) <= 80 else f"{written[:77]}..."
+
+
+def _is_known(name: str, own: frozenset[str]) -> bool:
+    return name in own or name in SAMPLING or name in UNSUPPORTED
+
+
+def _require_neutral(name: str, value: Any) -> None:
+    # Types are compared too: 1 == True.
+    if any(type(value) is type(neutral) and value == neutral for neutral in UNSUPPORTED[name]):
+        return
+    raise RequestError(f"{name}={shown(value)} is not supported; remove the field")
+
+
+def _unknown(name: str, own: frozenset[str]) -> RequestError:
+    close = get_close_matches(name, sorted(own | SAMPLING.keys()), n=1)
+    remedy = f"did you mean {close[0]!r}?" if close else "remove it"
+    return RequestError(f"unknown field {shown(name)}; {remedy}")
