@@ -1,0 +1,109 @@
+"""Where each weight of an expert lies: pages, frames and host rows, as arithmetic.
+
+A page holds rows [p * rows, (p + 1) * rows) of gate and up, and the same columns of down:
+
+    | gate_p [rows, H] | up_p [rows, H] | down_p [H, rows] |
+
+It is self-contained: the expert's output is the sum over its pages of down_p(act(gate_p x) * up_p x).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_lightning.errors import ConfigError
+from moe_lightning.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Shape of a page; pages of a layer are numbered expert by expert."""
+
+    hidden_size: int
+    rows: int
+    pages_per_expert: int
+    num_experts: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, pages_per_expert: int) -> PageLayout:
+        """The layout of a model's experts.
+
+        Raises:
+            ConfigError: the intermediate dimension cannot be cut into that many equal pages.
+        """
+        size = spec.experts.intermediate_size
+        if pages_per_expert < 1 or size % pages_per_expert:
+            raise ConfigError(
+                f"pages_per_expert={pages_per_expert} does not divide the intermediate size {size}; "
+                f"use one of {_divisors(size)}"
+            )
+        return cls(spec.hidden_size, size // pages_per_expert, pages_per_expert, spec.experts.num_experts)
+
+    @property
+    def page_elements(self) -> int:
+        """Weights in one page."""
+        return 3 * self.rows * self.hidden_size
+
+    @property
+    def pages_per_layer(self) -> int:
+        """Pages of all experts of a layer."""
+        return self.num_experts * self.pages_per_expert
+
+    @property
+    def gate_up_elements(self) -> int:
+        """Weights of gate and up in one page; down follows them."""
+        return 2 * self.rows * self.hidden_size
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which pages stay in frames of their own and which go through the ring.
+
+    Frames 0 .. num_ring_frames - 1 are the ring; resident pages have the frames after it. The first
+    `resident[l]` pages of layer l are resident, the others have a row each in host memory.
+    """
+
+    pages_per_layer: int
+    resident: tuple[int, ...]
+    num_ring_frames: int
+
+    def __post_init__(self) -> None:
+        if any(not 0 <= count <= self.pages_per_layer for count in self.resident):
+            raise ConfigError(
+                f"resident_pages={self.resident}: each layer has {self.pages_per_layer} pages; "
+                "give from none to all of them"
+            )
+        if self.num_ring_frames < max(self.streamed):
+            raise ConfigError(
+                f"num_frames={self.num_ring_frames} cannot hold the {max(self.streamed)} streamed pages of a "
+                "layer; give as many frames or more resident pages"
+            )
+
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """Streamed pages of each layer."""
+        return tuple(self.pages_per_layer - count for count in self.resident)
+
+    @property
+    def num_frames(self) -> int:
+        """Ring and resident frames together."""
+        return self.num_ring_frames + sum(self.resident)
+
+    @property
+    def num_host_rows(self) -> int:
+        """Streamed pages of all layers."""
+        return sum(self.streamed)
+
+    def resident_frame(self, layer: int, page: int) -> int:
+        """Frame of a resident page, or -1 for a streamed one."""
+        if page >= self.resident[layer]:
+            return -1
+        return self.num_ring_frames + sum(self.resident[:layer]) + page
+
+    def host_row(self, layer: int, page: int) -> int:
+        """Row in host memory of a streamed page."""
+        return sum(self.streamed[:layer]) + page - self.resident[layer]
+
+
+def _divisors(size: int) -> list[int]:
+    return [d for d in range(1, min(size, 64) + 1) if size % d == 0]
