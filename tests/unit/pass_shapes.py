@@ -1,0 +1,51 @@
+"""Passes to draw from, for the tests of schedules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import strategies as st
+
+from moe_lightning.pipeline.hazards import derive
+from moe_lightning.pipeline.task import PassShape, Schedule, Task, TaskKind
+
+
+@st.composite
+def pass_shapes(draw: st.DrawFn) -> PassShape:
+    num_layers = draw(st.integers(1, 5))
+    num_prefill = draw(st.integers(0, 3))
+    num_decode = draw(st.integers(0 if num_prefill else 1, 7))
+    n = num_prefill + num_decode
+    streamed = tuple(draw(st.lists(st.integers(0, 5), min_size=num_layers, max_size=num_layers)))
+    return PassShape(
+        num_layers=num_layers,
+        num_prefill=num_prefill,
+        num_decode=num_decode,
+        group_size=draw(st.integers(1, n)),
+        look_ahead=draw(st.integers(0, n + 1)),
+        streamed_pages=streamed,
+        num_frames=draw(st.integers(max(streamed), sum(streamed) + 2)),
+        preloaded=draw(st.booleans()),
+    )
+
+
+def relaunched(schedule: Schedule, tasks: list[Task]) -> Schedule:
+    """The schedule with other launches, their dependencies derived from what they say they touch."""
+    return replace(schedule, tasks=tuple(tasks), deps=derive(tasks))
+
+
+def conflicts(a: Task, b: Task) -> bool:
+    return bool(set(a.writes) & set(b.reads + b.writes) or set(b.writes) & set(a.reads))
+
+
+def reloads(schedule: Schedule, index: int) -> bool:
+    """Whether the task loads a page into a frame that holds this very page already."""
+    task, shape = schedule.tasks[index], schedule.shape
+    if task.kind is not TaskKind.LOAD_PAGE:
+        return False
+    pages = [(layer, p) for layer in range(shape.num_layers) for p in range(shape.streamed_pages[layer])]
+    held = dict(enumerate(pages[: shape.pages_ahead])) if shape.preloaded else {}
+    for earlier in schedule.tasks[:index]:
+        if earlier.kind is TaskKind.LOAD_PAGE:
+            held[earlier.frame] = (earlier.layer, earlier.page)
+    return held.get(task.frame) == (task.layer, task.page)
