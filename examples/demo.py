@@ -113,8 +113,8 @@ def print_rate(results: dict[str, dict[str, Any]], seconds: float) -> None:
     usages = [r["response"]["body"]["usage"] for r in results.values()]
     prompt, completion = (sum(u[f"{k}_tokens"] for u in usages) for k in ("prompt", "completion"))
     print(
-        f"\n{len(results)} answers, {prompt} prompt tokens read, {completion} tokens written in {seconds:.1f} s"
-        f" including start and loading: {completion / seconds:.1f} tokens/s"
+        f"\n{len(results)} answers, {prompt} prompt tokens in, {completion} tokens out, {seconds:.1f} s"
+        f" with start and loading: {completion / seconds:.1f} tokens/s"
     )
 
 
