@@ -1,0 +1,53 @@
+"""The activations of a pass, allocated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_lightning.memory.arena import device_tensor, host_tensor
+from moe_lightning.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class PassBuffers:
+    """One row per token of the pass on the device, one per decoding sequence on the host.
+
+    Attributes:
+        hidden: [T, H], the residual stream.
+        qkv: [T, q_size + 2 kv_size].
+        attention_out: [T, q_size].
+        experts_in: [T, H].
+        topk_ids: [T, K] int64.
+        topk_weights: [T, K] float32.
+        host_qkv: [N, q_size + 2 kv_size].
+        host_out: [N, q_size].
+    """
+
+    hidden: Tensor
+    qkv: Tensor
+    attention_out: Tensor
+    experts_in: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    host_qkv: Tensor
+    host_out: Tensor
+
+    @classmethod
+    def allocate(
+        cls, spec: ModelSpec, num_tokens: int, num_seqs: int, dtype: torch.dtype, device: torch.device
+    ) -> PassBuffers:
+        """Buffers for passes of up to `num_tokens` tokens, `num_seqs` of them decoding."""
+        a, k = spec.attention, spec.experts.top_k
+        return cls(
+            hidden=device_tensor((num_tokens, spec.hidden_size), dtype, device),
+            qkv=device_tensor((num_tokens, a.qkv_size), dtype, device),
+            attention_out=device_tensor((num_tokens, a.q_size), dtype, device),
+            experts_in=device_tensor((num_tokens, spec.hidden_size), dtype, device),
+            topk_ids=device_tensor((num_tokens, k), torch.int64, device),
+            topk_weights=device_tensor((num_tokens, k), torch.float32, device),
+            host_qkv=host_tensor((num_seqs, a.qkv_size), dtype),
+            host_out=host_tensor((num_seqs, a.q_size), dtype),
+        )

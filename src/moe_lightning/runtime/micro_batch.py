@@ -1,0 +1,166 @@
+"""What one pass works on: first as plain values, then as the tensors that tasks read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_lightning.kernels.reference import Segment
+from moe_lightning.runtime.sampling_batch import RowSampling, SamplingBatch, build_sampling_batch
+
+
+@dataclass(frozen=True)
+class PrefillPiece:
+    """Consecutive tokens of one prompt in a chunk.
+
+    Attributes:
+        token_ids: the piece's tokens.
+        start: position of the first of them in the prompt; pieces before it are in this pass too.
+        block_table: KV blocks of the sequence.
+        sampling: set on the piece that ends the prompt, if a token is to be sampled after it.
+        next_ids: for prompt log-probabilities, the prompt's token after each of the piece's; one fewer at its end.
+        num_prompt_logprobs: most likely tokens to give at each of these positions; None for no scoring.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+    sampling: RowSampling | None = None
+    next_ids: Sequence[int] = ()
+    num_prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """A running sequence's next token: its last one goes in at `position`."""
+
+    token_id: int
+    position: int
+    block_table: Sequence[int]
+    sampling: RowSampling
+
+
+@dataclass(frozen=True)
+class Step:
+    """All micro-batches of a pass: prefill chunks in order, then decode."""
+
+    prefill: tuple[tuple[PrefillPiece, ...], ...] = ()
+    decode: tuple[tuple[DecodeRow, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch as tensors. B rows of the pass belong to it.
+
+    Attributes:
+        rows: its rows in the pass's buffers on the device.
+        token_ids: [B] int64.
+        positions: [B] int64.
+        slots: [B] int64, KV slots of the new tokens (host).
+        sample_rows: rows to sample after, relative to its first; their parameters are `sampling`.
+        score_rows: rows whose next prompt token is scored, `score_ids` [S] that token.
+        segments: prefill only.
+        host_rows: decode only: its rows in the host buffers.
+        block_tables: decode only: [B, max_blocks] int64 (host).
+        context_lens: decode only: [B] int64 with the new token (host).
+    """
+
+    rows: slice
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    sample_rows: Tensor
+    sampling: SamplingBatch | None
+    score_rows: Tensor
+    score_ids: Tensor
+    num_prompt_logprobs: int
+    segments: tuple[Segment, ...] = ()
+    host_rows: slice = slice(0, 0)
+    block_tables: Tensor | None = None
+    context_lens: Tensor | None = None
+
+
+def build_micro_batches(
+    step: Step, block_size: int, vocab_size: int, device: torch.device
+) -> list[MicroBatch]:
+    """The micro-batches of a step; rows are given out in order, prefill first."""
+    batches, row, host_row = [], 0, 0
+    first_row: dict[tuple[int, ...], int] = {}  # of each prompt, by its block table
+    for pieces in step.prefill:
+        batch = _prefill(pieces, row, first_row, block_size, vocab_size, device)
+        batches.append(batch)
+        row = batch.rows.stop
+    for rows in step.decode:
+        batches.append(_decode(rows, row, host_row, block_size, vocab_size, device))
+        row, host_row = row + len(rows), host_row + len(rows)
+    return batches
+
+
+def _prefill(
+    pieces: Sequence[PrefillPiece],
+    row: int,
+    first_row: dict[tuple[int, ...], int],
+    block_size: int,
+    vocab_size: int,
+    device: torch.device,
+) -> MicroBatch:
+    start = row
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    segments, sample_rows, samplings = [], [], []
+    score_rows: list[int] = []
+    score_ids: list[int] = []
+    for piece in pieces:
+        span = range(piece.start, piece.start + len(piece.token_ids))
+        key = tuple(piece.block_table)
+        first = first_row.setdefault(key, row)
+        segments.append(Segment(first, row, row + len(span)))
+        ids.extend(piece.token_ids)
+        positions.extend(span)
+        slots.extend(piece.block_table[p // block_size] * block_size + p % block_size for p in span)
+        if piece.num_prompt_logprobs is not None:
+            score_rows.extend(range(row - start, row - start + len(piece.next_ids)))
+            score_ids.extend(piece.next_ids)
+        row += len(span)
+        if piece.sampling is not None:
+            sample_rows.append(row - 1 - start)
+            samplings.append(piece.sampling)
+    return MicroBatch(
+        rows=slice(start, row),
+        token_ids=torch.tensor(ids, device=device),
+        positions=torch.tensor(positions, device=device),
+        slots=torch.tensor(slots),
+        sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
+        sampling=build_sampling_batch(samplings, vocab_size, device) if samplings else None,
+        score_rows=torch.tensor(score_rows, dtype=torch.int64, device=device),
+        score_ids=torch.tensor(score_ids, dtype=torch.int64, device=device),
+        num_prompt_logprobs=max((p.num_prompt_logprobs or 0 for p in pieces), default=0),
+        segments=tuple(segments),
+    )
+
+
+def _decode(
+    rows: Sequence[DecodeRow], row: int, host_row: int, block_size: int, vocab_size: int, device: torch.device
+) -> MicroBatch:
+    width = max(len(r.block_table) for r in rows)
+    tables = [[*r.block_table, *[0] * (width - len(r.block_table))] for r in rows]
+    slots = [r.block_table[r.position // block_size] * block_size + r.position % block_size for r in rows]
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    return MicroBatch(
+        rows=slice(row, row + len(rows)),
+        token_ids=torch.tensor([r.token_id for r in rows], device=device),
+        positions=torch.tensor([r.position for r in rows], device=device),
+        slots=torch.tensor(slots),
+        sample_rows=torch.arange(len(rows), device=device),
+        sampling=build_sampling_batch([r.sampling for r in rows], vocab_size, device),
+        score_rows=none,
+        score_ids=none,
+        num_prompt_logprobs=0,
+        host_rows=slice(host_row, host_row + len(rows)),
+        block_tables=torch.tensor(tables),
+        context_lens=torch.tensor([r.position + 1 for r in rows]),
+    )

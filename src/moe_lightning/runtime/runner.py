@@ -1,0 +1,199 @@
+"""What each task of a schedule does to the buffers it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from moe_lightning.kernels import reference as ops
+from moe_lightning.memory.kv_cache import KVCache
+from moe_lightning.memory.weights import Weights
+from moe_lightning.pipeline.task import BufferKind, Task, TaskKind
+from moe_lightning.runtime.buffers import PassBuffers
+from moe_lightning.runtime.micro_batch import MicroBatch
+from moe_lightning.runtime.sampler import SampleOutput, prompt_logprobs, sample
+
+_HEAD_ROWS = 512  # rows of logits computed at once: a vocabulary of 128 k makes 256 MiB of them in float32
+
+
+class MicroBatchOutput(NamedTuple):
+    """Sampled tokens of a micro-batch, and the scores of its prompt tokens."""
+
+    sampled: SampleOutput | None
+    scored: list[SampleOutput]
+
+
+class TaskRunner:
+    """Runs the tasks of one pass over given micro-batches.
+
+    Knows nothing of lanes, order or concurrency: the schedule's dependencies make each call safe.
+    `ring_offset` turns the schedule's frame numbers into places in the ring, which goes on where the previous
+    pass left it.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        kv: KVCache,
+        buffers: PassBuffers,
+        micro_batches: Sequence[MicroBatch],
+        ring_offset: int = 0,
+    ) -> None:
+        self._weights = weights
+        self._spec = weights.spec
+        self._kv = kv
+        self._buffers = buffers
+        self._batches = micro_batches
+        self._ring_offset = ring_offset
+        self._inv_freq = ops.inverse_frequencies(self._spec.rope, self._spec.attention.head_dim)
+        self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kv_stage: dict[int, Tensor] = {}
+        self.outputs: dict[int, MicroBatchOutput] = {}
+        self._actions: dict[TaskKind, Callable[[Task], None]] = {
+            kind: getattr(self, f"_{kind.value}") for kind in TaskKind
+        }
+
+    @torch.inference_mode()
+    def run(self, task: Task) -> None:
+        """Do one task; its dependencies are done."""
+        self._actions[task.kind](task)
+
+    def _batch(self, task: Task) -> MicroBatch:
+        return self._batches[task.micro_batches[0]]
+
+    def _embed(self, task: Task) -> None:
+        batch = self._batch(task)
+        weights, dtype = self._weights.embed, self._buffers.hidden.dtype
+        torch.index_select(weights, 0, batch.token_ids, out=self._buffers.hidden[batch.rows])
+        inv_freq = self._inv_freq.to(batch.positions.device)
+        self._rotary[task.micro_batches[0]] = ops.rotary(batch.positions, inv_freq, dtype)
+
+    def _pre_attention(self, task: Task) -> None:
+        batch, layer, a = self._batch(task), self._weights.layers[task.layer], self._spec.attention
+        normed = ops.rms_norm(self._buffers.hidden[batch.rows], layer.input_norm, self._spec.norm_eps)
+        qkv = self._buffers.qkv[batch.rows]
+        torch.mm(normed, layer.qkv.t(), out=qkv)
+        rotated = qkv[:, : a.q_size + a.kv_size].unflatten(1, (-1, a.head_dim))
+        rotated.copy_(ops.rotate(rotated, *self._rotary[task.micro_batches[0]]))
+
+    def _offload_qkv(self, task: Task) -> None:
+        batch = self._batch(task)
+        self._buffers.host_qkv[batch.host_rows].copy_(self._buffers.qkv[batch.rows])
+
+    def _attention(self, task: Task) -> None:
+        batch, kv = self._batch(task), self._kv.layer(task.layer)
+        q, k, v = self._split(self._buffers.host_qkv[batch.host_rows])
+        ops.store_kv(kv, k, v, batch.slots)
+        out = self._attend(q, kv, batch)
+        self._buffers.host_out[batch.host_rows].copy_(out.flatten(1))
+
+    def _attend(self, q: Tensor, kv: Tensor, batch: MicroBatch) -> Tensor:
+        assert batch.block_tables is not None
+        assert batch.context_lens is not None
+        window = self._spec.attention.sliding_window
+        return ops.decode_attention(q, kv, batch.block_tables, batch.context_lens, window)
+
+    def _load_hidden(self, task: Task) -> None:
+        batch = self._batch(task)
+        self._buffers.attention_out[batch.rows].copy_(self._buffers.host_out[batch.host_rows])
+
+    def _prefill_attention(self, task: Task) -> None:
+        batch = self._batch(task)
+        q, _, _ = self._split(self._buffers.qkv[batch.rows])
+        _, k, v = self._split(self._buffers.qkv)
+        out = ops.prefill_attention(q, k, v, batch.segments, self._spec.attention.sliding_window)
+        self._buffers.attention_out[batch.rows].copy_(out.flatten(1))
+
+    def _store_kv(self, task: Task) -> None:
+        batch = self._batch(task)
+        _, k, v = self._split(self._buffers.qkv[batch.rows])
+        ops.store_kv(self._kv.layer(task.layer), k.cpu(), v.cpu(), batch.slots)
+
+    def _load_kv(self, task: Task) -> None:
+        batch = self._batch(task)
+        assert batch.block_tables is not None
+        blocks = self._kv.layer(task.layer)[batch.block_tables.flatten()]
+        self._kv_stage[task.writes[0].index] = blocks.to(self._buffers.hidden.device)
+
+    def _gpu_attention(self, task: Task) -> None:
+        """The staged blocks are numbered anew, sequence by sequence; the new token joins them here."""
+        batch = self._batch(task)
+        assert batch.block_tables is not None
+        assert batch.context_lens is not None
+        staged = self._kv_stage[task.reads[1].index]
+        q, k, v = self._split(self._buffers.qkv[batch.rows])
+        tables = torch.arange(batch.block_tables.numel()).view_as(batch.block_tables)
+        last, block_size = batch.context_lens - 1, self._kv.block_size
+        own_block = tables.gather(1, (last // block_size)[:, None])[:, 0]
+        ops.store_kv(staged, k, v, own_block * block_size + last % block_size)
+        window = self._spec.attention.sliding_window
+        out = ops.decode_attention(q, staged, tables, batch.context_lens, window)
+        self._buffers.attention_out[batch.rows].copy_(out.flatten(1))
+
+    def _post_attention(self, task: Task) -> None:
+        batch, layer, b = self._batch(task), self._weights.layers[task.layer], self._buffers
+        hidden = b.hidden[batch.rows]
+        hidden.addmm_(b.attention_out[batch.rows], layer.o.t())
+        normed = ops.rms_norm(hidden, layer.post_norm, self._spec.norm_eps)
+        b.experts_in[batch.rows].copy_(normed)
+        router = self._spec.experts.router
+        if router is None or layer.router is None:
+            b.topk_ids[batch.rows].zero_()
+            b.topk_weights[batch.rows].fill_(1.0)
+            return
+        ids, weights = ops.route(F.linear(normed, layer.router), router)
+        b.topk_ids[batch.rows].copy_(ids)
+        b.topk_weights[batch.rows].copy_(weights)
+
+    def _load_page(self, task: Task) -> None:
+        placement = self._weights.pages.placement
+        page = placement.resident[task.layer] + task.page
+        self._weights.pages.load(task.layer, page, self._ring_frame(task.frame))
+
+    def _ring_frame(self, frame: int) -> int:
+        return (frame + self._ring_offset) % self._weights.pages.placement.num_ring_frames
+
+    def _experts(self, task: Task) -> None:
+        pages, b = self._weights.pages, self._buffers
+        resident = range(pages.placement.resident[task.layer])
+        frames = [pages.placement.resident_frame(task.layer, page) for page in resident]
+        streamed = (buffer.index for buffer in task.reads if buffer.kind is BufferKind.FRAME)
+        frames += [self._ring_frame(frame) for frame in streamed]
+        pages.check(task.layer, frames)
+        # A group's micro-batches are neighbours, so its rows are one slice.
+        first, last = task.micro_batches[0], task.micro_batches[-1]
+        rows = slice(self._batches[first].rows.start, self._batches[last].rows.stop)
+        out = ops.experts(
+            b.experts_in[rows], b.topk_ids[rows], b.topk_weights[rows],
+            [pages.frames[frame] for frame in frames], pages.layout.pages_per_expert,
+        )  # fmt: skip
+        b.hidden[rows].add_(out)
+
+    def _sample(self, task: Task) -> None:
+        batch = self._batch(task)
+        hidden = self._buffers.hidden[batch.rows]
+        scored = [
+            prompt_logprobs(self._logits(hidden[rows]), ids, batch.num_prompt_logprobs)
+            for rows, ids in zip(
+                batch.score_rows.split(_HEAD_ROWS), batch.score_ids.split(_HEAD_ROWS), strict=True
+            )
+            if len(rows)
+        ]
+        sampled = None
+        if batch.sampling is not None:
+            sampled = sample(self._logits(hidden[batch.sample_rows]), batch.sampling)
+        self.outputs[task.micro_batches[0]] = MicroBatchOutput(sampled, scored)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        normed = ops.rms_norm(hidden, self._weights.final_norm, self._spec.norm_eps)
+        return F.linear(normed, self._weights.lm_head)
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [T, heads, D] of rows [T, q_size + 2 kv_size]; views."""
+        a = self._spec.attention
+        q, k, v = qkv.split((a.q_size, a.kv_size, a.kv_size), dim=1)
+        return tuple(part.unflatten(1, (-1, a.head_dim)) for part in (q, k, v))  # type: ignore[return-value]
