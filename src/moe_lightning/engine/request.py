@@ -108,7 +108,10 @@ class Request:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One of the n answers. `finish_reason`: ``stop``, ``length`` or ``abort``; `stop_reason`: what stopped it."""
+    """One of the n answers.
+
+    `finish_reason` is ``stop``, ``length`` or ``abort``; `stop_reason` is what stopped it.
+    """
 
     index: int
     text: str
