@@ -1,0 +1,190 @@
+"""Which sequences ride on the next pass."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from moe_lightning.engine.balance import spread
+from moe_lightning.engine.sequence import Sequence
+from moe_lightning.memory.blocks import BlockAllocator, num_blocks_for
+from moe_lightning.policy import Policy
+from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step with the sequences behind it.
+
+    `prefill[j]` are the sequences whose prompts end in chunk j with a token to sample, `scored[j]` the pieces' lengths to
+    score, both in row order; `decode[j]` those of decode micro-batch j.
+    """
+
+    step: Step
+    prefill: tuple[tuple[Sequence, ...], ...]
+    scored: tuple[tuple[tuple[Sequence, int], ...], ...]
+    decode: tuple[tuple[Sequence, ...], ...]
+    admitted: tuple[Sequence, ...]
+
+
+class Batcher:
+    """Continuous batching: every pass advances all running sequences and fills free memory with new prompts.
+
+    Admission is optimistic: a sequence gets the blocks its tokens need now, not those it may need. When blocks
+    run out, the youngest running sequences give theirs back and wait at the head of the queue; their tokens
+    are computed again later. The oldest sequence is never put back while a younger one runs and any one
+    sequence fits in memory alone, so the queue always moves.
+    """
+
+    def __init__(self, policy: Policy, eos_token_ids: Collection[int]) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in arrival order
+        self.num_preemptions = 0
+        self._policy = policy
+        self._eos_token_ids = eos_token_ids
+        self.allocator = BlockAllocator(policy.num_blocks)
+
+    @property
+    def has_work(self) -> bool:
+        """Some sequence is not finished."""
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        self.waiting.append(sequence)
+
+    def next(self) -> Batch:
+        """The next pass; the new prompts are counted as running from now on."""
+        preempted = self._reserve()
+        decoding = list(self.running)
+        # What was just put back must not take the blocks that it gave up for others.
+        admitted = [] if preempted else self._admit()
+        self.running = sorted(self.running + admitted, key=lambda s: s.order)
+        micro_batches = self._decode_micro_batches(decoding)
+        chunks = list(self._chunks(admitted))
+        return Batch(
+            step=Step(
+                prefill=tuple(tuple(piece for _, piece in chunk) for chunk in chunks),
+                decode=tuple(tuple(self._decode_row(s) for s in members) for members in micro_batches),
+            ),
+            prefill=tuple(tuple(s for s, piece in chunk if piece.sampling) for chunk in chunks),
+            scored=tuple(tuple((s, len(p.next_ids)) for s, p in chunk if p.next_ids) for chunk in chunks),
+            decode=tuple(tuple(members) for members in micro_batches),
+            admitted=tuple(admitted),
+        )
+
+    def retire(self) -> None:
+        """Let finished sequences go."""
+        for sequence in self.running:
+            if sequence.finish:
+                self._release(sequence)
+        self.running = [s for s in self.running if not s.finish]
+
+    def remove(self, request_ids: Collection[str]) -> None:
+        """Forget sequences, wherever they are."""
+        for sequence in self.running:
+            if sequence.request.request_id in request_ids:
+                self._release(sequence)
+        self.running = [s for s in self.running if s.request.request_id not in request_ids]
+        self.waiting = deque(s for s in self.waiting if s.request.request_id not in request_ids)
+
+    def put_back(self) -> None:
+        """Return all running sequences to the queue: a failed pass has left their KV undefined."""
+        self._preempt(self.running)
+        self.running = []
+
+    def _reserve(self) -> bool:
+        """Give every running sequence a slot for its next token; whether some had to be put back."""
+        kept: list[Sequence] = []
+        pending = deque(self.running)
+        victims: list[Sequence] = []
+        while pending:
+            sequence = pending.popleft()
+            missing = self._num_blocks(sequence.num_tokens) - len(sequence.blocks)
+            while missing > self.allocator.num_free and pending:
+                victim = pending.pop()
+                self._release(victim)
+                victims.append(victim)
+            if missing > self.allocator.num_free:
+                self._release(sequence)
+                victims.append(sequence)
+                continue
+            sequence.blocks += self.allocator.allocate(missing)
+            kept.append(sequence)
+        self.running = kept
+        self._preempt(victims)
+        return bool(victims)
+
+    def _preempt(self, victims: Iterable[Sequence]) -> None:
+        for victim in sorted(victims, key=lambda s: s.order, reverse=True):
+            self._release(victim)
+            self.waiting.appendleft(victim)
+            self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self.allocator.free(sequence.blocks)
+        sequence.blocks = []
+
+    def _admit(self) -> list[Sequence]:
+        admitted: list[Sequence] = []
+        tokens_left = self._policy.prefill_tokens
+        while self.waiting and len(self.running) + len(admitted) < self._policy.max_num_seqs:
+            sequence = self.waiting[0]
+            needed = self._num_blocks(sequence.num_tokens)
+            # Blocks that running sequences will ask for in the next pass or so: without them a prompt would
+            # be admitted only to be put back.
+            running = len(self.running) + len(admitted)
+            reserve = num_blocks_for(running, self._policy.block_size)
+            if sequence.num_tokens > tokens_left or needed + reserve > self.allocator.num_free:
+                break
+            self.waiting.popleft()
+            sequence.blocks = self.allocator.allocate(needed)
+            tokens_left -= sequence.num_tokens
+            admitted.append(sequence)
+        return admitted
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return num_blocks_for(num_tokens, self._policy.block_size)
+
+    def _decode_micro_batches(self, decoding: list[Sequence]) -> list[list[Sequence]]:
+        if not decoding:
+            return []
+        size = self._policy.micro_batch_size
+        lengths = [s.num_tokens for s in decoding]
+        groups = spread(lengths, -(-len(decoding) // size), size)
+        return [[decoding[i] for i in sorted(group)] for group in groups if group]
+
+    def _decode_row(self, sequence: Sequence) -> DecodeRow:
+        sampling = sequence.sampling(self._eos_token_ids)
+        assert sampling is not None, "a sequence without tokens to generate ends with its prompt"
+        return DecodeRow(sequence.last_token_id, sequence.num_tokens - 1, sequence.blocks, sampling)
+
+    def _chunks(self, admitted: list[Sequence]) -> Iterable[list[tuple[Sequence, PrefillPiece]]]:
+        """The prompts one after the other, cut into chunks that fit the workspace."""
+        chunk: list[tuple[Sequence, PrefillPiece]] = []
+        room = self._policy.chunk_tokens
+        for sequence in admitted:
+            start = 0
+            while start < sequence.num_tokens:
+                end = min(start + room, sequence.num_tokens)
+                chunk.append((sequence, self._piece(sequence, start, end)))
+                room -= end - start
+                start = end
+                if room == 0:
+                    yield chunk
+                    chunk, room = [], self._policy.chunk_tokens
+        if chunk:
+            yield chunk
+
+    def _piece(self, sequence: Sequence, start: int, end: int) -> PrefillPiece:
+        tokens = sequence.token_ids
+        wants_scores = sequence.request.params.prompt_logprobs is not None and not sequence.output_ids
+        return PrefillPiece(
+            token_ids=tokens[start:end],
+            start=start,
+            block_table=sequence.blocks,
+            sampling=sequence.sampling(self._eos_token_ids) if end == len(tokens) else None,
+            next_ids=tokens[start + 1 : end + 1] if wants_scores else (),
+            num_prompt_logprobs=sequence.request.params.prompt_logprobs if wants_scores else None,
+        )

@@ -1,0 +1,182 @@
+"""The loop of passes: requests in, outputs out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_lightning.engine.batcher import Batch, Batcher
+from moe_lightning.engine.request import Logprob, Logprobs, Request, RequestOutput
+from moe_lightning.engine.sequence import Sequence
+from moe_lightning.engine.stopping import Finish
+from moe_lightning.engine.worker import Worker
+from moe_lightning.policy import Policy
+from moe_lightning.runtime.runner import MicroBatchOutput
+from moe_lightning.runtime.sampler import SampleOutput
+
+
+class Engine:
+    """Runs requests to their end. Every request that was added comes out of `step` exactly once.
+
+    Attributes:
+        num_prompt_tokens: of all prompts computed so far, each counted once.
+        num_generated_tokens: of all answers so far.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        policy: Policy,
+        tokenizer: Any,
+        eos_token_ids: tuple[int, ...],
+        max_model_len: int,
+    ) -> None:
+        self._worker = worker
+        self._tokenizer = tokenizer
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._max_model_len = max_model_len
+        self._batcher = Batcher(policy, self._eos_token_ids)
+        self._unfinished: dict[str, list[Sequence]] = {}
+        self._prompt_logprobs: dict[str, list[Logprobs | None]] = {}
+        self._num_arrived = 0
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that are not finished."""
+        return len(self._unfinished)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have KV in memory."""
+        return len(self._batcher.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for memory or a place."""
+        return len(self._batcher.waiting)
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a sequence had to give its memory back."""
+        return self._batcher.num_preemptions
+
+    def add(self, request: Request) -> None:
+        """Queue a request; its id must be new among the unfinished ones."""
+        assert request.request_id not in self._unfinished, f"request id {request.request_id} twice"
+        sequences = []
+        for index in range(request.params.n):
+            sequences.append(
+                Sequence(request, index, self._num_arrived, self._max_model_len, self._tokenizer)
+            )
+            self._num_arrived += 1
+        self._unfinished[request.request_id] = sequences
+        for sequence in sequences:
+            self._batcher.add(sequence)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now with what it has; None if it is not known (any more)."""
+        sequences = self._unfinished.get(request_id)
+        if sequences is None:
+            return None
+        self._batcher.remove({request_id})
+        for sequence in sequences:
+            if sequence.finish is None:
+                sequence.finish = Finish("abort", None, sequence.output().text)
+        return self._finish(request_id)
+
+    def step(self) -> list[RequestOutput]:
+        """One pass; the requests it finished."""
+        if not self._batcher.has_work:
+            return []
+        batch = self._batcher.next()
+        try:
+            outputs = self._worker.run(batch.step)
+        except BaseException:
+            self._batcher.put_back()
+            raise
+        self._take(batch, outputs)
+        ended = {s.request.request_id for s in self._batcher.running if s.finish}
+        self._batcher.retire()
+        done = [r for r in ended if all(s.finish for s in self._unfinished[r])]
+        return [self._finish(request_id) for request_id in sorted(done, key=self._order)]
+
+    def _order(self, request_id: str) -> int:
+        return self._unfinished[request_id][0].order
+
+    def _take(self, batch: Batch, outputs: list[MicroBatchOutput]) -> None:
+        for sequences, scored, output in zip(batch.prefill, batch.scored, outputs, strict=False):
+            self._take_scores(scored, output)
+            self._take_tokens(sequences, output.sampled)
+        for sequences, output in zip(batch.decode, outputs[len(batch.prefill) :], strict=True):
+            self._take_tokens(sequences, output.sampled)
+        for sequence in batch.admitted:
+            if not sequence.output_ids[1:] and sequence.index == 0:
+                self.num_prompt_tokens += len(sequence.request.prompt_token_ids)
+            if sequence.max_new_tokens == 0:
+                sequence.finish = Finish("length", None, "")
+
+    def _take_tokens(self, sequences: tuple[Sequence, ...], sampled: SampleOutput | None) -> None:
+        if sampled is None:
+            return
+        rows = _Rows(sampled, self._tokenizer)
+        for row, sequence in enumerate(sequences):
+            k = sequence.request.params.logprobs
+            logprobs = None if k is None else rows.logprobs(row, k)
+            sequence.accept(rows.token_ids[row], self._eos_token_ids, logprobs)
+        self.num_generated_tokens += len(sequences)
+
+    def _take_scores(self, scored: tuple[tuple[Sequence, int], ...], output: MicroBatchOutput) -> None:
+        """Scores come as parts of a chunk's positions; each piece takes its own in row order."""
+        entries: list[tuple[_Rows, int]] = []
+        for part in output.scored:
+            rows = _Rows(part, self._tokenizer)
+            entries += [(rows, row) for row in range(len(rows.token_ids))]
+        position = 0
+        for sequence, count in scored:
+            k = sequence.request.params.prompt_logprobs
+            assert k is not None
+            if sequence.index == 0:
+                into = self._prompt_logprobs.setdefault(sequence.request.request_id, [None])
+                into += [rows.logprobs(row, k) for rows, row in entries[position : position + count]]
+            position += count
+
+    def _finish(self, request_id: str) -> RequestOutput:
+        sequences = self._unfinished.pop(request_id)
+        request = sequences[0].request
+        prompt_logprobs = self._prompt_logprobs.pop(request_id, None)
+        if prompt_logprobs is None and request.params.prompt_logprobs is not None:
+            prompt_logprobs = [None]
+        return RequestOutput(
+            request_id=request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[sequence.output() for sequence in sequences],
+            prompt_logprobs=prompt_logprobs,
+        )
+
+
+class _Rows:
+    """Sampler output as Python values, copied from the device once."""
+
+    def __init__(self, output: SampleOutput, tokenizer: Any) -> None:
+        self.token_ids: list[int] = output.token_ids.tolist()
+        self._tokenizer = tokenizer
+        self._logprobs = output.logprobs.tolist() if output.logprobs is not None else []
+        self._ranks = output.ranks.tolist() if output.ranks is not None else []
+        self._top_ids = output.top_ids.tolist() if output.top_ids is not None else None
+        self._top = output.top_logprobs.tolist() if output.top_logprobs is not None else None
+
+    def logprobs(self, row: int, k: int) -> Logprobs:
+        """The k most likely tokens of a row and the chosen one, which comes first."""
+        token = self.token_ids[row]
+        entries = {token: Logprob(self._logprobs[row], self._ranks[row], self._text(token))}
+        if self._top_ids is not None and self._top is not None:
+            for rank, (top, value) in enumerate(
+                zip(self._top_ids[row][:k], self._top[row][:k], strict=True), start=1
+            ):
+                entries.setdefault(top, Logprob(value, rank, self._text(top)))
+        return entries
+
+    def _text(self, token_id: int) -> str:
+        return str(self._tokenizer.decode([token_id]))
