@@ -17,8 +17,9 @@ from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step
 class Batch:
     """A step with the sequences behind it.
 
-    `prefill[j]` are the sequences whose prompts end in chunk j with a token to sample, `scored[j]` the pieces' lengths to
-    score, both in row order; `decode[j]` those of decode micro-batch j.
+    `prefill[j]` are the sequences whose prompts end in chunk j with a token to sample; `scored[j]` those with
+    prompt tokens to score in it, and how many; both in row order. `decode[j]` are those of decode
+    micro-batch j.
     """
 
     step: Step
@@ -179,7 +180,8 @@ class Batcher:
 
     def _piece(self, sequence: Sequence, start: int, end: int) -> PrefillPiece:
         tokens = sequence.token_ids
-        wants_scores = sequence.request.params.prompt_logprobs is not None and not sequence.output_ids
+        wants_scores = sequence.request.params.prompt_logprobs is not None
+        wants_scores = wants_scores and sequence.index == 0 and not sequence.output_ids
         return PrefillPiece(
             token_ids=tokens[start:end],
             start=start,

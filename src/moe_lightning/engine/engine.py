@@ -136,9 +136,8 @@ class Engine:
         for sequence, count in scored:
             k = sequence.request.params.prompt_logprobs
             assert k is not None
-            if sequence.index == 0:
-                into = self._prompt_logprobs.setdefault(sequence.request.request_id, [None])
-                into += [rows.logprobs(row, k) for rows, row in entries[position : position + count]]
+            into = self._prompt_logprobs.setdefault(sequence.request.request_id, [None])
+            into += [rows.logprobs(row, k) for rows, row in entries[position : position + count]]
             position += count
 
     def _finish(self, request_id: str) -> RequestOutput:

@@ -17,7 +17,7 @@ from moe_lightning.models.spec import RopeScaling, RopeSpec, RouterSpec
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [T, H] scaled to unit root mean square in float32, times weight [H]."""
+    """Rows of x [T, H] scaled to unit root mean square in float32, times weight [H]."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
@@ -47,7 +47,7 @@ def rotary(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, heads, D] turned by its position; component i pairs with i + D / 2."""
+    """Heads of x [T, heads, D] turned by its position; component i pairs with i + D / 2."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 

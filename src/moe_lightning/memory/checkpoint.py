@@ -148,7 +148,8 @@ def _check_tensor(stored: StoredTensor, wanted: TensorSpec) -> None:
         )
     if math.prod(stored.shape) * _DTYPES[stored.dtype].itemsize != stored.num_bytes:
         raise CheckpointError(
-            f"{stored.path}: {stored.name} has {stored.num_bytes} bytes, not those of its shape {list(stored.shape)}"
+            f"{stored.path}: {stored.name} has {stored.num_bytes} bytes, "
+            f"not those of its shape {list(stored.shape)}"
         )
 
 
@@ -172,7 +173,7 @@ def read_tensor(stored: StoredTensor) -> Tensor:
         CheckpointError: the file cannot be read to the tensor's end.
     """
     values = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype])
-    view = memoryview(values.view(-1).view(torch.uint8).numpy())
+    view = memoryview(values.view(-1).view(torch.uint8).numpy().data)
     done = 0
     with stored.path.open("rb", buffering=0) as file:
         while done < len(view):
@@ -211,7 +212,8 @@ def _fill(weights: Weights, tensor: TensorSpec, stored: StoredTensor) -> int:
         filled += destination.numel()
     if filled != tensor.num_elements:
         raise CheckpointError(
-            f"{tensor.name}: {format_bytes(stored.num_bytes)} read, {filled} of {tensor.num_elements} weights placed"
+            f"{tensor.name}: {format_bytes(stored.num_bytes)} read, "
+            f"{filled} of {tensor.num_elements} weights placed"
         )
     return stored.num_bytes
 

@@ -12,7 +12,8 @@ from moe_lightning.models.spec import AttentionSpec
 class KVCache:
     """One arena; a block has the same number in every layer.
 
-    A layer is [num_blocks, 2, num_kv_heads, block_size, head_dim]: keys, then values, each contiguous per head.
+    A layer is [num_blocks, 2, num_kv_heads, block_size, head_dim]: a block's keys, then its values, each
+    contiguous per head.
     """
 
     def __init__(

@@ -64,7 +64,8 @@ class PageStore:
         for page, frame in enumerate(frames):
             if self._content[frame] != (layer, page):
                 raise ScheduleError(
-                    f"experts of layer {layer} want page {page} in frame {frame}, which holds {self._content[frame]}"
+                    f"experts of layer {layer} want page {page} in frame {frame}, "
+                    f"which holds {self._content[frame]}"
                 )
 
 

@@ -21,7 +21,8 @@ class PrefillPiece:
         start: position of the first of them in the prompt; pieces before it are in this pass too.
         block_table: KV blocks of the sequence.
         sampling: set on the piece that ends the prompt, if a token is to be sampled after it.
-        next_ids: for prompt log-probabilities, the prompt's token after each of the piece's; one fewer at its end.
+        next_ids: for prompt log-probabilities, the prompt's token after each of the piece's;
+            one fewer at the prompt's end.
         num_prompt_logprobs: most likely tokens to give at each of these positions; None for no scoring.
     """
 
@@ -88,7 +89,7 @@ def build_micro_batches(
 ) -> list[MicroBatch]:
     """The micro-batches of a step; rows are given out in order, prefill first."""
     batches, row, host_row = [], 0, 0
-    first_row: dict[tuple[int, ...], int] = {}  # of each prompt, by its block table
+    first_row: dict[int, int] = {}  # of each prompt, by its first KV block
     for pieces in step.prefill:
         batch = _prefill(pieces, row, first_row, block_size, vocab_size, device)
         batches.append(batch)
@@ -102,7 +103,7 @@ def build_micro_batches(
 def _prefill(
     pieces: Sequence[PrefillPiece],
     row: int,
-    first_row: dict[tuple[int, ...], int],
+    first_row: dict[int, int],
     block_size: int,
     vocab_size: int,
     device: torch.device,
@@ -116,8 +117,7 @@ def _prefill(
     score_ids: list[int] = []
     for piece in pieces:
         span = range(piece.start, piece.start + len(piece.token_ids))
-        key = tuple(piece.block_table)
-        first = first_row.setdefault(key, row)
+        first = first_row.setdefault(piece.block_table[0], row)
         segments.append(Segment(first, row, row + len(span)))
         ids.extend(piece.token_ids)
         positions.extend(span)

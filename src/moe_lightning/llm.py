@@ -1,0 +1,357 @@
+"""The Python interface: a model that answers prompts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_lightning.config import EngineConfig
+from moe_lightning.engine.engine import Engine
+from moe_lightning.engine.request import PassStats, Request, RequestOutput, SamplingParams
+from moe_lightning.engine.worker import Worker
+from moe_lightning.errors import ConfigError, RequestError
+from moe_lightning.hardware.host import available_memory
+from moe_lightning.memory import checkpoint
+from moe_lightning.memory.kv_cache import KVCache
+from moe_lightning.memory.layout import PageLayout, Placement
+from moe_lightning.memory.weights import Weights, allocate
+from moe_lightning.models import registry
+from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.default_policy import Memory, default_policy, load_policy
+from moe_lightning.pipeline.timeline import Timeline
+from moe_lightning.policy import Policy
+from moe_lightning.runtime.executor import SerialExecutor, ThreadedExecutor
+
+Prompt = str | Sequence[int] | dict[str, Any]
+OnPass = Callable[[PassStats], None]
+_QUEUE = 2  # requests waiting, as a multiple of max_num_seqs: enough that memory never stays unused
+
+
+class LLM:
+    """A loaded model; keywords as in vLLM where the meaning is the same.
+
+    Args:
+        model: checkpoint directory.
+        settings: fields of `EngineConfig`; `policy` may also be a `Policy` (for experiments).
+
+    Raises:
+        ConfigError, UnsupportedModelError, CheckpointError, NoFeasiblePolicyError: the model cannot run as asked.
+    """
+
+    def __init__(self, model: str | Path, *, policy: str | Policy | None = None, **settings: Any) -> None:
+        known = EngineConfig.__dataclass_fields__
+        for name in settings:
+            if name not in known:
+                raise TypeError(f"LLM has no setting {name!r}; it has {', '.join(known)}")
+        path = policy if isinstance(policy, str) else None
+        self.config = EngineConfig(model=str(model), policy=path, **settings)
+        self.spec: ModelSpec = registry.resolve(self.config.model)
+        self.model_name = Path(self.config.model).name
+        directory = _checkpoint_directory(self.config.model)
+        self.tokenizer = load_tokenizer(self.config.tokenizer or str(directory))
+        self._device = _device(self.config)
+        self._dtype = _dtype(self.config.dtype, self.spec)
+        self.policy, self.max_model_len = self._plan(policy)
+        # Before memory is taken: a wrong checkpoint is the commonest error.
+        checkpoint.check_tensors(checkpoint.open_checkpoint(directory), self.spec)
+        weights = self._load(directory)
+        kv = KVCache(
+            self.spec.num_layers,
+            self.spec.attention,
+            self.policy.num_blocks,
+            self.policy.block_size,
+            self._dtype,
+        )
+        executor = ThreadedExecutor() if self.config.executor == "threads" else SerialExecutor()
+        self._worker = Worker(weights, self.policy, kv, executor, self._device)
+        self.engine = Engine(
+            self._worker, self.policy, self.tokenizer, self.spec.eos_token_ids, self.max_model_len
+        )
+        self._num_requests = 0
+
+    @property
+    def last_trace(self) -> Timeline | None:
+        """When each task of the last pass ran."""
+        return self._worker.last_timeline
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers in the order of the prompts.
+
+        Args:
+            prompts: text, token ids, ``{"prompt_token_ids": [...]}`` or ``{"prompt": str}``, or a list of these.
+            sampling_params: for all prompts, or one for each.
+            use_tqdm: show a progress bar.
+
+        Raises:
+            RequestError: a prompt is empty or too long; nothing has run then.
+        """
+        requests = self._completion_requests(prompts, sampling_params)
+        return self._collect(requests, use_tqdm)
+
+    def generate_iter(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """As `generate`, but answers come as they are finished; `request_id` says to which prompt, from "0" on."""
+        requests = self._completion_requests(prompts, sampling_params)
+        base = int(requests[0].request_id) if requests else 0
+        for output in self.run(requests):
+            yield _renamed(output, str(int(output.request_id) - base))
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers to one conversation or several, through the model's chat template.
+
+        Raises:
+            RequestError: the model has no chat template, or a conversation does not fit it.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        params = _per_prompt(sampling_params, len(conversations))
+        requests = [
+            self.chat_request(self._next_id(), list(conversation), p)  # type: ignore[arg-type]
+            for conversation, p in zip(conversations, params, strict=True)
+        ]
+        return self._collect(requests, use_tqdm)
+
+    def completion_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, seed: int | None = None
+    ) -> Request:
+        """A request that `run` takes; `seed` is for the case that params has none.
+
+        Raises:
+            RequestError: the prompt is empty, too long, or has ids that are no tokens.
+        """
+        if isinstance(prompt, dict):
+            known = [prompt[key] for key in ("prompt_token_ids", "prompt") if key in prompt]
+            if not known:
+                raise RequestError(f"a prompt has keys {sorted(prompt)}; give prompt_token_ids or prompt")
+            prompt = known[0]
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        return self._request(request_id, ids, text, params, seed)
+
+    def chat_request(
+        self, request_id: str, messages: list[dict[str, Any]], params: SamplingParams, seed: int | None = None
+    ) -> Request:
+        """A request for the answer to a conversation.
+
+        Raises:
+            RequestError: the model has no chat template, or the conversation does not fit it.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise RequestError("the model's tokenizer has no chat template; send a plain prompt instead")
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template raises whatever its author wrote
+            raise RequestError(f"the chat template refuses these messages: {error}") from error
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._request(request_id, ids, text, params, seed)
+
+    def run(self, requests: Iterable[Request], on_pass: OnPass | None = None) -> Iterator[RequestOutput]:
+        """Outputs as requests finish; takes requests only as fast as they can be worked on.
+
+        `on_pass` is called after each pass. When the caller stops early, what is unfinished is dropped.
+        """
+        engine, source = self.engine, iter(requests)
+        start = time.monotonic()
+        prompt, generated = engine.num_prompt_tokens, engine.num_generated_tokens
+        mine: set[str] = set()
+        try:
+            while True:
+                self._fill(source, mine)
+                if not engine.num_unfinished:
+                    return
+                outputs = engine.step()
+                if on_pass:
+                    on_pass(
+                        PassStats(
+                            num_running=engine.num_running,
+                            num_waiting=engine.num_waiting,
+                            prompt_tokens=engine.num_prompt_tokens - prompt,
+                            generated_tokens=engine.num_generated_tokens - generated,
+                            seconds=time.monotonic() - start,
+                        )
+                    )
+                for output in outputs:
+                    mine.discard(output.request_id)
+                    yield output
+        finally:
+            for request_id in mine:
+                engine.abort(request_id)
+
+    def _fill(self, source: Iterator[Request], mine: set[str]) -> None:
+        while self.engine.num_waiting < _QUEUE * self.policy.max_num_seqs:
+            request = next(source, None)
+            if request is None:
+                return
+            mine.add(request.request_id)
+            self.engine.add(request)
+
+    def _completion_requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[Request]:
+        several = _as_list(prompts)
+        params = _per_prompt(sampling_params, len(several))
+        return [
+            self.completion_request(self._next_id(), prompt, p)
+            for prompt, p in zip(several, params, strict=True)
+        ]
+
+    def _collect(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+        found = {}
+        with _progress(len(requests), use_tqdm) as advance:
+            for output in self.run(requests):
+                found[output.request_id] = output
+                advance()
+        return [found[request.request_id] for request in requests]
+
+    def _next_id(self) -> str:
+        self._num_requests += 1
+        return str(self._num_requests - 1)
+
+    def _request(
+        self, request_id: str, ids: list[int], text: str | None, params: SamplingParams, seed: int | None
+    ) -> Request:
+        longest = self.max_model_len - (0 if params.max_tokens == 0 else 1)
+        if not ids:
+            raise RequestError("the prompt is empty; a model needs at least one token")
+        if len(ids) > longest:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens; {longest} fit into max_model_len={self.max_model_len} "
+                "with room for an answer. Shorten it or raise max_model_len"
+            )
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.spec.vocab_size:
+                raise RequestError(f"{token!r} is no token id; they run from 0 to {self.spec.vocab_size - 1}")
+        if params.seed is not None:
+            seed = params.seed
+        elif seed is None:
+            seed = hash((self.config.seed, int(request_id) if request_id.isdecimal() else request_id))
+        return Request(request_id, tuple(ids), params, text, seed)
+
+    def _plan(self, policy: str | Policy | None) -> tuple[Policy, int]:
+        c = self.config
+        host = c.host_memory or int(0.8 * available_memory())
+        gpu = c.gpu_memory
+        if gpu is None and self._device.type == "cuda":
+            gpu = int(0.9 * torch.cuda.mem_get_info(self._device)[0])
+        if isinstance(policy, Policy):
+            length = min(c.max_model_len or self.spec.max_position, policy.num_blocks * policy.block_size)
+            return policy, min(length, policy.prefill_tokens)
+        planned, length = default_policy(
+            self.spec, self._dtype.itemsize, Memory(host, gpu), c.max_model_len, c.max_num_seqs
+        )
+        if c.policy:
+            planned = load_policy(c.policy, planned)
+            length = min(length, planned.prefill_tokens, planned.num_blocks * planned.block_size)
+        return planned, length
+
+    def _load(self, directory: Path) -> Weights:
+        layout = PageLayout.of(self.spec, self.policy.pages_per_expert)
+        placement = Placement(layout.pages_per_layer, self.policy.resident_pages, self.policy.num_frames)
+        weights = allocate(self.spec, layout, placement, self._dtype, self._device)
+        with _progress(weights.num_bytes, True, "loading weights", is_bytes=True) as advance:
+            checkpoint.load(directory, weights, progress=lambda done, total: advance(done, total))
+        return weights
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer in a directory.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer  # takes a second: not before it is needed
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"no tokenizer can be loaded from {path} ({str(error).splitlines()[0]}); "
+            "put the model's tokenizer files there or name their directory with tokenizer"
+        ) from error
+
+
+def _checkpoint_directory(model: str) -> Path:
+    path = Path(model)
+    if not path.is_dir():
+        raise ConfigError(f"{model!r} is no checkpoint directory; download the model and give its directory")
+    return path
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda', but torch sees no GPU; use device='cpu' or install a CUDA torch")
+    # Until the CUDA executor exists, auto must not pick a path that is not tested.
+    return torch.device("cuda" if config.device == "cuda" else "cpu")
+
+
+def _dtype(name: str, spec: ModelSpec) -> torch.dtype:
+    chosen = spec.dtype if name == "auto" else name
+    found = getattr(torch, chosen, None)
+    if found not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ConfigError(f"dtype {chosen!r} cannot be run; choose float32, float16 or bfloat16")
+    return found  # type: ignore[no-any-return]
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str | dict):
+        return [prompts]
+    prompts = list(prompts)  # type: ignore[arg-type]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]
+
+
+def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError(f"{len(params)} sampling_params for {count} prompts; give one for all or one each")
+    return list(params)
+
+
+def _renamed(output: RequestOutput, request_id: str) -> RequestOutput:
+    from dataclasses import replace
+
+    return replace(output, request_id=request_id)
+
+
+@contextmanager
+def _progress(
+    total: int, is_shown: bool, label: str = "prompts", *, is_bytes: bool = False
+) -> Iterator[Callable[..., None]]:
+    """A progress bar on a terminal; nothing elsewhere."""
+    from rich import progress as bars
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    count: bars.ProgressColumn = bars.DownloadColumn() if is_bytes else bars.MofNCompleteColumn()
+    columns = (bars.TextColumn(label), bars.BarColumn(), count, bars.TimeRemainingColumn())
+    with bars.Progress(*columns, console=console, disable=not (is_shown and console.is_terminal)) as bar:
+        task = bar.add_task(label, total=total)
+
+        def advance(done: int | None = None, of: int | None = None) -> None:
+            if done is None:
+                bar.advance(task)
+            else:
+                bar.update(task, completed=done, total=of)
+
+        yield advance

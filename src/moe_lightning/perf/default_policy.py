@@ -1,0 +1,157 @@
+"""A policy that runs, from sizes alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
+from moe_lightning.models.spec import ModelSpec
+from moe_lightning.policy import Policy
+from moe_lightning.units import GIB, MIB, format_bytes
+
+_BLOCK_SIZE = 16
+_WORKSPACE = GIB  # activations, logits, one checkpoint tensor per reader
+_MAX_SEQS = 256
+_PREFILL_TOKENS = 2048
+_CHUNK_TOKENS = 512
+_PAGE_BYTES = 32 * MIB  # enough to saturate a link, small enough to let hidden states pass between
+_RING_LAYERS = 1.5  # pages of the next layer arrive while the experts of this one still read theirs
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a policy may use; `gpu` is None where the dense work runs on the CPU over host memory."""
+
+    host: int
+    gpu: int | None
+
+
+def default_policy(
+    spec: ModelSpec,
+    dtype_bytes: int,
+    memory: Memory,
+    max_model_len: int | None = None,
+    max_num_seqs: int | None = None,
+) -> tuple[Policy, int]:
+    """A policy that fits, and the longest sequence it can run.
+
+    Raises:
+        NoFeasiblePolicyError: the weights or one sequence do not fit.
+        ConfigError: max_model_len is more than the model was made for.
+    """
+    length = min(max_model_len or spec.max_position, spec.max_position)
+    if max_model_len and max_model_len > spec.max_position:
+        raise ConfigError(
+            f"max_model_len={max_model_len} is more than the model's {spec.max_position} positions; lower it"
+        )
+    num_seqs = max_num_seqs or _MAX_SEQS
+    rows = num_seqs + max(_PREFILL_TOKENS, length)
+    pages, resident, frames = _pages(spec, dtype_bytes, memory, rows)
+    streamed = sum(spec.experts.num_experts * pages - r for r in resident)
+    page_bytes = _expert_bytes(spec, dtype_bytes) // pages
+    on_host = streamed * page_bytes if memory.gpu is not None else _all_bytes(spec, dtype_bytes)
+    num_blocks = _num_blocks(spec, dtype_bytes, memory.host - on_host - _WORKSPACE, num_seqs, length)
+    capacity = num_blocks * _BLOCK_SIZE
+    if capacity < (max_model_len or min(length, _BLOCK_SIZE)):
+        raise NoFeasiblePolicyError(
+            f"{spec.architecture} needs {format_bytes(on_host + _WORKSPACE)} of host memory and KV for one "
+            f"sequence of {length} tokens ({format_bytes(spec.kv_bytes_per_token(dtype_bytes) * length)}); "
+            f"{format_bytes(memory.host)} is there. Lower max_model_len or free host memory"
+        )
+    length = min(length, capacity)
+    policy = Policy(
+        max_num_seqs=num_seqs,
+        micro_batch_size=max(1, num_seqs // 4),
+        group_size=2**16,  # one sweep over the experts for the whole pass
+        look_ahead=2,
+        prefill_tokens=max(_PREFILL_TOKENS, length),
+        chunk_tokens=_CHUNK_TOKENS,
+        pages_per_expert=pages,
+        resident_pages=resident,
+        num_frames=frames,
+        num_blocks=num_blocks,
+        block_size=_BLOCK_SIZE,
+    )
+    return policy, length
+
+
+def load_policy(path: str, base: Policy) -> Policy:
+    """The policy with values of a JSON file in place of some of its own.
+
+    Raises:
+        ConfigError: the file is missing, no JSON object, or has values that are no policy's.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"policy file {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"policy file {path} holds no JSON object")
+    return override(base, values)
+
+
+def override(base: Policy, values: dict[str, Any]) -> Policy:
+    """The policy with some values replaced.
+
+    Raises:
+        ConfigError: a name or a value is no policy's.
+    """
+    for name, value in values.items():
+        known = {f.name: getattr(base, f.name) for f in fields(Policy)}
+        if name not in known:
+            raise ConfigError(f"a policy has no {name!r}; it has {', '.join(known)}")
+        least = 0 if name in ("look_ahead", "num_frames") else 1
+        if isinstance(known[name], int) and (not isinstance(value, int) or value < least):
+            raise ConfigError(f"{name}={value!r}: give an integer of {least} or more")
+    if isinstance(values.get("resident_pages"), list):
+        values = {**values, "resident_pages": tuple(values["resident_pages"])}
+    return replace(base, **values)
+
+
+def _pages(spec: ModelSpec, dtype_bytes: int, memory: Memory, rows: int) -> tuple[int, tuple[int, ...], int]:
+    """Pages per expert, resident pages of each layer, frames of the ring."""
+    num_experts, layers = spec.experts.num_experts, spec.num_layers
+    if memory.gpu is None:
+        return 1, (num_experts,) * layers, 0
+    expert_bytes = _expert_bytes(spec, dtype_bytes)
+    pages = _pages_per_expert(spec.experts.intermediate_size, expert_bytes)
+    per_layer = num_experts * pages
+    fixed = _all_bytes(spec, dtype_bytes) - expert_bytes * num_experts * layers
+    activations = rows * dtype_bytes * (3 * spec.hidden_size + 2 * spec.attention.qkv_size)
+    frames = (memory.gpu - fixed - activations) // (expert_bytes // pages)
+    if frames >= per_layer * layers:
+        return pages, (per_layer,) * layers, 0
+    if frames < per_layer:
+        needed = fixed + activations + expert_bytes * num_experts
+        raise NoFeasiblePolicyError(
+            f"{spec.architecture} needs {format_bytes(needed)} of GPU memory to stream one layer at a time; "
+            f"{format_bytes(memory.gpu)} is allowed. Raise gpu_memory or lower max_num_seqs"
+        )
+    # resident * layers + ring, with a ring of _RING_LAYERS * (per_layer - resident), fills all frames.
+    resident = int((frames - _RING_LAYERS * per_layer) / max(layers - _RING_LAYERS, 1))
+    resident = min(max(resident, 0), per_layer)
+    return pages, (resident,) * layers, frames - resident * layers
+
+
+def _pages_per_expert(intermediate_size: int, expert_bytes: int) -> int:
+    """The fewest equal slices that are no larger than a page should be."""
+    for pages in range(1, intermediate_size + 1):
+        if intermediate_size % pages == 0 and expert_bytes // pages <= _PAGE_BYTES:
+            return pages
+    return intermediate_size
+
+
+def _num_blocks(spec: ModelSpec, dtype_bytes: int, free: int, num_seqs: int, length: int) -> int:
+    wanted = num_seqs * -(-length // _BLOCK_SIZE)
+    return max(0, min(wanted, free // (spec.kv_bytes_per_token(dtype_bytes) * _BLOCK_SIZE)))
+
+
+def _expert_bytes(spec: ModelSpec, dtype_bytes: int) -> int:
+    return 3 * spec.hidden_size * spec.experts.intermediate_size * dtype_bytes
+
+
+def _all_bytes(spec: ModelSpec, dtype_bytes: int) -> int:
+    return spec.num_parameters * dtype_bytes
