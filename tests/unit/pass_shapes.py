@@ -7,7 +7,8 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from moe_lightning.pipeline.hazards import derive
-from moe_lightning.pipeline.task import PassShape, Schedule, Task, TaskKind
+from moe_lightning.pipeline.task import Buffer, PassShape, Schedule, Task, TaskKind
+from moe_lightning.pipeline.timeline import Timeline
 
 
 @st.composite
@@ -49,3 +50,19 @@ def reloads(schedule: Schedule, index: int) -> bool:
         if earlier.kind is TaskKind.LOAD_PAGE:
             held[earlier.frame] = (earlier.layer, earlier.page)
     return held.get(task.frame) == (task.layer, task.page)
+
+
+def races(schedule: Schedule, timeline: Timeline) -> bool:
+    """Whether two tasks that conflict over a buffer ran at once or in the other order."""
+    wrote: dict[Buffer, float] = {}
+    touched: dict[Buffer, float] = {}
+    for task, record in zip(schedule.tasks, timeline.records, strict=True):
+        if any(record.start < wrote.get(buffer, 0.0) for buffer in task.reads):
+            return True
+        if any(record.start < touched.get(buffer, 0.0) for buffer in task.writes):
+            return True
+        for buffer in task.reads + task.writes:
+            touched[buffer] = max(touched.get(buffer, 0.0), record.end)
+        for buffer in task.writes:
+            wrote[buffer] = max(wrote.get(buffer, 0.0), record.end)
+    return False

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pass_shapes import conflicts, pass_shapes, relaunched, reloads
+from pass_shapes import conflicts, pass_shapes, races, relaunched, reloads
 
 from moe_lightning.errors import ScheduleError
 from moe_lightning.pipeline.baselines import SCHEDULES
@@ -23,22 +23,6 @@ from moe_lightning.pipeline.validate import validate
 GOLDEN = Path(__file__).parents[1] / "golden"
 every_schedule = pytest.mark.parametrize("name", sorted(SCHEDULES))
 few = settings(max_examples=25, deadline=None)
-
-
-def races(schedule: Schedule, timeline: Timeline) -> bool:
-    """Whether two tasks that conflict over a buffer ran at once or in the other order."""
-    wrote: dict[Buffer, float] = {}
-    touched: dict[Buffer, float] = {}
-    for task, record in zip(schedule.tasks, timeline.records, strict=True):
-        if any(record.start < wrote.get(buffer, 0.0) for buffer in task.reads):
-            return True
-        if any(record.start < touched.get(buffer, 0.0) for buffer in task.writes):
-            return True
-        for buffer in task.reads + task.writes:
-            touched[buffer] = max(touched.get(buffer, 0.0), record.end)
-        for buffer in task.writes:
-            wrote[buffer] = max(wrote.get(buffer, 0.0), record.end)
-    return False
 
 
 def overlaps(timeline: Timeline) -> bool:
