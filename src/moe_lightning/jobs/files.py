@@ -157,8 +157,8 @@ class LineFile:
 
     def _failed(self, e: OSError) -> JobError:
         return JobError(
-            f"cannot write {self.path}: {e.strerror}. The lines in it are whole: make room and run the same "
-            "command again to resume"
+            f"cannot write {self.path}: {e.strerror}. The lines in it are whole: make room and run the job "
+            "again to resume"
         )
 
 

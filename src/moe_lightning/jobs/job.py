@@ -115,7 +115,7 @@ class BatchJob:
             lost = next(iter(self._in_flight.values()))[1].custom_id
             raise JobError(
                 f"the engine gave no answer to {len(self._in_flight)} requests, {lost!r} among them; "
-                "run the same command again to resume"
+                "run the job again to resume"
             )
 
     def _earlier_answers(self) -> set[str]:

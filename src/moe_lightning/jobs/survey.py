@@ -19,8 +19,8 @@ from moe_lightning.jobs.lines import BadLine, read_batch
 class Survey:
     """All lines of an input file.
 
-    `valid_ids` and `bad_ids` are those of the lines that the job covers, `later_ids` those past its limit. The
-    job ends with line `last_line`, the input with byte `size`. `models`: up to four names that bodies give.
+    `valid_ids` and `bad_ids` are those of the lines that the job covers, `later_ids` those past its limit.
+    The job ends with line `last_line`, the input with byte `size`. `models` are some of the names in bodies.
     """
 
     valid_ids: frozenset[str]

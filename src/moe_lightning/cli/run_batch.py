@@ -1,0 +1,162 @@
+"""The verb `run-batch`: answers a file of requests."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_lightning.cli.flags import add_engine_flags, engine_config, positive_count
+from moe_lightning.cli.progress import show_progress, summarize
+from moe_lightning.cli.trace import write_text
+from moe_lightning.config import EngineConfig
+from moe_lightning.errors import ConfigError
+from moe_lightning.jobs import BatchJob, JobFiles, JobStatus, Survey, open_input, survey_input
+
+if TYPE_CHECKING:
+    from moe_lightning.llm import LLM
+
+SUMMARY = "answer a JSONL file of requests (OpenAI batch format)"
+DESCRIPTION = (
+    "Answers each line of a JSONL file in OpenAI's batch format. Answers are appended as they finish; a line "
+    "that cannot be served becomes one line of the error file and the rest goes on. Run the same command again "
+    "after an interruption: lines already answered are skipped. The exit status is 0 also if lines failed."
+)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM asked the process to end."""
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """Add the verb's flags."""
+    add = parser.add_argument
+    add(
+        "-i",
+        "--input-file",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="requests, one JSON object a line",
+    )
+    add(
+        "-o",
+        "--output-file",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="answers, appended as they finish",
+    )
+    add("--error-file", type=Path, metavar="FILE", help="lines that failed (default: OUT.errors.jsonl)")
+    add(
+        "--resume",
+        action=BooleanOptionalAction,
+        default=True,
+        help="skip lines that are answered; --no-resume discards the answers (default: resume)",
+    )
+    add("--ordered", action="store_true", help="write answers in the order of the input")
+    add("--limit", type=positive_count, metavar="N", help="only the first N valid lines")
+    add("--plan-only", action="store_true", help="print the policy and stop")
+    add("--trace", type=Path, metavar="FILE", help="record the last pass as Chrome and Perfetto JSON")
+    add_engine_flags(parser)
+
+
+def run(args: Namespace) -> int:
+    """Run the job, or print its plan; the exit status.
+
+    Raises:
+        MoELightningError: something the user can act on; what is written stays valid.
+    """
+    config = engine_config(args)
+    files = JobFiles.at(args.input_file, args.output_file, args.error_file)
+    if args.trace and not args.trace.parent.is_dir():
+        raise ConfigError(f"cannot write {args.trace}: there is no directory {args.trace.parent}; create it")
+    if args.plan_only:
+        return _print_plan(config, args)
+    with _raise_on_sigterm():
+        return _run_job(config, files, args)
+
+
+def _print_plan(config: EngineConfig, args: Namespace) -> int:
+    with open_input(args.input_file) as file:
+        survey = survey_input(file, args.limit)
+    policy = _load(config, survey).policy
+    print(f"{len(survey.valid_ids)} requests, {len(survey.bad_ids)} bad lines; policy:")
+    for name in (f.name for f in fields(policy)):
+        print(f"  {name:<18} {getattr(policy, name)}")
+    return 0
+
+
+def _run_job(config: EngineConfig, files: JobFiles, args: Namespace) -> int:
+    llm: LLM | None = None
+
+    def load() -> LLM:
+        nonlocal llm
+        llm = _load(config, job.survey)
+        return llm
+
+    job = BatchJob(files, resume=args.resume, ordered=args.ordered, limit=args.limit)
+    try:
+        with job, show_progress() as update:
+            status = job.run(load, update)
+    except KeyboardInterrupt as e:
+        return _report_interrupt(e, job.status, resume=args.resume)
+    if args.trace:
+        _write_trace(args.trace, llm)
+    errors = f", errors in {files.errors}" if files.errors.exists() else ""
+    print(f"{summarize(status)}; answers in {files.output}{errors}")
+    return 0
+
+
+def _load(config: EngineConfig, survey: Survey) -> LLM:
+    from moe_lightning.llm import LLM  # imports torch: not before the input is known to be good
+
+    llm = LLM(**asdict(config))
+    if others := [m for m in survey.models if m not in (llm.model_name, config.model)]:
+        print(f"note: {llm.model_name} answers also the lines that name {', '.join(others)}", file=sys.stderr)
+    return llm
+
+
+def _write_trace(path: Path, llm: LLM | None) -> None:
+    from moe_lightning.pipeline.draw import to_chrome
+
+    timeline = llm.last_trace if llm else None
+    if timeline is None:
+        print(f"note: {path} is not written, because no pass was run", file=sys.stderr)
+    else:
+        write_text(path, json.dumps(to_chrome(timeline)))
+
+
+def _report_interrupt(interrupt: KeyboardInterrupt, status: JobStatus, *, resume: bool) -> int:
+    command = "the same command again" if resume else "the command again without --no-resume"
+    print(f"{status.num_done} of {status.num_total} done; run {command} to resume", file=sys.stderr)
+    return interrupt_status(interrupt)
+
+
+def interrupt_status(interrupt: KeyboardInterrupt) -> int:
+    """Exit status of a process that SIGINT or SIGTERM ended: 130 or 143."""
+    return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+
+
+@contextmanager
+def _raise_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends what runs inside as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
