@@ -27,9 +27,7 @@ def simulate(schedule: Schedule, seconds: Callable[[Task], float]) -> Timeline:
     starts: list[float] = []
     ends: list[float] = []
     for index, (task, deps) in enumerate(zip(schedule.tasks, schedule.deps, strict=True)):
-        duration = seconds(task)
-        if not (math.isfinite(duration) and duration >= 0):
-            raise ScheduleError(f"{task} would take {duration} s; give a finite duration of 0 or more")
+        duration = _duration(task, seconds)
         start = free[task.lane]
         for dep in deps:
             if not 0 <= dep < index:
@@ -41,3 +39,10 @@ def simulate(schedule: Schedule, seconds: Callable[[Task], float]) -> Timeline:
         ends.append(start + duration)
         free[task.lane] = ends[-1]
     return Timeline.of(schedule, starts, ends)
+
+
+def _duration(task: Task, seconds: Callable[[Task], float]) -> float:
+    duration = seconds(task)
+    if not (math.isfinite(duration) and duration >= 0):
+        raise ScheduleError(f"{task} would take {duration} s; give a finite duration of 0 or more")
+    return duration
