@@ -100,16 +100,21 @@ def test_unfinished_character_is_shown_only_by_finish():
 
 def test_bytes_that_turn_out_invalid_change_the_text_as_the_tokenizer_does():
     tokenizer = tiny.sentencepiece_like()
-    after = tokenizer.convert_tokens_to_ids("b")
-    ids = [*byte_ids("\u00e9"), byte_id(0xFF), after, *byte_ids("\u00e9"), after]
+    after, hello = tokenizer.convert_tokens_to_ids(["b", "\u2581hello"])
+    ids = [*byte_ids("\u00e9"), byte_id(0xFF), after, hello, *byte_ids("\u00e9")]
     texts, final = texts_after_each_token(tokenizer, ids)
-    assert texts == [
-        "", "\u00e9", "\u00e9", "\ufffd\ufffd\ufffdb", "\ufffd\ufffd\ufffdb", "\ufffd\ufffd\ufffdb\u00e9",
-        "\ufffd\ufffd\ufffdb\u00e9b",
-    ]  # fmt: skip
+    garbled = "\ufffd\ufffd\ufffdb"
+    assert texts[:4] == ["", "\u00e9", "\u00e9", garbled]
+    assert texts[4:] == [f"{garbled} hello", f"{garbled} hello", f"{garbled} hello\u00e9"]
     assert final == texts[-1]
 
 
-def test_errors_that_are_not_about_the_text_are_not_hidden():
-    with pytest.raises((TypeError, OverflowError)):
-        Detokenizer(tiny.byte_level()).append(-1)
+def test_errors_of_the_decoder_that_are_not_about_the_text_are_not_hidden():
+    class BrokenStream:
+        def step(self, _tokenizer, _token_id):
+            raise RuntimeError("out of ids")
+
+    detokenizer = Detokenizer(tiny.byte_level())
+    detokenizer._stream = BrokenStream()
+    with pytest.raises(RuntimeError, match="out of ids"):
+        detokenizer.append(1)

@@ -86,7 +86,7 @@ def reference(logits, row):
 
 
 def gap(logits, row):
-    """The smallest difference between tokens of different logit or history: float32 may order those otherwise.
+    """The smallest difference between tokens of different logit or history; float32 may order otherwise.
 
     Tokens of equal logit and history tie exactly in every precision.
     """
@@ -213,6 +213,10 @@ def test_top_k_beyond_the_vocabulary_keeps_all():
     assert choose([[0.0, 0.0, 0.0, 0.0]] * 4 + [[0.0, -1.0, -2.0, -3.0]], rows) == [3, 3, 3, 3, 2]
 
 
+def test_a_random_number_at_the_bound_of_two_tokens_draws_the_second():
+    assert choose([[0.0] * 4] * 4, [RowSampling(uniform=u) for u in (0.0, 0.25, 0.5, 0.75)]) == [0, 1, 2, 3]
+
+
 def test_the_largest_random_number_never_draws_a_token_of_probability_zero():
     logits = [[0.0, -math.inf, 1.0, -math.inf, -200.0]]
     assert choose(logits, [RowSampling(uniform=1 - 2**-53)]) == [0]
@@ -322,10 +326,11 @@ def test_no_rows_give_no_tokens():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_no_numbers_give_some_token_and_leave_other_rows_alone(value, temperature):
-    row = RowSampling(temperature=temperature, top_p=0.9, top_k=2, min_p=0.1, uniform=0.5)
-    broken, sound = choose([[value] * 4, [0.0, 9.0, 0.0, 0.0]], [row, row])
-    assert 0 <= broken < 4
-    assert sound == 1
+    filtered = RowSampling(temperature=temperature, top_p=0.9, top_k=2, min_p=0.1, uniform=0.5)
+    for row in (filtered, RowSampling(temperature=temperature, uniform=0.0)):
+        broken, sound = choose([[value] * 5, [0.0, 99.0, 0.0, 0.0, 0.0]], [row, row])
+        assert 0 <= broken < 5
+        assert sound == 1
 
 
 def test_greedy_batches_carry_nothing_to_compute():

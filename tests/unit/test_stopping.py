@@ -155,6 +155,12 @@ def test_what_stops_at_the_last_allowed_token_is_a_stop():
     assert generate(SamplingParams(), ["a"], [0, EOS], limit=2) == (2, Finish("stop", None, "a"))
 
 
+def test_a_stop_string_may_end_in_a_character_split_over_tokens():
+    ids = tiny.byte_level_ids("ab\u4f60c")
+    expected = (5, Finish("stop", "b\u4f60", "a"))
+    assert generate(SamplingParams(stop="b\u4f60"), [], ids, tokenizer=tiny.byte_level()) == expected
+
+
 def test_a_stop_string_is_found_in_text_that_invalid_bytes_change():
     tokenizer = tiny.sentencepiece_like()
     e_acute = tokenizer.convert_tokens_to_ids(["<0xC3>", "<0xA9>", "<0xFF>", "b"])
