@@ -1,0 +1,27 @@
+"""Mixtral: Mistral's decoder with a mixture of SwiGLU experts in every layer."""
+
+from __future__ import annotations
+
+from moe_lightning.models.hf_config import HFConfig
+from moe_lightning.models.llama import LAYER_NAMES, decoder
+from moe_lightning.models.spec import ExpertsSpec, ModelSpec, Role, RouterScoring, RouterSpec
+
+_MOE = "model.layers.{layer}.block_sparse_moe."
+_EXPERT_NAMES = {
+    Role.ROUTER: _MOE + "gate.weight",
+    Role.GATE: _MOE + "experts.{expert}.w1.weight",
+    Role.UP: _MOE + "experts.{expert}.w3.weight",
+    Role.DOWN: _MOE + "experts.{expert}.w2.weight",
+}
+
+
+def spec(config: HFConfig) -> ModelSpec:
+    """The model of a MixtralForCausalLM config."""
+    experts = ExpertsSpec(
+        num_experts=config.int("num_local_experts"),
+        intermediate_size=config.int("intermediate_size"),
+        router=RouterSpec(
+            top_k=config.int("num_experts_per_tok"), scoring=RouterScoring.SOFTMAX_TOPK, normalize=True
+        ),
+    )
+    return decoder(config, experts, {**LAYER_NAMES, **_EXPERT_NAMES})
