@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moe_lightning.config import EngineConfig
+from moe_lightning.engine.draws import stable_seed
 from moe_lightning.engine.engine import Engine
 from moe_lightning.engine.request import PassStats, Request, RequestOutput, SamplingParams
 from moe_lightning.engine.worker import Worker
@@ -243,7 +245,7 @@ class LLM:
         if params.seed is not None:
             seed = params.seed
         elif seed is None:
-            seed = hash((self.config.seed, int(request_id) if request_id.isdecimal() else request_id))
+            seed = stable_seed(self.config.seed, request_id)
         return Request(request_id, tuple(ids), params, text, seed)
 
     def _plan(self, policy: str | Policy | None) -> tuple[Policy, int]:
@@ -329,8 +331,6 @@ def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count:
 
 
 def _renamed(output: RequestOutput, request_id: str) -> RequestOutput:
-    from dataclasses import replace
-
     return replace(output, request_id=request_id)
 
 

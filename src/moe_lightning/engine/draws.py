@@ -23,3 +23,9 @@ def uniform(seed: int, index: int, position: int) -> float:
     )
     bits = int.from_bytes(blake2b(key, digest_size=8).digest(), "little")
     return (bits >> 11) * 2.0**-53  # 53 bits are what a double holds: every result is exact and below 1
+
+
+def stable_seed(seed: int, request_id: str) -> int:
+    """A request's seed when it names none: the same in every process that runs it under the engine's seed."""
+    digest = blake2b(f"{seed}/{request_id}".encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

@@ -53,7 +53,7 @@ class Buffer(NamedTuple):
     """A piece of memory whose readers and writers order tasks."""
 
     kind: BufferKind
-    index: int
+    index: int  # type: ignore[assignment]  # tuple.index is hidden: nobody searches a buffer
 
 
 @dataclass(frozen=True, slots=True)

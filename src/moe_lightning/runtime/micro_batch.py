@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class MicroBatch:
     score_ids: Tensor
     num_prompt_logprobs: int
     segments: tuple[Segment, ...] = ()
-    host_rows: slice = slice(0, 0)
+    host_rows: slice = field(default_factory=lambda: slice(0, 0))
     block_tables: Tensor | None = None
     context_lens: Tensor | None = None
 
