@@ -57,7 +57,7 @@ class LLM:
         directory = _checkpoint_directory(self.config.model)
         self.tokenizer = load_tokenizer(self.config.tokenizer or str(directory))
         self._device = _device(self.config)
-        self._dtype = _dtype(self.config.dtype, self.spec)
+        self.dtype = _dtype(self.config.dtype, self.spec)
         self.policy, self.max_model_len = self._plan(policy)
         # Before memory is taken: a wrong checkpoint is the commonest error.
         checkpoint.check_tensors(checkpoint.open_checkpoint(directory), self.spec)
@@ -67,7 +67,7 @@ class LLM:
             self.spec.attention,
             self.policy.num_blocks,
             self.policy.block_size,
-            self._dtype,
+            self.dtype,
         )
         executor = ThreadedExecutor() if self.config.executor == "threads" else SerialExecutor()
         self._worker = Worker(weights, self.policy, kv, executor, self._device)
@@ -77,9 +77,9 @@ class LLM:
         self._num_requests = 0
 
     @property
-    def last_trace(self) -> Timeline | None:
-        """When each task of the last pass ran."""
-        return self._worker.last_timeline
+    def fullest_pass(self) -> Timeline | None:
+        """When each task ran in the pass with the most tasks so far; of equal ones the latest."""
+        return self._worker.fullest_pass
 
     def generate(
         self,
@@ -144,7 +144,7 @@ class LLM:
                 raise RequestError(f"a prompt has keys {sorted(prompt)}; give prompt_token_ids or prompt")
             prompt = known[0]
         text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        ids: list[Any] = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
         return self._request(request_id, ids, text, params, seed)
 
     def chat_request(
@@ -229,7 +229,7 @@ class LLM:
         return str(self._num_requests - 1)
 
     def _request(
-        self, request_id: str, ids: list[int], text: str | None, params: SamplingParams, seed: int | None
+        self, request_id: str, ids: list[Any], text: str | None, params: SamplingParams, seed: int | None
     ) -> Request:
         longest = self.max_model_len - (0 if params.max_tokens == 0 else 1)
         if not ids:
@@ -258,7 +258,7 @@ class LLM:
             length = min(c.max_model_len or self.spec.max_position, policy.num_blocks * policy.block_size)
             return policy, min(length, policy.prefill_tokens)
         planned, length = default_policy(
-            self.spec, self._dtype.itemsize, Memory(host, gpu), c.max_model_len, c.max_num_seqs
+            self.spec, self.dtype.itemsize, Memory(host, gpu), c.max_model_len, c.max_num_seqs
         )
         if c.policy:
             planned = load_policy(c.policy, planned)
@@ -268,7 +268,7 @@ class LLM:
     def _load(self, directory: Path) -> Weights:
         layout = PageLayout.of(self.spec, self.policy.pages_per_expert)
         placement = Placement(layout.pages_per_layer, self.policy.resident_pages, self.policy.num_frames)
-        weights = allocate(self.spec, layout, placement, self._dtype, self._device)
+        weights = allocate(self.spec, layout, placement, self.dtype, self._device)
         with _progress(weights.num_bytes, True, "loading weights", is_bytes=True) as advance:
             checkpoint.load(directory, weights, progress=lambda done, total: advance(done, total))
         return weights
@@ -316,10 +316,8 @@ def _dtype(name: str, spec: ModelSpec) -> torch.dtype:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | dict):
         return [prompts]
-    prompts = list(prompts)  # type: ignore[arg-type]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
+    several: list[Any] = list(prompts)
+    return [several] if several and isinstance(several[0], int) else several
 
 
 def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -64,7 +64,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--ordered", action="store_true", help="write answers in the order of the input")
     add("--limit", type=positive_count, metavar="N", help="only the first N valid lines")
     add("--plan-only", action="store_true", help="print the policy and stop")
-    add("--trace", type=Path, metavar="FILE", help="record the last pass as Chrome and Perfetto JSON")
+    add("--trace", type=Path, metavar="FILE", help="record the fullest pass as Chrome and Perfetto JSON")
     add_engine_flags(parser)
 
 
@@ -127,7 +127,7 @@ def _load(config: EngineConfig, survey: Survey) -> LLM:
 def _write_trace(path: Path, llm: LLM | None) -> None:
     from moe_lightning.pipeline.draw import to_chrome
 
-    timeline = llm.last_trace if llm else None
+    timeline = llm.fullest_pass if llm else None
     if timeline is None:
         print(f"note: {path} is not written, because no pass was run", file=sys.stderr)
     else:

@@ -36,7 +36,7 @@ class Worker:
         self._buffers = PassBuffers.allocate(weights.spec, rows, policy.max_num_seqs, dtype, device)
         self._ring_offset = 0
         self._is_preloaded = False
-        self.last_timeline: Timeline | None = None
+        self.fullest_pass: Timeline | None = None
 
     def run(self, step: Step) -> list[MicroBatchOutput]:
         """One pass; its outputs by micro-batch, prefill first."""
@@ -46,7 +46,9 @@ class Worker:
         runner = TaskRunner(self._weights, self._kv, self._buffers, batches, self._ring_offset)
         # Until the pass is whole, nothing is known of the ring.
         offset, self._ring_offset, self._is_preloaded = self._ring_offset, 0, False
-        self.last_timeline = self._executor.run(schedule, self._wrap(runner))
+        timeline = self._executor.run(schedule, self._wrap(runner))
+        if self.fullest_pass is None or len(timeline.records) >= len(self.fullest_pass.records):
+            self.fullest_pass = timeline
         if schedule.shape.pages_ahead:
             loaded = sum(schedule.shape.streamed_pages)
             self._ring_offset = (offset + loaded) % self._policy.num_frames

@@ -41,25 +41,25 @@ class HFConfig:
         """Whether there is a value that is not null."""
         return self.values.get(key) is not None
 
-    def int(self, key: str, default: Any = _MISSING) -> int:
+    def integer(self, key: str, default: Any = _MISSING) -> int:
         """An integer."""
         return self._get(key, int, default)  # type: ignore[no-any-return]
 
-    def float(self, key: str, default: Any = _MISSING) -> float:
+    def number(self, key: str, default: Any = _MISSING) -> float:
         """A number."""
         return float(self._get(key, (int, float), default))
 
-    def bool(self, key: str, default: Any = _MISSING) -> bool:
+    def flag(self, key: str, default: Any = _MISSING) -> bool:
         """True or false."""
         return self._get(key, bool, default)  # type: ignore[no-any-return]
 
-    def str(self, key: str, default: Any = _MISSING) -> str:
+    def text(self, key: str, default: Any = _MISSING) -> str:
         """A text."""
         return self._get(key, str, default)  # type: ignore[no-any-return]
 
     def optional_int(self, key: str) -> int | None:
         """An integer, or None if it is null or missing."""
-        return self.int(key) if self.has(key) else None
+        return self.integer(key) if self.has(key) else None
 
     def require(self, key: str, *allowed: Any) -> None:
         """Make sure that a value the model code relies on is one of those it knows; the first if missing."""

@@ -28,7 +28,7 @@ INV_FREQ = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # old checkpo
 def spec(config: HFConfig) -> ModelSpec:
     """The model of a LlamaForCausalLM or MistralForCausalLM config."""
     config.require("mlp_bias", False)
-    experts = ExpertsSpec(num_experts=1, intermediate_size=config.int("intermediate_size"), router=None)
+    experts = ExpertsSpec(num_experts=1, intermediate_size=config.integer("intermediate_size"), router=None)
     return decoder(config, experts, {**LAYER_NAMES, **_MLP_NAMES})
 
 
@@ -37,16 +37,16 @@ def decoder(config: HFConfig, experts: ExpertsSpec, weight_names: dict[Role, str
     config.require("hidden_act", "silu")
     config.require("attention_bias", False)
     config.require("quantization_config", None)
-    tied = config.bool("tie_word_embeddings", False)
+    tied = config.flag("tie_word_embeddings", False)
     return ModelSpec(
         architecture=config.architecture,
-        num_layers=config.int("num_hidden_layers"),
-        hidden_size=config.int("hidden_size"),
-        vocab_size=config.int("vocab_size"),
-        max_position=config.int("max_position_embeddings"),
+        num_layers=config.integer("num_hidden_layers"),
+        hidden_size=config.integer("hidden_size"),
+        vocab_size=config.integer("vocab_size"),
+        max_position=config.integer("max_position_embeddings"),
         attention=attention(config),
         experts=experts,
-        norm_eps=config.float("rms_norm_eps"),
+        norm_eps=config.number("rms_norm_eps"),
         weight_names=weight_names,
         rope=rope(config),
         tie_word_embeddings=tied,
@@ -59,9 +59,9 @@ def decoder(config: HFConfig, experts: ExpertsSpec, weight_names: dict[Role, str
 
 def attention(config: HFConfig) -> AttentionSpec:
     """Grouped-query attention from the usual keys."""
-    num_heads = config.int("num_attention_heads")
-    num_kv_heads = config.int("num_key_value_heads", num_heads)
-    head_dim = config.int("head_dim", config.int("hidden_size") // num_heads)
+    num_heads = config.integer("num_attention_heads")
+    num_kv_heads = config.integer("num_key_value_heads", num_heads)
+    head_dim = config.integer("head_dim", config.integer("hidden_size") // num_heads)
     if num_heads % num_kv_heads:
         raise UnsupportedModelError(
             f"{config.source}: num_attention_heads={num_heads} is no multiple of "

@@ -18,10 +18,10 @@ _EXPERT_NAMES = {
 def spec(config: HFConfig) -> ModelSpec:
     """The model of a MixtralForCausalLM config."""
     experts = ExpertsSpec(
-        num_experts=config.int("num_local_experts"),
-        intermediate_size=config.int("intermediate_size"),
+        num_experts=config.integer("num_local_experts"),
+        intermediate_size=config.integer("intermediate_size"),
         router=RouterSpec(
-            top_k=config.int("num_experts_per_tok"), scoring=RouterScoring.SOFTMAX_TOPK, normalize=True
+            top_k=config.integer("num_experts_per_tok"), scoring=RouterScoring.SOFTMAX_TOPK, normalize=True
         ),
     )
     return decoder(config, experts, {**LAYER_NAMES, **_EXPERT_NAMES})

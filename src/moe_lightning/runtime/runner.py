@@ -77,7 +77,7 @@ class TaskRunner:
         normed = ops.rms_norm(self._buffers.hidden[batch.rows], layer.input_norm, self._spec.norm_eps)
         qkv = self._buffers.qkv[batch.rows]
         torch.mm(normed, layer.qkv.t(), out=qkv)
-        rotated = qkv[:, : a.q_size + a.kv_size].unflatten(1, (-1, a.head_dim))
+        rotated = qkv[:, : a.q_size + a.kv_size].view(len(qkv), -1, a.head_dim)
         rotated.copy_(ops.rotate(rotated, *self._rotary[task.micro_batches[0]]))
 
     def _offload_qkv(self, task: Task) -> None:
@@ -179,7 +179,9 @@ class TaskRunner:
         scored = [
             prompt_logprobs(self._logits(hidden[rows]), ids, batch.num_prompt_logprobs)
             for rows, ids in zip(
-                batch.score_rows.split(_HEAD_ROWS), batch.score_ids.split(_HEAD_ROWS), strict=True
+                torch.split(batch.score_rows, _HEAD_ROWS),
+                torch.split(batch.score_ids, _HEAD_ROWS),
+                strict=True,
             )
             if len(rows)
         ]
@@ -195,5 +197,6 @@ class TaskRunner:
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value [T, heads, D] of rows [T, q_size + 2 kv_size]; views."""
         a = self._spec.attention
-        q, k, v = qkv.split((a.q_size, a.kv_size, a.kv_size), dim=1)
-        return tuple(part.unflatten(1, (-1, a.head_dim)) for part in (q, k, v))  # type: ignore[return-value]
+        heads = qkv.view(len(qkv), -1, a.head_dim)
+        first_v = a.num_heads + a.num_kv_heads
+        return heads[:, : a.num_heads], heads[:, a.num_heads : first_v], heads[:, first_v:]
