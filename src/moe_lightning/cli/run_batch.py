@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SUMMARY = "answer a JSONL file of requests (OpenAI batch format)"
 DESCRIPTION = (
     "Answers each line of a JSONL file in OpenAI's batch format. Answers are appended as they finish; a line "
-    "that cannot be served becomes one line of the error file and the rest goes on. Run the same command again "
+    "that cannot be served becomes one line of the error file, and the rest goes on. Run the command again "
     "after an interruption: lines already answered are skipped. The exit status is 0 also if lines failed."
 )
 
