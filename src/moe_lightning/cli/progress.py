@@ -23,18 +23,23 @@ def show_progress() -> Iterator[Update]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
-    bar, detail = BarColumn(bar_width=None), TextColumn("{task.description}")
-    with Progress(
-        SpinnerColumn(), bar, MofNCompleteColumn(), detail, console=Console(stderr=True), transient=True
-    ) as progress:
-        task = progress.add_task("loading the model", total=None)
+    columns = (
+        SpinnerColumn(),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+    )
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = progress.add_task("")
 
-        def update(status: JobStatus) -> None:
-            progress.update(
-                task, total=status.num_total, completed=status.num_done, description=describe(status)
-            )
+    def update(status: JobStatus) -> None:
+        progress.start()  # not before the first status: loading the model draws a bar of its own
+        progress.update(task, total=status.num_total, completed=status.num_done, description=describe(status))
 
+    try:
         yield update
+    finally:
+        progress.stop()
 
 
 def log_lines(seconds: float = _LOG_SECONDS) -> Update:

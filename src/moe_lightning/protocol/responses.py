@@ -85,8 +85,9 @@ def _body(
 def _completion_choice(
     call: CompletionCall, output: RequestOutput, completion: CompletionOutput, index: int, decode: Decode
 ) -> dict[str, Any]:
-    prompt = output.prompt if output.prompt is not None else decode(output.prompt_token_ids)
-    logprobs = None
+    prompt, logprobs = "", None
+    if call.echo or call.params.logprobs is not None:
+        prompt = output.prompt if output.prompt is not None else decode(output.prompt_token_ids)
     if call.params.logprobs is not None:
         tokens, entries = completion.token_ids, list[Logprobs | None](completion.logprobs or [])
         start = len(prompt)

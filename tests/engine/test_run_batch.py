@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from fake_llm import FakeLLM
+
+from moe_lightning.cli.main import main
+from moe_lightning.engine.request import RequestOutput
+from moe_lightning.errors import ConfigError
+from moe_lightning.pipeline.draw import from_chrome
+from moe_lightning.pipeline.task import Lane, TaskKind
+from moe_lightning.pipeline.timeline import Record, Timeline
+from moe_lightning.policy import Policy
+
+POLICY = Policy(32, 8, 2, 1, 512, 128, 4, (1, 1), 6, 99)
+TIMELINE = Timeline("pass", (Record("embed mb0", TaskKind.EMBED, Lane.GPU, -1, (0,), 1.0, 2.0),))
+
+
+class CommandLLM(FakeLLM):
+    """What the command loads; `during_run` is called before each output."""
+
+    during_run: Callable[[int], None] = staticmethod(lambda _: None)
+    loaded: list[dict[str, Any]] = []
+    fullest_pass = TIMELINE
+    policy = POLICY
+
+    def __init__(self, model: str, **settings: Any) -> None:
+        self.loaded.append({"model": model} | settings)
+        super().__init__(model, seed=settings["seed"])
+
+    def run(self, *args: Any) -> Iterator[RequestOutput]:
+        for i, output in enumerate(super().run(*args)):
+            self.during_run(i)
+            yield output
+
+
+@pytest.fixture(autouse=True)
+def llm(monkeypatch: pytest.MonkeyPatch) -> type[CommandLLM]:
+    module = ModuleType("moe_lightning.llm")
+    module.LLM = type("LLM", (CommandLLM,), {"loaded": []})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "moe_lightning.llm", module)
+    return module.LLM  # type: ignore[attr-defined,no-any-return]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> list[str]:
+    lines = [
+        {
+            "custom_id": f"r{i}",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": "m", "prompt": "Hi"},
+        }
+        for i in range(10)
+    ]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{\n")
+    return ["run-batch", "-i", str(source), "-o", str(tmp_path / "out.jsonl"), "--model", "m"]
+
+
+def ids(path: Path) -> list[str]:
+    return [json.loads(line)["custom_id"] for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def test_the_summary_says_the_counts_and_where_the_files_are(
+    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(job) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "10 answered, 1 failed; 30 prompt and 30 generated tokens in 3.0 s (10.0 tokens/s); "
+    )
+    assert f"answers in {tmp_path}/out.jsonl, errors in {tmp_path}/out.errors.jsonl\n" in out
+    assert sorted(ids(tmp_path / "out.jsonl")) == [f"r{i}" for i in range(10)]
+    assert main(job) == 0
+    assert capsys.readouterr().out.startswith("0 answered, 0 failed, 11 done earlier; ")
+
+
+def test_flags_reach_the_job_and_the_engine(job: list[str], tmp_path: Path, llm: type[CommandLLM]) -> None:
+    errors = tmp_path / "e.jsonl"
+    flags = ["--ordered", "--limit", "4", "--error-file", str(errors), "--seed", "3", "--max-model-len", "1k"]
+    assert main([*job, *flags]) == 0
+    assert ids(tmp_path / "out.jsonl") == ["r0", "r1", "r2", "r3"] and not errors.exists()
+    (settings,) = llm.loaded
+    assert (settings["model"], settings["seed"], settings["max_model_len"]) == ("m", 3, 1024)
+    assert main([*job, "--no-resume", "--error-file", str(errors)]) == 0
+    assert len(ids(tmp_path / "out.jsonl")) == 10 and errors.exists()
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_job_with_whole_lines_and_says_how_to_resume(
+    job: list[str], tmp_path: Path, llm: type[CommandLLM], capsys: pytest.CaptureFixture[str],
+    signum: signal.Signals, status: int,
+) -> None:  # fmt: skip
+    def strike(i: int) -> None:
+        if i == 4:
+            os.kill(os.getpid(), signum)
+
+    before = signal.getsignal(signal.SIGTERM)
+    llm.during_run = staticmethod(strike)
+    assert main(job) == status
+    assert capsys.readouterr().err == "4 of 11 done; run the same command again to resume\n"
+    assert len(ids(tmp_path / "out.jsonl")) == 4
+    assert signal.getsignal(signal.SIGTERM) == before
+    llm.during_run = staticmethod(lambda _: None)
+    assert main(job) == 0
+    assert len(set(ids(tmp_path / "out.jsonl"))) == 10
+
+
+def test_an_interrupted_fresh_start_is_resumed_without_no_resume(
+    job: list[str], llm: type[CommandLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def strike(_: int) -> None:
+        raise KeyboardInterrupt
+
+    llm.during_run = staticmethod(strike)
+    assert main([*job, "--no-resume"]) == 130
+    assert "run the command again without --no-resume to resume" in capsys.readouterr().err
+
+
+def test_plan_only_prints_the_policy_and_writes_nothing(
+    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*job, "--plan-only"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("10 requests, 1 bad lines; policy:\n")
+    assert "max_num_seqs" in out and "cgopipe" in out
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_trace_records_a_pass(job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.json"
+    assert main([*job, "--trace", str(trace)]) == 0
+    assert from_chrome(json.loads(trace.read_text())) == TIMELINE
+    trace.unlink()
+    assert main([*job, "--trace", str(trace)]) == 0  # nothing is left to run
+    assert "no pass was run" in capsys.readouterr().err and not trace.exists()
+
+
+def test_lines_that_name_another_model_are_noted(job: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*job[:-1], "other"]) == 0
+    assert "fake-model answers also the lines that name m" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("-i", "missing.jsonl", "cannot read"),
+        ("-i", "empty.jsonl", "no requests"),
+        ("-o", "in.jsonl", "input and output are both"),
+        ("-o", "no/out.jsonl", "there is no directory"),
+        ("--error-file", "no/e.jsonl", "there is no directory"),
+        ("--trace", "no/trace.json", "there is no directory"),
+        ("--error-file", "out.jsonl", "output and errors are both"),
+    ],
+)
+def test_a_bad_path_is_an_error_before_the_model_loads(
+    job: list[str], tmp_path: Path, llm: type[CommandLLM], capsys: pytest.CaptureFixture[str],
+    flag: str, value: str, message: str,
+) -> None:  # fmt: skip
+    (tmp_path / "empty.jsonl").touch()
+    assert main([*job, flag, str(tmp_path / value)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message in captured.err and captured.err.count("\n") == 1
+    assert not llm.loaded and not captured.out
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "x"])
+def test_a_limit_that_is_no_count_is_refused(job: list[str], limit: str, llm: type[CommandLLM]) -> None:
+    with pytest.raises(SystemExit):
+        main([*job, f"--limit={limit}"])
+    assert not llm.loaded
+
+
+def test_an_error_of_the_engine_is_one_line(
+    job: list[str], llm: type[CommandLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: int) -> None:
+        raise ConfigError("the plan does not fit; lower it")
+
+    llm.during_run = staticmethod(fail)
+    assert main(job) == 2
+    assert capsys.readouterr().err == "error: the plan does not fit; lower it\n"
