@@ -1,0 +1,98 @@
+"""Machines that can be planned for without being there.
+
+GPU rates are the datasheets' peaks, dense and at boost clock: bounds, not expectations. Link rates are what
+large copies from pinned memory achieve. Hosts are typical ones for the GPU; `dataclasses.replace` swaps them.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from moe_lightning.errors import ConfigError
+from moe_lightning.hardware.spec import DeviceSpec, HardwareSpec
+from moe_lightning.units import GIB
+
+# A kernel launch takes about 5 us, waking the thread of another lane some 10 us.
+_LAUNCH_S = 15e-6
+
+# PCIe x16, one direction: theoretical 15.8, 31.5 and 63.0 GB/s, less what packet headers take.
+_PCIE3, _PCIE4, _PCIE5 = 12.5e9, 25.5e9, 55.2e9
+_PCIE_SOURCE = "link: usual result of large pinned copies over PCIe {} x16"
+
+
+def _host(name: str, cores: int, memory_gib: int, bandwidth: float, flops: float) -> DeviceSpec:
+    """A host whose attention kernel computes in float32 whatever the KV's dtype."""
+    rates = dict.fromkeys(("bfloat16", "float16", "float32"), flops)
+    return DeviceSpec(name, memory_gib * GIB, bandwidth, rates, cores)
+
+
+_XEON_24 = _host("Xeon, 24 cores", 24, 192, 76 * GIB, 1.6e12)
+_XEON_24_SOURCE = (
+    "host: size of the paper's machines (arXiv 2411.11217), rates that its artifact assumes for them"
+)
+_EPYC_16 = _host("EPYC, 16 cores", 16, 128, 50e9, 1.2e12)
+_EPYC_16_SOURCE = "host: estimate for 16 cores of a larger EPYC (AVX2, a quarter of 8 channels DDR4-3200)"
+_DESKTOP = _host("desktop, 16 cores", 16, 128, 60e9, 1.5e12)
+_DESKTOP_SOURCE = "host: estimate for a desktop with two channels of DDR5 (peak 90 GB/s)"
+_XEON_16 = _host("Xeon with AVX-512, 16 cores", 16, 125, 96e9, 1.5e12)
+_XEON_16_SOURCE = "host: measured on 16 cores; memory rate while a copy to the GPU runs, float32 products"
+
+
+def _gpu(name: str, memory_gib: int, bandwidth: float, half: float, single: float) -> DeviceSpec:
+    return DeviceSpec(
+        name, memory_gib * GIB, bandwidth, {"bfloat16": half, "float16": half, "float32": single}
+    )
+
+
+PRESETS: dict[str, HardwareSpec] = {
+    "t4": HardwareSpec(
+        # Turing has no bfloat16: a plan for it must say so and not give a rate that nobody gets.
+        DeviceSpec("NVIDIA T4", 16 * GIB, 300e9, {"float16": 65e12, "float32": 8.1e12}),
+        _XEON_24, _PCIE3, _PCIE3, _LAUNCH_S,
+        ("GPU: NVIDIA T4 datasheet (2019)", _XEON_24_SOURCE, _PCIE_SOURCE.format(3)),
+    ),
+    "l4": HardwareSpec(
+        _gpu("NVIDIA L4", 24, 300e9, 121e12, 30.3e12),
+        _XEON_24, _PCIE4, _PCIE4, _LAUNCH_S,
+        ("GPU: NVIDIA L4 datasheet (2023), half of the sparse rates", _XEON_24_SOURCE, _PCIE_SOURCE.format(4)),
+    ),
+    "a10g": HardwareSpec(
+        _gpu("NVIDIA A10G", 24, 600e9, 70e12, 35e12),
+        _EPYC_16, _PCIE4, _PCIE4, _LAUNCH_S,
+        ("GPU: NVIDIA A10G datasheet (2021)", _EPYC_16_SOURCE, _PCIE_SOURCE.format(4)),
+    ),
+    "rtx-4090": HardwareSpec(
+        _gpu("NVIDIA GeForce RTX 4090", 24, 1008e9, 165.2e12, 82.6e12),
+        _DESKTOP, _PCIE4, _PCIE4, _LAUNCH_S,
+        ("GPU: NVIDIA Ada GPU architecture whitepaper, appendix A", _DESKTOP_SOURCE, _PCIE_SOURCE.format(4)),
+    ),
+    "a100-40gb": HardwareSpec(
+        _gpu("NVIDIA A100 40GB", 40, 1555e9, 312e12, 19.5e12),
+        _EPYC_16, _PCIE4, _PCIE4, _LAUNCH_S,
+        ("GPU: NVIDIA A100 datasheet (2020)", _EPYC_16_SOURCE, _PCIE_SOURCE.format(4)),
+    ),
+    "h100-sxm": HardwareSpec(
+        _gpu("NVIDIA H100 SXM", 80, 3350e9, 989.4e12, 66.9e12),
+        _XEON_16, _PCIE5, _PCIE5, _LAUNCH_S,
+        ("GPU: NVIDIA H100 datasheet (2023), half of the sparse rates", _XEON_16_SOURCE,
+         "link: measured, pinned copies of 64 MiB over PCIe 5 x16"),
+    ),
+}  # fmt: skip
+
+_ALIASES = {"4090": "rtx-4090", "rtx4090": "rtx-4090", "a100": "a100-40gb", "h100": "h100-sxm"}
+
+
+def preset(name: str) -> HardwareSpec:
+    """The machine of a name such as `l4`; case does not matter.
+
+    Raises:
+        ConfigError: there is none of that name; the message lists near ones.
+    """
+    key = name.lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-")
+    key = _ALIASES.get(key, key)
+    if key not in PRESETS:
+        near = difflib.get_close_matches(key, (*PRESETS, *_ALIASES), n=3)
+        names = list(dict.fromkeys(_ALIASES.get(n, n) for n in near))
+        hint = f"did you mean {' or '.join(names)}?" if names else f"known are {', '.join(PRESETS)}"
+        raise ConfigError(f"no hardware is named {name!r}; {hint}")
+    return PRESETS[key]
