@@ -1,0 +1,202 @@
+"""FLOPs and bytes of each task of a pass, and the least time a machine needs for them.
+
+Counted are matrix products, weights read once, and activations as often as the task's buffers are read and
+written. Left out: element-wise arithmetic, routing indices, and what a kernel spills between its own parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moe_lightning.errors import ConfigError
+from moe_lightning.hardware.spec import HardwareSpec
+from moe_lightning.models.spec import ModelSpec
+from moe_lightning.pipeline.task import Lane, Task, TaskKind
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a task uses: FLOPs where it runs, bytes of GPU memory, of host memory and over the link."""
+
+    flops: int = 0
+    device_bytes: int = 0
+    host_bytes: int = 0
+    link_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class PassWork:
+    """What the tasks of a pass work on; the sequences have an entry per micro-batch.
+
+    Attributes:
+        spec: the model.
+        dtype: of weights, activations and KV.
+        pages_per_expert: slices of an expert's intermediate dimension.
+        tokens: tokens that go through the layers.
+        context_tokens: keys attended to, summed over the tokens: a decode token attends to its sequence up to
+            and with itself, the i-th of a prompt to i; no token to more than the sliding window.
+        sampled_rows: tokens whose logits are computed.
+
+    Raises:
+        ConfigError: the dtype is not known, or the pages are not equal slices.
+    """
+
+    spec: ModelSpec
+    dtype: str
+    pages_per_expert: int
+    tokens: tuple[int, ...]
+    context_tokens: tuple[int, ...]
+    sampled_rows: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise ConfigError(f"dtype {self.dtype!r} has no known size; use {', '.join(DTYPE_BYTES)}")
+        size = self.spec.experts.intermediate_size
+        if self.pages_per_expert < 1 or size % self.pages_per_expert:
+            raise ConfigError(
+                f"pages_per_expert={self.pages_per_expert} does not divide the intermediate size {size}; "
+                "give a divisor"
+            )
+        assert len(self.tokens) == len(self.context_tokens) == len(self.sampled_rows)
+
+
+def task_cost(task: Task, work: PassWork) -> Cost:
+    """FLOPs and bytes of one task."""
+    return _COSTS[task.kind](work, task)
+
+
+def task_seconds(cost: Cost, task: Task, hardware: HardwareSpec, dtype: str) -> float:
+    """Seconds of a task that has its lane's resources to itself: those of the slowest, and the launch.
+
+    Raises:
+        ConfigError: the device that computes has no rate for the dtype.
+    """
+    gpu, cpu = hardware.gpu, hardware.cpu
+    device_s, host_s = cost.device_bytes / gpu.bandwidth, cost.host_bytes / cpu.bandwidth
+    if task.lane is Lane.GPU:
+        slowest = max(cost.flops / gpu.peak_flops(dtype), device_s)
+    elif task.lane is Lane.CPU:
+        slowest = max(cost.flops / cpu.peak_flops(dtype), host_s)
+    else:
+        link = hardware.h2d if task.lane is Lane.H2D else hardware.d2h
+        slowest = max(cost.link_bytes / link, device_s, host_s)
+    return slowest + hardware.launch_s
+
+
+def _tokens(work: PassWork, task: Task) -> int:
+    return sum(work.tokens[j] for j in task.micro_batches)
+
+
+def _context(work: PassWork, task: Task) -> int:
+    return sum(work.context_tokens[j] for j in task.micro_batches)
+
+
+def _gpu(work: PassWork, flops: int, elements: int) -> Cost:
+    return Cost(flops=flops, device_bytes=elements * DTYPE_BYTES[work.dtype])
+
+
+def _copy(work: PassWork, elements: int) -> Cost:
+    size = elements * DTYPE_BYTES[work.dtype]
+    return Cost(device_bytes=size, host_bytes=size, link_bytes=size)
+
+
+def _embed(work: PassWork, task: Task) -> Cost:
+    return _gpu(work, 0, 2 * _tokens(work, task) * work.spec.hidden_size)
+
+
+def _pre_attention(work: PassWork, task: Task) -> Cost:
+    t, h, qkv = _tokens(work, task), work.spec.hidden_size, work.spec.attention.qkv_size
+    return _gpu(work, 2 * t * h * qkv, h + h * qkv + t * (h + qkv))
+
+
+def _offload_qkv(work: PassWork, task: Task) -> Cost:
+    return _copy(work, _tokens(work, task) * work.spec.attention.qkv_size)
+
+
+def _load_hidden(work: PassWork, task: Task) -> Cost:
+    return _copy(work, _tokens(work, task) * work.spec.attention.q_size)
+
+
+def _store_kv(work: PassWork, task: Task) -> Cost:
+    return _copy(work, _tokens(work, task) * 2 * work.spec.attention.kv_size)
+
+
+def _load_kv(work: PassWork, task: Task) -> Cost:
+    """The new token's own K and V are on the GPU already."""
+    return _copy(work, (_context(work, task) - _tokens(work, task)) * 2 * work.spec.attention.kv_size)
+
+
+def _attention_flops(work: PassWork, task: Task) -> int:
+    """Each query head has two products with each key: q k and p v."""
+    return 4 * _context(work, task) * work.spec.attention.q_size
+
+
+def _decode_elements(work: PassWork, task: Task) -> int:
+    """The cache without the new token, q, k and v of the new token, and the output."""
+    a, t = work.spec.attention, _tokens(work, task)
+    return (_context(work, task) - t) * 2 * a.kv_size + t * (a.qkv_size + a.q_size)
+
+
+def _attention(work: PassWork, task: Task) -> Cost:
+    """On the CPU, which also appends the new K and V to the cache."""
+    appended = _tokens(work, task) * 2 * work.spec.attention.kv_size
+    size = (_decode_elements(work, task) + appended) * DTYPE_BYTES[work.dtype]
+    return Cost(flops=_attention_flops(work, task), host_bytes=size)
+
+
+def _gpu_attention(work: PassWork, task: Task) -> Cost:
+    return _gpu(work, _attention_flops(work, task), _decode_elements(work, task))
+
+
+def _prefill_attention(work: PassWork, task: Task) -> Cost:
+    """Keys of earlier chunks are not counted as bytes: the products outweigh them by far."""
+    a = work.spec.attention
+    return _gpu(work, _attention_flops(work, task), _tokens(work, task) * (a.qkv_size + a.q_size))
+
+
+def _post_attention(work: PassWork, task: Task) -> Cost:
+    t, h, q = _tokens(work, task), work.spec.hidden_size, work.spec.attention.q_size
+    experts = work.spec.experts
+    router = experts.num_experts if experts.router else 0
+    # The residual stream is read and written, the input of the experts written.
+    return _gpu(work, 2 * t * h * (q + router), h * (q + router) + h + t * (q + 3 * h))
+
+
+def _load_page(work: PassWork, _: Task) -> Cost:
+    rows = work.spec.experts.intermediate_size // work.pages_per_expert
+    return _copy(work, 3 * rows * work.spec.hidden_size)
+
+
+def _experts(work: PassWork, task: Task) -> Cost:
+    """One sweep over the experts, of which t tokens reach no more than top_k t."""
+    t, h, e = _tokens(work, task), work.spec.hidden_size, work.spec.experts
+    weights = 3 * h * e.intermediate_size  # of one expert
+    reached = min(e.num_experts, e.top_k * t)
+    # The experts' input is read, the residual stream read and written.
+    return _gpu(work, 2 * e.top_k * t * weights, reached * weights + 3 * t * h)
+
+
+def _sample(work: PassWork, task: Task) -> Cost:
+    rows = sum(work.sampled_rows[j] for j in task.micro_batches)
+    h, vocab = work.spec.hidden_size, work.spec.vocab_size
+    return _gpu(work, 2 * rows * h * vocab, h + h * vocab + rows * (h + vocab) if rows else 0)
+
+
+_COSTS: dict[TaskKind, Callable[[PassWork, Task], Cost]] = {
+    TaskKind.EMBED: _embed,
+    TaskKind.PRE_ATTENTION: _pre_attention,
+    TaskKind.OFFLOAD_QKV: _offload_qkv,
+    TaskKind.ATTENTION: _attention,
+    TaskKind.LOAD_HIDDEN: _load_hidden,
+    TaskKind.PREFILL_ATTENTION: _prefill_attention,
+    TaskKind.STORE_KV: _store_kv,
+    TaskKind.LOAD_KV: _load_kv,
+    TaskKind.GPU_ATTENTION: _gpu_attention,
+    TaskKind.POST_ATTENTION: _post_attention,
+    TaskKind.LOAD_PAGE: _load_page,
+    TaskKind.EXPERTS: _experts,
+    TaskKind.SAMPLE: _sample,
+}
