@@ -105,7 +105,7 @@ def print_answers(requests: dict[str, dict[str, Any]], results: dict[str, dict[s
     for name in SHOWN:
         if name in results:
             print(f"\n{name}: {shorten(question_of(requests[name]), 160, placeholder=' ...')}")
-            print(indent(answer_of(results[name]).strip(), "  | "))
+            print(indent(answer_of(results[name]).strip(), "  | ", lambda line: True))
 
 
 def print_rate(results: dict[str, dict[str, Any]], seconds: float) -> None:
