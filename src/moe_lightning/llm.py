@@ -78,7 +78,7 @@ class LLM:
 
     @property
     def fullest_pass(self) -> Timeline | None:
-        """When each task ran in the pass with the most tasks so far; of equal ones the latest."""
+        """When each task ran in the pass with the most decode micro-batches so far, then the most tasks."""
         return self._worker.fullest_pass
 
     def generate(

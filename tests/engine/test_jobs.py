@@ -382,10 +382,11 @@ def test_a_job_cut_at_any_byte_resumes_to_the_same_answers(
         assert len(llm.pulled) <= num_lost
 
 
-def test_a_tail_of_zeros_is_cut(finished: Any) -> None:
+@pytest.mark.parametrize("kept", [0, 5, 40])
+def test_a_tail_of_zeros_is_cut(finished: Any, kept: int) -> None:
     desk, answers, _ = finished
-    whole = desk.output.read_bytes()
-    desk.output.write_bytes(whole[:-30] + b"\0" * 100)
+    *lines, last = desk.output.read_bytes().splitlines(keepends=True)
+    desk.output.write_bytes(b"".join(lines) + last[:kept] + b"\0" * 100)
     desk.run()
     assert desk.answers() == answers
 
@@ -613,7 +614,7 @@ def test_an_interrupt_within_a_write_leaves_whole_lines(desk: Desk, monkeypatch:
         patch.setattr(os, "write", write)
         with pytest.raises(KeyboardInterrupt):
             desk.run()
-    assert desk.output.read_bytes() == b""
+    assert desk.output.read_bytes() == desk.errors.read_bytes() == b""
 
 
 class LosesOne(FakeLLM):

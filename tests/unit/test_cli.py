@@ -169,6 +169,7 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     trace.write_text(json.dumps(to_chrome(TIMELINE)))
     environment = os.environ | {"PYTHONPATH": str(Path(moe_lightning.__file__).parents[1])}
+    environment.pop("PYTHONUNBUFFERED", None)  # what is buffered is lost only at the end
     read_end, write_end = os.pipe()
     os.close(read_end)
     call = [sys.executable, "-m", "moe_lightning", "trace", str(trace)]

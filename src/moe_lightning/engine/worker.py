@@ -37,6 +37,7 @@ class Worker:
         self._ring_offset = 0
         self._is_preloaded = False
         self.fullest_pass: Timeline | None = None
+        self._fullness = (0, 0)  # of that pass: decode micro-batches, tasks
 
     def run(self, step: Step) -> list[MicroBatchOutput]:
         """One pass; its outputs by micro-batch, prefill first."""
@@ -47,8 +48,9 @@ class Worker:
         # Until the pass is whole, nothing is known of the ring.
         offset, self._ring_offset, self._is_preloaded = self._ring_offset, 0, False
         timeline = self._executor.run(schedule, self._wrap(runner))
-        if self.fullest_pass is None or len(timeline.records) >= len(self.fullest_pass.records):
-            self.fullest_pass = timeline
+        fullness = (len(step.decode), len(schedule.tasks))
+        if fullness >= self._fullness:
+            self._fullness, self.fullest_pass = fullness, timeline
         if schedule.shape.pages_ahead:
             loaded = sum(schedule.shape.streamed_pages)
             self._ring_offset = (offset + loaded) % self._policy.num_frames
