@@ -55,12 +55,8 @@ def add_flags(parser: ArgumentParser) -> None:
         help="answers, appended as they finish",
     )
     add("--error-file", type=Path, metavar="FILE", help="lines that failed (default: OUT.errors.jsonl)")
-    add(
-        "--resume",
-        action=BooleanOptionalAction,
-        default=True,
-        help="skip lines that are answered; --no-resume discards the answers (default: resume)",
-    )
+    resume = "skip lines that are answered; --no-resume discards the answers (default: resume)"
+    add("--resume", action=BooleanOptionalAction, default=True, help=resume)
     add("--ordered", action="store_true", help="write answers in the order of the input")
     add("--limit", type=positive_count, metavar="N", help="only the first N valid lines")
     add("--plan-only", action="store_true", help="print the policy and stop")
