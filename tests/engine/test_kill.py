@@ -1,0 +1,107 @@
+"""A job killed again and again ends with every answer exactly once, each as if nothing had happened."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+NUM_KILLS = 20
+NUM_REQUESTS = 60
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny random Mixtral with a byte-level tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("tiny-mixtral")
+    config = MixtralConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, num_local_experts=4, num_experts_per_tok=2,
+        initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    MixtralForCausalLM(config).save_pretrained(directory)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<pad>", "<s>", "</s>", *alphabet]
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def requests(tmp_path):
+    """A batch file with greedy and sampled requests of different lengths; the sampled ones have no seed."""
+    path = tmp_path / "in.jsonl"
+    with path.open("w") as file:
+        for i in range(NUM_REQUESTS):
+            body = {
+                "prompt": f"request {i} " * (1 + i % 4), "max_tokens": 12 + i % 13,
+                "temperature": i % 3 / 2, "ignore_eos": True,
+            }  # fmt: skip
+            line = {"custom_id": f"id-{i}", "method": "POST", "url": "/v1/completions", "body": body}
+            file.write(json.dumps(line) + "\n")
+    return path
+
+
+def _start(model, requests, output):
+    command = [
+        sys.executable, "-m", "moe_lightning", "run-batch", "-i", requests, "-o", output, "--model", model,
+        "--max-num-seqs", "2",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        list(map(str, command)), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _answers(output):
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    answers = {row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in rows}
+    assert len(answers) == len(rows), "a custom_id was written twice"
+    return answers
+
+
+def _kill_at_random(process, output, draw):
+    """SIGKILL while it starts, or once it has written a few more lines: anywhere in a pass or a write."""
+    lines = draw.choice([0, 1, 1, 2, 3])
+    size = output.stat().st_size if output.exists() else 0
+    deadline = time.monotonic() + (60 if lines else draw.uniform(0, 3))
+    seen = 0
+    while seen < lines and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+        now = output.stat().st_size if output.exists() else 0
+        seen, size = seen + (now > size), max(now, size)
+    time.sleep(draw.uniform(0, 0.05) if lines else max(0.0, deadline - time.monotonic()))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.timeout(900)
+def test_a_job_killed_at_random_moments_ends_with_each_answer_once(model, requests, tmp_path):
+    whole = tmp_path / "whole.jsonl"
+    process = _start(model, requests, whole)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    expected = _answers(whole)
+    assert len(expected) == NUM_REQUESTS
+
+    draw, output = random.Random(11), tmp_path / "killed.jsonl"
+    kills = sum(_kill_at_random(_start(model, requests, output), output, draw) for _ in range(NUM_KILLS))
+    assert kills >= NUM_KILLS - 2, "the job is too short to be killed so often"
+    process = _start(model, requests, output)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert _answers(output) == expected
+    assert not (tmp_path / "killed.errors.jsonl").exists()
