@@ -264,3 +264,17 @@ def test_a_terminal_gets_a_bar_from_the_first_status_on(monkeypatch: pytest.Monk
         assert terminal.getvalue() == ""
         update(HALF)
     assert "60/100" in terminal.getvalue() and "5.0 tokens/s" in terminal.getvalue()
+
+
+def test_a_predicted_pass_is_drawn_for_a_known_model(capsys):
+    flags = ["--model", "mixtral-8x7b", "--hardware", "l4", "--layers", "2", "--num-seqs", "128"]
+    assert main(["trace", *flags]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("cgopipe")
+    assert "W load_page" in text, "pages must stream: the model does not fit"
+
+
+def test_trace_wants_a_file_or_a_model_and_not_both(capsys):
+    assert main(["trace"]) == 2
+    assert main(["trace", "x.json", "--model", "mixtral-8x7b"]) == 2
+    assert "FILE, or --model" in capsys.readouterr().err

@@ -5,28 +5,51 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moe_lightning.cli.flags import positive_count
 from moe_lightning.errors import ConfigError
+from moe_lightning.hardware.presets import preset
+from moe_lightning.models.registry import resolve
+from moe_lightning.perf.default_policy import Memory, default_policy
+from moe_lightning.perf.predict import predict
+from moe_lightning.pipeline.task import PassShape
+from moe_lightning.pipeline.timeline import Timeline
 
 SUMMARY = "draw when copies, GPU and CPU worked during a pass"
 DESCRIPTION = (
-    "Draws a trace that `run-batch --trace` recorded, as text, as an SVG Gantt chart, or as JSON that "
+    "Draws a trace that `run-batch --trace` recorded, or the pass that is predicted for a model on a machine "
+    "(--model and --hardware; nothing needs to be downloaded), as text, as an SVG Gantt chart, or as JSON that "
     "chrome://tracing and ui.perfetto.dev open. Without a format, as text."
 )
 
 
 def add_flags(parser: ArgumentParser) -> None:
     """Add the verb's flags."""
-    parser.add_argument("trace", type=Path, metavar="FILE", help="recorded trace (JSON)")
+    parser.add_argument("trace", nargs="?", type=Path, metavar="FILE", help="recorded trace (JSON)")
     parser.add_argument("--text", action="store_true", help="print a chart of letters")
     parser.add_argument(
         "--width", type=positive_count, default=100, metavar="N", help="columns of the text (default: 100)"
     )
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write a Gantt chart")
     parser.add_argument("--chrome", type=Path, metavar="FILE", help="write Chrome and Perfetto JSON")
+    group = parser.add_argument_group("predicted pass")
+    add = group.add_argument
+    add("--model", metavar="MODEL", help="checkpoint, config.json or a name such as mixtral-8x7b")
+    add("--hardware", default="l4", metavar="NAME", help="machine, such as t4, l4, h100-sxm (default: l4)")
+    add("--num-seqs", type=positive_count, default=1024, metavar="N", help="decode sequences (default: 1024)")
+    add(
+        "--micro-batch-size",
+        type=positive_count,
+        default=64,
+        metavar="N",
+        help="of them together (default: 64)",
+    )
+    add("--context", type=positive_count, default=256, metavar="N", help="tokens each holds (default: 256)")
+    add("--layers", type=positive_count, metavar="N", help="only so many layers (default: all)")
+    add("--schedule", default="cgopipe", metavar="NAME", help="cgopipe or a baseline (default: cgopipe)")
 
 
 def run(args: Namespace) -> int:
@@ -37,7 +60,9 @@ def run(args: Namespace) -> int:
     """
     from moe_lightning.pipeline.draw import from_chrome, to_chrome, to_svg, to_text
 
-    timeline = from_chrome(load_json(args.trace))
+    if (args.trace is None) == (args.model is None):
+        raise ConfigError("give a recorded trace FILE, or --model for a predicted pass")
+    timeline = predicted(args) if args.model else from_chrome(load_json(args.trace))
     if args.svg:
         write_text(args.svg, to_svg(timeline))
     if args.chrome:
@@ -48,6 +73,37 @@ def run(args: Namespace) -> int:
         if path:
             print(f"wrote {path}", file=sys.stderr)
     return 0
+
+
+def predicted(args: Namespace) -> Timeline:
+    """The decode pass that is predicted under the default policy, with the next pass's first pages loaded.
+
+    Raises:
+        MoELightningError: unknown names, or the model does not fit the machine.
+    """
+    hardware, spec = preset(args.hardware), resolve(args.model)
+    dtype = "float16" if "bfloat16" not in hardware.gpu.flops else spec.dtype
+    memory = Memory(hardware.cpu.memory_bytes, int(0.9 * hardware.gpu.memory_bytes))
+    policy, _ = default_policy(spec, 2, memory, max_num_seqs=args.num_seqs)
+    pages = spec.experts.num_experts * policy.pages_per_expert
+    if args.layers:  # under the policy of the whole model: a few layers alone would all be resident
+        spec = replace(spec, num_layers=min(args.layers, spec.num_layers))
+    full, rest = divmod(args.num_seqs, args.micro_batch_size)
+    tokens = [args.micro_batch_size] * full + [rest] * (rest > 0)
+    shape = PassShape(
+        num_layers=spec.num_layers,
+        num_prefill=0,
+        num_decode=len(tokens),
+        group_size=policy.group_size,
+        look_ahead=policy.look_ahead,
+        streamed_pages=tuple(pages - resident for resident in policy.resident_pages[: spec.num_layers]),
+        num_frames=policy.num_frames,
+        preloaded=True,
+    )
+    return predict(
+        spec, shape, tokens, args.context, hardware,
+        pages_per_expert=policy.pages_per_expert, dtype=dtype, schedule=args.schedule,
+    )  # fmt: skip
 
 
 def load_json(path: Path) -> dict[str, Any]:
