@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moe_lightning.errors import ConfigError, UnsupportedModelError
 
-_MISSING = object()
+DTYPES = ("bfloat16", "float16", "float32")
+_MISSING: Any = object()
 
 
 @dataclass(frozen=True)
 class HFConfig:
-    """The values of a config.json; `source` names it in messages. `generation` is generation_config.json.
+    """The values of a config.json; a key that is null counts as missing, but for `optional_int`.
 
-    Getters raise `UnsupportedModelError` with key and value when a value is missing or of another type.
+    Getters raise `UnsupportedModelError` with key and value when a value is missing, of another type or out of
+    range.
+
+    Attributes:
+        values: the file's content.
+        source: where it came from, for messages.
+        generation: content of the generation_config.json beside it, if there is one.
     """
 
     values: dict[str, Any]
     source: str
-    generation: dict[str, Any]
+    generation: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path) -> HFConfig:
@@ -32,7 +40,8 @@ class HFConfig:
         """
         path = Path(path)
         file = path / "config.json" if path.is_dir() else path
-        if not file.is_file():
+        # Another suffix is weights, most likely: reading gigabytes to find no JSON helps nobody.
+        if not file.is_file() or file.suffix != ".json":
             raise ConfigError(f"{path} is no model: it has no config.json; give a checkpoint directory")
         generation = file.parent / "generation_config.json"
         return cls(_read(file), str(file), _read(generation) if generation.is_file() else {})
@@ -41,82 +50,112 @@ class HFConfig:
         """Whether there is a value that is not null."""
         return self.values.get(key) is not None
 
-    def integer(self, key: str, default: Any = _MISSING) -> int:
-        """An integer."""
-        return self._get(key, int, default)  # type: ignore[no-any-return]
+    def integer(self, key: str, default: int = _MISSING, low: int = 1) -> int:
+        """An integer of `low` or more."""
+        value = self._get(key, default)
+        if not _is_int(value) or value < low:
+            raise self._wrong(key, value, f"an integer of {low} or more")
+        return int(value)
 
-    def number(self, key: str, default: Any = _MISSING) -> float:
-        """A number."""
-        return float(self._get(key, (int, float), default))
+    def number(self, key: str, default: float = _MISSING) -> float:
+        """A positive, finite number."""
+        value = self._get(key, default)
+        is_number = _is_int(value) or isinstance(value, float)
+        if not is_number or not math.isfinite(value) or value <= 0:
+            raise self._wrong(key, value, "a positive number")
+        return float(value)
 
-    def flag(self, key: str, default: Any = _MISSING) -> bool:
+    def flag(self, key: str, default: bool = _MISSING) -> bool:
         """True or false."""
-        return self._get(key, bool, default)  # type: ignore[no-any-return]
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
 
-    def text(self, key: str, default: Any = _MISSING) -> str:
+    def text(self, key: str, default: str = _MISSING) -> str:
         """A text."""
-        return self._get(key, str, default)  # type: ignore[no-any-return]
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self._wrong(key, value, "a text")
+        return value
 
-    def optional_int(self, key: str) -> int | None:
-        """An integer, or None if it is null or missing."""
+    def optional_int(self, key: str, missing: int | None = None) -> int | None:
+        """A positive integer, None where the file says null, `missing` where it says nothing."""
+        if key not in self.values:
+            return missing
         return self.integer(key) if self.has(key) else None
 
-    def require(self, key: str, *allowed: Any) -> None:
-        """Make sure that a value the model code relies on is one of those it knows; the first if missing."""
-        value = self.values.get(key, allowed[0])
-        if value not in allowed:
-            known = " or ".join(repr(a) for a in allowed)
-            raise UnsupportedModelError(f"{self.source}: {key}={value!r} is not supported; only {known} is")
+    def section(self, key: str) -> HFConfig | None:
+        """A nested object with getters of its own; None if it is empty, null or missing."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self._wrong(key, value, "an object")
+        return HFConfig(value, f"{self.source}: {key}") if value else None
+
+    def require(self, key: str, expected: Any) -> None:
+        """Make sure that a value the model code relies on is the one it knows, null or missing."""
+        value = self.values.get(key)
+        if value is not None and value != expected:
+            raise self._wrong(key, value, "null" if expected is None else repr(expected))
 
     @property
     def architecture(self) -> str:
         """The first of `architectures`."""
         names = self.values.get("architectures")
         if not isinstance(names, list) or not names or not isinstance(names[0], str):
-            raise UnsupportedModelError(f"{self.source}: architectures={names!r} names no model class")
+            raise self._wrong("architectures", names, "a list such as ['MixtralForCausalLM']")
         return names[0]
 
     @property
-    def rope(self) -> dict[str, Any]:
-        """Rotary parameters as transformers 5 writes them, whichever version wrote the file."""
-        new = self.values.get("rope_parameters")
-        if isinstance(new, dict):
-            return new
-        scaling = self.values.get("rope_scaling") or {}
-        if not isinstance(scaling, dict):
-            raise UnsupportedModelError(f"{self.source}: rope_scaling={scaling!r} is no object")
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        return {**scaling, "rope_type": kind, "rope_theta": self.values.get("rope_theta", 10000.0)}
+    def dtype(self) -> str:
+        """What the weights are stored in, one of `DTYPES`; float32 if the file does not say."""
+        key = "dtype" if self.has("dtype") else "torch_dtype"
+        name = self.text(key, "float32").removeprefix("torch.")
+        if name not in DTYPES:
+            raise self._wrong(key, name, f"one of {', '.join(DTYPES)}")
+        return name
 
     @property
-    def dtype(self) -> str:
-        """What the weights are stored in; float32 if the file does not say."""
-        return str(self.values.get("dtype") or self.values.get("torch_dtype") or "float32")
+    def bos_token_id(self) -> int | None:
+        """The token that starts a text, if there is one."""
+        return self.integer("bos_token_id", low=0) if self.has("bos_token_id") else None
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer; generation_config.json knows better than config.json."""
-        value = self.generation.get("eos_token_id", self.values.get("eos_token_id"))
+        """Tokens that end an answer; generation_config.json knows better than config.json, unless it is silent."""
+        value = self.generation.get("eos_token_id")
+        if value is None:
+            value = self.values.get("eos_token_id")
         if value is None:
             return ()
         ids = value if isinstance(value, list) else [value]
-        if not all(type(i) is int for i in ids):
-            raise UnsupportedModelError(
-                f"{self.source}: eos_token_id={value!r} is no token id or list of them"
-            )
+        if not all(_is_int(token) and token >= 0 for token in ids):
+            raise self._wrong("eos_token_id", value, "a token id or a list of them")
         return tuple(ids)
 
-    def _get(self, key: str, kind: Any, default: Any) -> Any:
+    def _get(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
-        if value is None:
-            if default is _MISSING:
-                raise UnsupportedModelError(f"{self.source}: {key} is missing; is the file complete?")
-            return default
-        wrong_bool = isinstance(value, bool) and kind is not bool
-        if wrong_bool or not isinstance(value, kind):
-            wanted = "number" if isinstance(kind, tuple) else kind.__name__
-            raise UnsupportedModelError(f"{self.source}: {key}={value!r} should be of type {wanted}")
-        return value
+        if value is not None:
+            return value
+        if default is _MISSING:
+            raise UnsupportedModelError(
+                f"{self.source}: {key} is missing; take the config.json that came with the weights"
+            )
+        return default
+
+    def _wrong(self, key: str, value: Any, wanted: str) -> UnsupportedModelError:
+        text = repr(value)
+        shown = text if len(text) <= 200 else f"{text[:197]}..."
+        return UnsupportedModelError(
+            f"{self.source}: {key}={shown} is not supported; only {wanted} is. "
+            "Use a checkpoint that has it, or see docs/adding-a-model.md"
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moe_lightning.errors import UnsupportedModelError
 from moe_lightning.models.hf_config import HFConfig
 from moe_lightning.models.llama import LAYER_NAMES, decoder
 from moe_lightning.models.spec import ExpertsSpec, ModelSpec, Role, RouterScoring, RouterSpec
@@ -17,11 +18,16 @@ _EXPERT_NAMES = {
 
 def spec(config: HFConfig) -> ModelSpec:
     """The model of a MixtralForCausalLM config."""
+    num_experts, top_k = config.integer("num_local_experts"), config.integer("num_experts_per_tok")
+    if top_k > num_experts:
+        raise UnsupportedModelError(
+            f"{config.source}: num_experts_per_tok={top_k} is more than num_local_experts={num_experts}; "
+            "take the config.json that came with the weights"
+        )
     experts = ExpertsSpec(
-        num_experts=config.integer("num_local_experts"),
+        num_experts=num_experts,
         intermediate_size=config.integer("intermediate_size"),
-        router=RouterSpec(
-            top_k=config.integer("num_experts_per_tok"), scoring=RouterScoring.SOFTMAX_TOPK, normalize=True
-        ),
+        router=RouterSpec(top_k, RouterScoring.SOFTMAX_TOPK, normalize=True),
     )
-    return decoder(config, experts, {**LAYER_NAMES, **_EXPERT_NAMES})
+    window = config.optional_int("sliding_window")
+    return decoder(config, experts, {**LAYER_NAMES, **_EXPERT_NAMES}, window, default_theta=1e6)
