@@ -1,0 +1,227 @@
+"""No policy, schedule or executor changes a token."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from checkpoints import NUM_EXPERTS, NUM_LAYERS, greedy, load, prompts_of
+from moe_lightning import SamplingParams
+from moe_lightning.errors import ScheduleError
+from moe_lightning.pipeline.baselines import SCHEDULES
+from moe_lightning.pipeline.task import Lane, Schedule, TaskKind
+
+pytestmark = pytest.mark.timeout(60)  # a hang is a failure
+
+NAMES = sorted(SCHEDULES)
+LENGTHS = (1, 5, 16, 17, 33, 70, 9)
+NEW_TOKENS = 8
+GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return prompts_of(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def answers(mixtral_reference, prompts):
+    """What transformers answers; no choice in it is so close that rounding could turn it."""
+    found = [greedy(mixtral_reference, prompt, NEW_TOKENS) for prompt in prompts]
+    assert min(margin for _, margin in found) > 1e-3
+    return [tokens for tokens, _ in found]
+
+
+def tokens_of(llm, prompts, params=GREEDY):
+    return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, params)]
+
+
+def drawn_policy(number):
+    """One of many policies; the schedule and the number of micro-batches go round, the rest is random."""
+    draw = random.Random(number)
+    pages = draw.choice([1, 2, 3, 4])
+    per_layer = NUM_EXPERTS * pages
+    resident = tuple(draw.randint(0, per_layer) for _ in range(NUM_LAYERS))
+    smallest = per_layer - min(resident)
+    num_micro_batches = (1, 2, 3, 7)[number % 4]
+    return {
+        "schedule": NAMES[number % len(NAMES)],
+        "micro_batch_size": -(-len(LENGTHS) // num_micro_batches),
+        "group_size": draw.choice([1, 2, 3, 5, 100]),
+        "look_ahead": draw.choice([0, 1, 2, 5, 100]),
+        "chunk_tokens": draw.choice([5, 7, 16, 33, 256]),
+        "pages_per_expert": pages,
+        "resident_pages": resident,
+        "num_frames": smallest + draw.choice([0, 0, 1, smallest // 2, smallest, 3 * smallest]),
+        "block_size": draw.choice([4, 16]),
+        "num_blocks": draw.choice([40, 64]),
+        "prefill_tokens": draw.choice([80, 120, 256]),
+        "max_num_seqs": draw.choice([3, 7, 8]),
+    }
+
+
+@pytest.mark.parametrize("number", range(40))
+def test_no_policy_changes_a_token(number, mixtral, prompts, answers):
+    executor = "threads" if number % 3 else "serial"
+    llm = load(mixtral, executor=executor, **drawn_policy(number))
+    assert tokens_of(llm, prompts) == answers
+    assert tokens_of(llm, prompts[::-1]) == answers[::-1], "the ring stands elsewhere now"
+
+
+def test_the_drawn_policies_meet_the_extremes():
+    policies = [drawn_policy(number) for number in range(40)]
+    rings = [
+        (p["num_frames"], NUM_EXPERTS * p["pages_per_expert"] - min(p["resident_pages"])) for p in policies
+    ]
+    assert {p["schedule"] for p in policies} == set(SCHEDULES)
+    assert any(frames == smallest for frames, smallest in rings)
+    assert any(frames > 2 * smallest for frames, smallest in rings)
+
+
+@pytest.mark.parametrize("executor", ["serial", "threads"])
+@pytest.mark.parametrize("schedule", NAMES)
+@pytest.mark.parametrize(
+    "resident, num_frames",
+    [
+        ((0, 0, 0), NUM_EXPERTS),
+        ((NUM_EXPERTS,) * 3, 0),
+        ((0, NUM_EXPERTS, 0), NUM_EXPERTS),
+        ((7, 7, 7), 1),
+    ],
+    ids=["all-streamed", "all-resident", "one-layer-resident", "ring-of-one-frame"],
+)
+def test_no_residency_changes_a_token_with_the_smallest_ring(
+    schedule, executor, resident, num_frames, mixtral, prompts, answers
+):
+    values = {"resident_pages": resident, "num_frames": num_frames, "pages_per_expert": 1}
+    llm = load(mixtral, executor=executor, schedule=schedule, **values)
+    assert tokens_of(llm, prompts[:4]) == answers[:4]
+
+
+class Slowed:
+    """A runner whose tasks wait before they start: `delay` gives seconds for each."""
+
+    def __init__(self, runner, delay):
+        self._runner, self._delay = runner, delay
+
+    def run(self, task):
+        time.sleep(self._delay(task))
+        self._runner.run(task)
+
+
+def slow_down(llm, delay, monkeypatch):
+    monkeypatch.setattr(llm._worker, "_wrap", lambda runner: Slowed(runner, delay))
+
+
+@pytest.mark.parametrize("schedule", NAMES)
+def test_random_delays_in_every_lane_change_no_token(schedule, mixtral, prompts, answers, monkeypatch):
+    draw = random.Random(schedule)
+    llm = load(mixtral, executor="threads", schedule=schedule, pages_per_expert=1, num_frames=9)
+    slow_down(llm, lambda task: draw.random() * 1e-3, monkeypatch)
+    assert tokens_of(llm, prompts) == answers
+
+
+@pytest.mark.parametrize("schedule", ["cgopipe", "flexgen"])
+@pytest.mark.parametrize("lane", list(Lane))
+def test_one_slow_lane_changes_no_token(lane, schedule, mixtral, prompts, answers, monkeypatch):
+    llm = load(mixtral, executor="threads", schedule=schedule, pages_per_expert=1, num_frames=9)
+    slow_down(llm, lambda task: 2e-3 * (task.lane is lane), monkeypatch)
+    assert tokens_of(llm, prompts[:4]) == answers[:4]
+
+
+# Consumer and producer of a dependency that CGOPipe cannot do without.
+EDGES = [
+    (TaskKind.OFFLOAD_QKV, TaskKind.PRE_ATTENTION),
+    (TaskKind.ATTENTION, TaskKind.OFFLOAD_QKV),
+    (TaskKind.LOAD_HIDDEN, TaskKind.ATTENTION),
+    (TaskKind.POST_ATTENTION, TaskKind.LOAD_HIDDEN),
+    (TaskKind.EXPERTS, TaskKind.LOAD_PAGE),
+    (TaskKind.LOAD_PAGE, TaskKind.EXPERTS),
+]
+
+
+@pytest.mark.parametrize("consumer, producer", EDGES, ids=lambda kind: kind.value)
+def test_a_missing_dependency_is_noticed(consumer, producer, mixtral, prompts, answers, monkeypatch):
+    """The tests above would prove nothing if a race left the tokens as they are."""
+    llm = load(
+        mixtral, executor="threads", pages_per_expert=1, resident_pages=(0, 0, 0), num_frames=12, group_size=1
+    )
+    build = llm._worker._schedule
+    num_dropped = 0
+
+    def without(num_prefill, num_decode):
+        nonlocal num_dropped
+        schedule = build(num_prefill, num_decode)
+        tasks, deps = schedule.tasks, []
+        for task, needed in zip(tasks, schedule.deps, strict=True):
+            kept = tuple(d for d in needed if (task.kind, tasks[d].kind) != (consumer, producer))
+            num_dropped += len(needed) - len(kept)
+            deps.append(kept)
+        return Schedule(schedule.name, schedule.shape, tasks, tuple(deps))
+
+    monkeypatch.setattr(llm._worker, "_schedule", without)
+    slow_down(llm, lambda task: 5e-3 * (task.kind is producer), monkeypatch)
+    try:
+        assert tokens_of(llm, prompts[:4]) != answers[:4]
+    except ScheduleError as error:
+        assert "which holds" in str(error)
+    assert num_dropped
+
+
+class Boom(Exception):
+    """Not one of the package's errors."""
+
+
+def fail_once(llm, lane, monkeypatch, in_pass=2):
+    """The first task of a lane in one pass raises; later passes are as ever."""
+    num_passes = 0
+
+    class Failing:
+        def __init__(self, runner):
+            self._runner = runner
+
+        def run(self, task):
+            if task.lane is lane:
+                raise Boom(str(task))
+            self._runner.run(task)
+
+    def wrap(runner):
+        nonlocal num_passes
+        num_passes += 1
+        return Failing(runner) if num_passes == in_pass else runner
+
+    monkeypatch.setattr(llm._worker, "_wrap", wrap)
+
+
+# The first pass has prompts only: nothing of it runs on the CPU.
+@pytest.mark.parametrize(
+    "lane, in_pass", [(lane, 3) for lane in Lane] + [(Lane.GPU, 1), (Lane.H2D, 1), (Lane.D2H, 1)]
+)
+@pytest.mark.parametrize("executor", ["serial", "threads"])
+def test_after_an_error_in_a_lane_the_engine_goes_on_to_the_right_tokens(
+    lane, in_pass, executor, mixtral, prompts, answers, monkeypatch
+):
+    llm = load(mixtral, executor=executor, num_frames=17)
+    fail_once(llm, lane, monkeypatch, in_pass)
+    for number, prompt in enumerate(prompts):
+        llm.engine.add(llm.completion_request(str(number), prompt, GREEDY))
+    found, num_errors = {}, 0
+    while llm.engine.num_unfinished:
+        try:
+            for output in llm.engine.step():
+                found[int(output.request_id)] = list(output.outputs[0].token_ids)
+        except Boom:
+            num_errors += 1
+    assert num_errors == 1
+    assert [found[number] for number in range(len(prompts))] == answers
+
+
+def test_after_an_error_generate_raises_it_and_serves_the_next_call(mixtral, prompts, answers, monkeypatch):
+    llm = load(mixtral, executor="threads")
+    fail_once(llm, Lane.CPU, monkeypatch)
+    with pytest.raises(Boom, match="attention"):
+        llm.generate(prompts, GREEDY)
+    assert llm.engine.num_unfinished == 0
+    assert tokens_of(llm, prompts) == answers
