@@ -1,0 +1,234 @@
+"""The batcher on its own: any mix of arrivals, lengths, ends and failures, without a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_lightning.engine.batcher import Batcher
+from moe_lightning.engine.request import Request, SamplingParams
+from moe_lightning.engine.sequence import Sequence
+from moe_lightning.engine.stopping import Finish
+from moe_lightning.memory.blocks import num_blocks_for
+from moe_lightning.policy import Policy
+
+
+def policy_of(**changes):
+    values = {
+        "max_num_seqs": 4, "micro_batch_size": 2, "group_size": 1, "look_ahead": 1, "prefill_tokens": 24,
+        "chunk_tokens": 7, "pages_per_expert": 1, "resident_pages": (1,), "num_frames": 0, "num_blocks": 8,
+        "block_size": 4,
+    }  # fmt: skip
+    return Policy(**{**values, **changes})
+
+
+def sequence_of(order, num_prompt, num_new, max_model_len):
+    prompt = tuple(range(100 * order, 100 * order + num_prompt))
+    params = SamplingParams(max_tokens=num_new, temperature=0)
+    return Sequence(Request(str(order), prompt, params), 0, order, max_model_len, None)
+
+
+@dataclass
+class Arrival:
+    """A sequence that comes before a pass, and when it is aborted, if it is."""
+
+    before_pass: int
+    num_prompt: int
+    num_new: int
+    aborted_before_pass: int | None
+
+
+@st.composite
+def runs(draw):
+    """A policy, arrivals that fit it, and the passes that fail."""
+    block_size = draw(st.integers(1, 6))
+    num_blocks = draw(st.integers(2, 12))
+    prefill_tokens = draw(st.integers(4, 40))
+    policy = policy_of(
+        max_num_seqs=draw(st.integers(1, 6)),
+        micro_batch_size=draw(st.integers(1, 4)),
+        prefill_tokens=prefill_tokens,
+        chunk_tokens=draw(st.integers(1, 10)),
+        num_blocks=num_blocks,
+        block_size=block_size,
+    )
+    longest = min(num_blocks * block_size, prefill_tokens)
+    arrivals = st.builds(
+        Arrival,
+        before_pass=st.integers(0, 10),
+        num_prompt=st.integers(1, longest - 1),
+        num_new=st.integers(0, 12),
+        aborted_before_pass=st.none() | st.integers(1, 12),
+    )
+    failing = draw(st.sets(st.integers(0, 20), max_size=3))
+    return policy, longest, draw(st.lists(arrivals, min_size=1, max_size=12)), failing
+
+
+class Run:
+    """Drives a batcher as the engine does, with a token counter for a model."""
+
+    def __init__(self, policy, longest):
+        self.policy, self.longest = policy, longest
+        self.batcher = Batcher(policy, ())
+        self.arrived = []
+        self.aborted = set()
+
+    def arrive(self, num_prompt, num_new):
+        sequence = sequence_of(len(self.arrived), num_prompt, num_new, self.longest)
+        self.arrived.append(sequence)
+        self.batcher.add(sequence)
+        return sequence
+
+    def abort(self, sequence):
+        if not sequence.finish:
+            self.aborted.add(sequence.order)
+            self.batcher.remove({sequence.request.request_id})
+
+    def run_pass(self, fails=False):
+        """One pass; whether it moved something."""
+        batch = self.batcher.next()
+        self.check(batch)
+        if fails:
+            self.batcher.put_back()
+            return True
+        sampled = [s for members in (*batch.prefill, *batch.decode) for s in members]
+        for sequence in sampled:
+            sequence.output_ids.append(7)
+            if len(sequence.output_ids) == sequence.max_new_tokens:
+                sequence.finish = Finish("length", None, "")
+        for sequence in batch.admitted:
+            if sequence.max_new_tokens == 0:
+                sequence.finish = Finish("length", None, "")
+        self.batcher.retire()
+        return bool(sampled or batch.admitted)
+
+    def check(self, batch):
+        self.check_blocks()
+        self.check_nothing_is_lost()
+        self.check_step(batch)
+
+    def check_blocks(self):
+        owned = [block for s in self.batcher.running for block in s.blocks]
+        assert len(owned) == len(set(owned)), "a block has two owners"
+        assert set(owned) <= set(range(self.policy.num_blocks))
+        assert len(owned) + self.batcher.allocator.num_free == self.policy.num_blocks, "a block is lost"
+        for sequence in self.batcher.running:
+            assert len(sequence.blocks) == num_blocks_for(sequence.num_tokens, self.policy.block_size)
+        assert not any(s.blocks for s in self.batcher.waiting)
+
+    def check_nothing_is_lost(self):
+        running, waiting = [s.order for s in self.batcher.running], [s.order for s in self.batcher.waiting]
+        ended = {s.order for s in self.arrived if s.finish} | self.aborted
+        assert sorted([*running, *waiting, *ended]) == [s.order for s in self.arrived]
+        assert len(running) <= self.policy.max_num_seqs
+        # Fair: whoever came first runs first.
+        assert [*running, *waiting] == sorted([*running, *waiting])
+
+    def check_step(self, batch):
+        policy, running = self.policy, {s.order for s in self.batcher.running}
+        admitted = [s.order for s in batch.admitted]
+        decoded = [s.order for members in batch.decode for s in members]
+        assert sorted(admitted + decoded) == sorted(running), "each runs once in a pass"
+        assert sum(s.num_tokens for s in batch.admitted) <= policy.prefill_tokens
+        assert all(0 < len(members) <= policy.micro_batch_size for members in batch.decode)
+        for members, rows in zip(batch.decode, batch.step.decode, strict=True):
+            for sequence, row in zip(members, rows, strict=True):
+                assert (row.token_id, row.position) == (sequence.last_token_id, sequence.num_tokens - 1)
+                assert row.block_table == sequence.blocks
+        self.check_chunks(batch)
+
+    def check_chunks(self, batch):
+        pieces = [piece for chunk in batch.step.prefill for piece in chunk]
+        sizes = [sum(len(piece.token_ids) for piece in chunk) for chunk in batch.step.prefill]
+        assert all(size == self.policy.chunk_tokens for size in sizes[:-1])
+        assert all(0 < size <= self.policy.chunk_tokens for size in sizes)
+        tokens = [token for piece in pieces for token in piece.token_ids]
+        assert tokens == [token for s in batch.admitted for token in s.token_ids]
+        ends = [s.order for chunk in batch.prefill for s in chunk]
+        assert ends == [s.order for s in batch.admitted if s.max_new_tokens > 0]
+
+
+@settings(max_examples=300, deadline=None)
+@given(runs())
+def test_no_block_has_two_owners_no_sequence_is_lost_and_the_queue_always_moves(case):
+    policy, longest, arrivals, failing = case
+    run, number = Run(policy, longest), 0
+    pending = list(arrivals)
+    aborts = {}
+    while pending or run.batcher.has_work:
+        for arrival in [a for a in pending if a.before_pass <= number]:
+            sequence = run.arrive(arrival.num_prompt, arrival.num_new)
+            if arrival.aborted_before_pass is not None:
+                aborts.setdefault(max(arrival.aborted_before_pass, number + 1), []).append(sequence)
+        pending = [a for a in pending if a.before_pass > number]
+        for sequence in aborts.pop(number, []):
+            run.abort(sequence)
+        if run.batcher.has_work:
+            assert run.run_pass(fails=number in failing), "a pass that moves nothing is for ever"
+        number += 1
+    run.check_blocks()
+    run.check_nothing_is_lost()
+    for sequence in run.arrived:
+        if sequence.order not in run.aborted:
+            assert len(sequence.output_ids) == sequence.max_new_tokens
+    assert run.batcher.allocator.num_free == policy.num_blocks
+
+
+def test_the_youngest_gives_its_blocks_back_first_and_returns_to_the_head_of_the_queue():
+    run = Run(policy_of(num_blocks=4, block_size=4), longest=16)
+    first, second, third = (run.arrive(num_prompt, 8) for num_prompt in (4, 3, 8))
+    run.run_pass()
+    assert run.batcher.running == [first, second], "the third would take what these two need next"
+    while run.batcher.num_preemptions == 0:
+        run.run_pass()
+    assert run.batcher.running == [first]
+    assert list(run.batcher.waiting) == [second, third]
+    assert second.output_ids, "its tokens are kept"
+    while run.batcher.has_work:
+        run.run_pass()
+    assert [len(s.output_ids) for s in run.arrived] == [8, 8, 8]
+
+
+def test_a_long_prompt_at_the_head_is_not_overtaken():
+    run = Run(policy_of(num_blocks=8, block_size=4), longest=24)
+    running = run.arrive(12, 12)
+    run.run_pass()
+    long, short = run.arrive(20, 2), run.arrive(2, 2)
+    run.run_pass()
+    assert run.batcher.running == [running]
+    assert list(run.batcher.waiting) == [long, short]
+
+
+def test_prompts_of_one_pass_stay_within_the_prefill_tokens():
+    run = Run(policy_of(prefill_tokens=10, num_blocks=32), longest=10)
+    for _ in range(3):
+        run.arrive(5, 4)
+    assert len(run.batcher.next().admitted) == 2
+
+
+def test_put_back_keeps_arrival_order_and_frees_every_block():
+    run = Run(policy_of(num_blocks=32), longest=24)
+    sequences = [run.arrive(3, 4) for _ in range(6)]
+    run.run_pass()
+    run.batcher.put_back()
+    assert list(run.batcher.waiting) == sequences
+    assert run.batcher.running == []
+    assert run.batcher.allocator.num_free == 32
+
+
+@pytest.mark.parametrize("where", ["running", "waiting"])
+def test_a_removed_sequence_leaves_nothing_behind(where):
+    run = Run(policy_of(max_num_seqs=1), longest=24)
+    first, second = run.arrive(4, 5), run.arrive(4, 5)
+    run.run_pass()
+    gone, stays = (first, second) if where == "running" else (second, first)
+    run.abort(gone)
+    assert gone not in run.batcher.running
+    assert gone not in run.batcher.waiting
+    while run.batcher.has_work:
+        run.run_pass()
+    assert len(stays.output_ids) == 5
+    assert run.batcher.allocator.num_free == 8
