@@ -124,6 +124,11 @@ def test_a_section_that_is_no_object_is_refused(value: Any) -> None:
         _config(outer=value).section("outer")
 
 
+def test_an_integer_too_large_for_a_float_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="key=1797"):
+        _config(key=2**1024).number("key")
+
+
 def test_a_long_value_is_cut_in_the_message() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         _config(key="x" * 10_000).integer("key")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class HFConfig:
         """A positive, finite number."""
         value = self._get(key, default)
         is_number = _is_int(value) or isinstance(value, float)
-        if not is_number or not math.isfinite(value) or value <= 0:
+        if not is_number or not 0 < value <= sys.float_info.max:  # nan compares false
             raise self._wrong(key, value, "a positive number")
         return float(value)
 
