@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moe_lightning import LLM
@@ -142,3 +144,15 @@ def tiny_policy(**changes: object) -> Policy:
 def load(directory: Path, *, executor: str = "serial", **changes: object) -> LLM:
     """The checkpoint under `tiny_policy` with changes."""
     return LLM(directory, policy=tiny_policy(**changes), executor=executor)
+
+
+def shards(directory: Path) -> list[Path]:
+    """The weight files of a sharded checkpoint."""
+    return sorted(directory.glob("model-*.safetensors"))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a file."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})

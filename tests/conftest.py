@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 
@@ -36,3 +38,17 @@ def mixtral_reference(mixtral):
     from checkpoints import reference
 
     return reference(mixtral)
+
+
+@pytest.fixture(scope="session")
+def sharded_mixtral(tmp_path_factory):
+    """The tiny Mixtral in many files."""
+    from checkpoints import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("sharded"), "mixtral", max_shard_size="200KB")
+
+
+@pytest.fixture
+def single(mixtral, tmp_path):
+    """A copy of the tiny Mixtral that a test may damage."""
+    return shutil.copytree(mixtral, tmp_path / "single")

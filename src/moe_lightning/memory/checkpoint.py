@@ -95,23 +95,35 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(file.read(length))
             entries = [(n, e) for n, e in header.items() if n != "__metadata__"]
             tensors = {name: _entry(name, path, entry, 8 + length) for name, entry in entries}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} has a damaged header ({error!r}); download it again") from error
-    for tensor in tensors.values():
-        if tensor.offset + tensor.num_bytes > size:
-            raise CheckpointError(
-                f"{path} is truncated: {tensor.name} ends at byte {tensor.offset + tensor.num_bytes}, "
-                f"the file at {size}; download it again"
-            )
+    _check_data(path, tensors.values(), 8 + length, size)
     return tensors
 
 
 def _entry(name: str, path: Path, entry: dict[str, Any], base: int) -> StoredTensor:
-    start, end = (int(x) for x in entry["data_offsets"])
-    shape = tuple(int(x) for x in entry["shape"])
-    if not 0 <= start <= end:
-        raise ValueError(f"{name} has offsets {start}, {end}")
+    start, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if not all(type(x) is int and x >= 0 for x in (start, end, *shape)) or start > end:
+        raise ValueError(f"{name} has shape {list(shape)} and offsets {start}, {end}")
     return StoredTensor(name, path, str(entry["dtype"]), shape, base + start, end - start)
+
+
+def _check_data(path: Path, tensors: Iterable[StoredTensor], start: int, size: int) -> None:
+    """Tensors fill a file without gaps or overlaps: otherwise wrong offsets would be read as weights."""
+    position = start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.num_bytes)):
+        if tensor.offset != position:
+            raise CheckpointError(
+                f"{path} has a damaged header: {tensor.name} begins at byte {tensor.offset}, what is before it "
+                f"ends at {position}; download it again"
+            )
+        position += tensor.num_bytes
+    if position != size:
+        state = "is truncated" if position > size else "has too many bytes"
+        raise CheckpointError(
+            f"{path} {state}: its tensors end at byte {position}, the file at {size}; download it again"
+        )
 
 
 def check_tensors(stored: dict[str, StoredTensor], spec: ModelSpec) -> list[tuple[TensorSpec, StoredTensor]]:
