@@ -11,6 +11,7 @@ from moe_lightning.units import parse_bytes, parse_count
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 EXECUTORS = ("auto", "serial", "threads")
+LOAD_FORMATS = ("auto", "dummy")
 
 
 def _setting(default: Any, help_text: str, **extra: Any) -> Any:
@@ -48,6 +49,11 @@ class EngineConfig:
     )
     executor: str = _setting(
         "auto", "how lanes run: one after the other, or at once on threads", choices=EXECUTORS
+    )
+    load_format: str = _setting(
+        "auto",
+        "auto reads safetensors; dummy makes random weights of the model's shapes",
+        choices=LOAD_FORMATS,
     )
     policy: str | None = _setting(None, "JSON file with policy values that replace the planner's")
     seed: int = _setting(0, "seed of all random draws that have none of their own", parse=parse_count)

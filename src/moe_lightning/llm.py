@@ -12,22 +12,21 @@ from typing import Any
 import torch
 
 from moe_lightning.config import EngineConfig
+from moe_lightning.engine.build import build_worker
 from moe_lightning.engine.draws import stable_seed
 from moe_lightning.engine.engine import Engine
+from moe_lightning.engine.gpu_budget import cap_gpu_memory
 from moe_lightning.engine.request import PassStats, Request, RequestOutput, SamplingParams
+from moe_lightning.engine.tokenizer import dummy_tokenizer, load_tokenizer
 from moe_lightning.engine.worker import Worker
 from moe_lightning.errors import ConfigError, RequestError
 from moe_lightning.hardware.host import available_memory
 from moe_lightning.memory import checkpoint
-from moe_lightning.memory.kv_cache import KVCache
-from moe_lightning.memory.layout import PageLayout, Placement
-from moe_lightning.memory.weights import Weights, allocate
 from moe_lightning.models import registry
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.default_policy import Memory, default_policy, load_policy
 from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.policy import Policy
-from moe_lightning.runtime.executor import SerialExecutor, ThreadedExecutor
 
 Prompt = str | Sequence[int] | dict[str, Any]
 OnPass = Callable[[PassStats], None]
@@ -54,23 +53,14 @@ class LLM:
         self.config = EngineConfig(model=str(model), policy=path, **settings)
         self.spec: ModelSpec = registry.resolve(self.config.model)
         self.model_name = Path(self.config.model).name
-        directory = _checkpoint_directory(self.config.model)
-        self.tokenizer = load_tokenizer(self.config.tokenizer or str(directory))
         self._device = _device(self.config)
         self.dtype = _dtype(self.config.dtype, self.spec)
+        directory = None if self.config.load_format == "dummy" else _checkpoint_directory(self.config.model)
+        self.tokenizer = self._load_tokenizer(directory)
         self.policy, self.max_model_len = self._plan(policy)
-        # Before memory is taken: a wrong checkpoint is the commonest error.
-        checkpoint.check_tensors(checkpoint.open_checkpoint(directory), self.spec)
-        weights = self._load(directory)
-        kv = KVCache(
-            self.spec.num_layers,
-            self.spec.attention,
-            self.policy.num_blocks,
-            self.policy.block_size,
-            self.dtype,
-        )
-        executor = ThreadedExecutor() if self.config.executor == "threads" else SerialExecutor()
-        self._worker = Worker(weights, self.policy, kv, executor, self._device)
+        if directory is not None:  # before memory is taken: a wrong checkpoint is the commonest error
+            checkpoint.check_tensors(checkpoint.open_checkpoint(directory), self.spec)
+        self._worker = self._build(directory)
         self.engine = Engine(
             self._worker, self.policy, self.tokenizer, self.spec.eos_token_ids, self.max_model_len
         )
@@ -252,8 +242,8 @@ class LLM:
         c = self.config
         host = c.host_memory or int(0.8 * available_memory())
         gpu = c.gpu_memory
-        if gpu is None and self._device.type == "cuda":
-            gpu = int(0.9 * torch.cuda.mem_get_info(self._device)[0])
+        if self._device.type == "cuda":
+            gpu = cap_gpu_memory(self._device, gpu)
         if isinstance(policy, Policy):
             length = min(c.max_model_len or self.spec.max_position, policy.num_blocks * policy.block_size)
             return policy, min(length, policy.prefill_tokens)
@@ -265,30 +255,19 @@ class LLM:
             length = min(length, planned.prefill_tokens, planned.num_blocks * planned.block_size)
         return planned, length
 
-    def _load(self, directory: Path) -> Weights:
-        layout = PageLayout.of(self.spec, self.policy.pages_per_expert)
-        placement = Placement(layout.pages_per_layer, self.policy.resident_pages, self.policy.num_frames)
-        weights = allocate(self.spec, layout, placement, self.dtype, self._device)
-        with _progress(weights.num_bytes, True, "loading weights", is_bytes=True) as advance:
-            checkpoint.load(directory, weights, progress=lambda done, total: advance(done, total))
-        return weights
+    def _load_tokenizer(self, directory: Path | None) -> Any:
+        if self.config.tokenizer or directory:
+            return load_tokenizer(self.config.tokenizer or str(directory))
+        return dummy_tokenizer(self.spec.vocab_size)
 
-
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer in a directory.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    from transformers import AutoTokenizer  # takes a second: not before it is needed
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"no tokenizer can be loaded from {path} ({str(error).splitlines()[0]}); "
-            "put the model's tokenizer files there or name their directory with tokenizer"
-        ) from error
+    def _build(self, directory: Path | None) -> Worker:
+        total = self.spec.num_parameters * self.dtype.itemsize
+        with _progress(total, True, "loading weights", is_bytes=True) as advance:
+            return build_worker(
+                self.spec, self.policy, self.dtype, self._device,
+                directory=directory, executor=self.config.executor, seed=self.config.seed,
+                progress=lambda done, total: advance(done, total),
+            )  # fmt: skip
 
 
 def _checkpoint_directory(model: str) -> Path:
@@ -301,8 +280,9 @@ def _checkpoint_directory(model: str) -> Path:
 def _device(config: EngineConfig) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda', but torch sees no GPU; use device='cpu' or install a CUDA torch")
-    # Until the CUDA executor exists, auto must not pick a path that is not tested.
-    return torch.device("cuda" if config.device == "cuda" else "cpu")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _dtype(name: str, spec: ModelSpec) -> torch.dtype:

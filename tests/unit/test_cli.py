@@ -32,6 +32,7 @@ VALUES = {
     "host_memory": ("1.5GB", 1_500_000_000),
     "device": ("cpu", "cpu"),
     "executor": ("serial", "serial"),
+    "load_format": ("dummy", "dummy"),
     "policy": ("plan.json", "plan.json"),
     "seed": ("7", 7),
 }

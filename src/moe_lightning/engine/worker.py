@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -13,11 +14,10 @@ from moe_lightning.pipeline.task import PassShape, Schedule
 from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.buffers import PassBuffers
-from moe_lightning.runtime.executor import Runner, SerialExecutor, ThreadedExecutor
+from moe_lightning.runtime.executor import Executor, Runner
 from moe_lightning.runtime.micro_batch import Step, build_micro_batches
 from moe_lightning.runtime.runner import MicroBatchOutput, TaskRunner
-
-Executor = SerialExecutor | ThreadedExecutor
+from moe_lightning.runtime.upload import Uploader
 
 
 class Worker:
@@ -30,19 +30,27 @@ class Worker:
         self._policy = policy
         self._kv = kv
         self._executor = executor
-        self._device = device
+        self._uploader = Uploader(device)
         rows = policy.max_num_seqs + policy.prefill_tokens
         dtype = weights.embed.dtype
         self._buffers = PassBuffers.allocate(weights.spec, rows, policy.max_num_seqs, dtype, device)
         self._ring_offset = 0
         self._is_preloaded = False
-        self.fullest_pass: Timeline | None = None
+        self._timeline: Callable[[], Timeline] | None = None
         self._fullness = (0, 0)  # of that pass: decode micro-batches, tasks
+
+    @property
+    def fullest_pass(self) -> Timeline | None:
+        """When each task ran in the pass with the most decode micro-batches so far, then the most tasks."""
+        return self._timeline() if self._timeline else None
 
     def run(self, step: Step) -> list[MicroBatchOutput]:
         """One pass; its outputs by micro-batch, prefill first."""
         spec = self._weights.spec
-        batches = build_micro_batches(step, self._policy.block_size, spec.vocab_size, self._device)
+        with self._executor.scope():
+            self._uploader.clear()
+            batches = build_micro_batches(step, self._policy.block_size, spec.vocab_size, self._uploader)
+            self._uploader.send()
         schedule = self._schedule(len(step.prefill), len(step.decode))
         runner = TaskRunner(self._weights, self._kv, self._buffers, batches, self._ring_offset)
         # Until the pass is whole, nothing is known of the ring.
@@ -50,7 +58,7 @@ class Worker:
         timeline = self._executor.run(schedule, self._wrap(runner))
         fullness = (len(step.decode), len(schedule.tasks))
         if fullness >= self._fullness:
-            self._fullness, self.fullest_pass = fullness, timeline
+            self._fullness, self._timeline = fullness, timeline
         if schedule.shape.pages_ahead:
             loaded = sum(schedule.shape.streamed_pages)
             self._ring_offset = (offset + loaded) % self._policy.num_frames

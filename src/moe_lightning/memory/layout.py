@@ -94,6 +94,11 @@ class Placement:
         """Streamed pages of all layers."""
         return sum(self.streamed)
 
+    def streamed_pages(self) -> list[tuple[int, int]]:
+        """Layer and page of each host row, in order."""
+        layers = enumerate(self.resident)
+        return [(layer, page) for layer, first in layers for page in range(first, self.pages_per_layer)]
+
     def resident_frame(self, layer: int, page: int) -> int:
         """Frame of a resident page, or -1 for a streamed one."""
         if page >= self.resident[layer]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from moe_lightning.errors import ScheduleError
-from moe_lightning.memory.arena import device_tensor, host_tensor
+from moe_lightning.memory.arena import HostArena, device_tensor
 from moe_lightning.memory.layout import PageLayout, Placement
+from moe_lightning.memory.staging import StagingRing
 from moe_lightning.models.spec import EXPERT_ROLES, ModelSpec, Role, TensorSpec
 
 
@@ -37,7 +38,9 @@ class PageStore:
         self.layout = layout
         self.placement = placement
         self.frames = device_tensor((placement.num_frames, layout.page_elements), dtype, device)
-        self.host = host_tensor((placement.num_host_rows, layout.page_elements), dtype)
+        self.arena = HostArena((placement.num_host_rows, layout.page_elements), dtype)
+        self.host = self.arena.tensor
+        self._staging: StagingRing | None = None
         # What each frame holds, so that a stale page is an error and never plausible text.
         self._content: list[tuple[int, int] | None] = [None] * placement.num_frames
         for layer, count in enumerate(placement.resident):
@@ -52,8 +55,16 @@ class PageStore:
     def load(self, layer: int, page: int, frame: int) -> None:
         """Copy a streamed page to a frame of the ring."""
         self._content[frame] = None
-        self.frames[frame].copy_(self.home(layer, page))
+        if self.frames.is_cuda and not self.arena.is_pinned:
+            self._stage(layer, page, frame)
+        else:
+            self.frames[frame].copy_(self.home(layer, page), non_blocking=True)
         self._content[frame] = (layer, page)
+
+    def _stage(self, layer: int, page: int, frame: int) -> None:
+        if self._staging is None:
+            self._staging = StagingRing(self.layout.page_elements, self.host.dtype)
+        self._staging.copy(self.frames[frame], self.home(layer, page))
 
     def check(self, layer: int, frames: list[int]) -> None:
         """Make sure that `frames` hold the pages of the layer in order.

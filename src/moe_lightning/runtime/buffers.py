@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_lightning.memory.arena import device_tensor, host_tensor
+from moe_lightning.memory.arena import HostArena, device_tensor
 from moe_lightning.models.spec import ModelSpec
 
 
@@ -48,6 +48,16 @@ class PassBuffers:
             experts_in=device_tensor((num_tokens, spec.hidden_size), dtype, device),
             topk_ids=device_tensor((num_tokens, k), torch.int64, device),
             topk_weights=device_tensor((num_tokens, k), torch.float32, device),
-            host_qkv=host_tensor((num_seqs, a.qkv_size), dtype),
-            host_out=host_tensor((num_seqs, a.q_size), dtype),
+            host_qkv=_pinned((num_seqs, a.qkv_size), dtype, device),
+            host_out=_pinned((num_seqs, a.q_size), dtype, device),
         )
+
+
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host memory that the device copies from and to while others go on."""
+    arena = HostArena((1, *shape), dtype)  # one row, so that it is locked as one piece
+    if device.type != "cpu":
+        arena.prepare(pin=True)
+        if arena.refusal:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return arena.tensor[0]

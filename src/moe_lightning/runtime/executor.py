@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from moe_lightning.pipeline.task import Lane, Schedule, Task
@@ -17,24 +19,50 @@ class Runner(Protocol):
         """Do one task, whose dependencies are done."""
 
 
-class SerialExecutor:
-    """Runs the tasks in launch order on the caller's thread."""
+class Executor(Protocol):
+    """Runs the tasks of a schedule."""
 
-    def run(self, schedule: Schedule, runner: Runner) -> Timeline:
-        """Run the whole schedule; when each task ran."""
+    def scope(self) -> AbstractContextManager[None]:
+        """What is launched inside comes before the tasks of the next run and after those of the last."""
+
+    def run(self, schedule: Schedule, runner: Runner) -> Callable[[], Timeline]:
+        """Run the whole schedule; a function that says when each task ran."""
+
+
+class SerialExecutor:
+    """Runs the tasks in launch order on the caller's thread.
+
+    Args:
+        wait: called after each task, where what it launched may still run.
+    """
+
+    def __init__(self, wait: Callable[[], None] = lambda: None) -> None:
+        self._wait = wait
+
+    def scope(self) -> AbstractContextManager[None]:
+        """Nothing to do: everything is in the caller's order."""
+        return nullcontext()
+
+    def run(self, schedule: Schedule, runner: Runner) -> Callable[[], Timeline]:
+        """Run the whole schedule; a function that says when each task ran."""
         starts, ends = [], []
         for task in schedule.tasks:
             starts.append(time.perf_counter())
             runner.run(task)
+            self._wait()
             ends.append(time.perf_counter())
-        return Timeline.of(schedule, starts, ends)
+        return lambda: Timeline.of(schedule, starts, ends)
 
 
 class ThreadedExecutor:
-    """Runs the four lanes at once; a task starts when its lane is free and its dependencies are done."""
+    """Runs the four lanes at once on the CPU; a task starts when its lane is free and its dependencies are done."""
 
-    def run(self, schedule: Schedule, runner: Runner) -> Timeline:
-        """Run the whole schedule; when each task ran.
+    def scope(self) -> AbstractContextManager[None]:
+        """Nothing to do: everything outside of a run is in the caller's order."""
+        return nullcontext()
+
+    def run(self, schedule: Schedule, runner: Runner) -> Callable[[], Timeline]:
+        """Run the whole schedule; a function that says when each task ran.
 
         An error in one lane, or an interrupt, stops the others at their next task and is raised here.
         """
@@ -51,7 +79,7 @@ class ThreadedExecutor:
                 thread.join()
         if run.error is not None:
             raise run.error
-        return Timeline.of(schedule, run.starts, run.ends)
+        return lambda: Timeline.of(schedule, run.starts, run.ends)
 
 
 class _LaneRun:

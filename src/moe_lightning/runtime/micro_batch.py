@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_lightning.kernels.reference import Segment
 from moe_lightning.runtime.sampling_batch import RowSampling, SamplingBatch, build_sampling_batch
+from moe_lightning.runtime.upload import Uploader
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class MicroBatch:
         rows: its rows in the pass's buffers on the device.
         token_ids: [B] int64.
         positions: [B] int64.
-        slots: [B] int64, KV slots of the new tokens (host).
+        slots: [B] int64, KV slots of the new tokens.
         sample_rows: rows to sample after, relative to its first; their parameters are `sampling`.
         score_rows: rows whose next prompt token is scored, `score_ids` [S] that token.
         segments: prefill only.
@@ -84,18 +85,16 @@ class MicroBatch:
     context_lens: Tensor | None = None
 
 
-def build_micro_batches(
-    step: Step, block_size: int, vocab_size: int, device: torch.device
-) -> list[MicroBatch]:
-    """The micro-batches of a step; rows are given out in order, prefill first."""
+def build_micro_batches(step: Step, block_size: int, vocab_size: int, uploader: Uploader) -> list[MicroBatch]:
+    """The micro-batches of a step, their tensors put on the uploader's device; rows in order, prefill first."""
     batches, row, host_row = [], 0, 0
     first_row: dict[int, int] = {}  # of each prompt, by its first KV block
     for pieces in step.prefill:
-        batch = _prefill(pieces, row, first_row, block_size, vocab_size, device)
+        batch = _prefill(pieces, row, first_row, block_size, vocab_size, uploader)
         batches.append(batch)
         row = batch.rows.stop
     for rows in step.decode:
-        batches.append(_decode(rows, row, host_row, block_size, vocab_size, device))
+        batches.append(_decode(rows, row, host_row, block_size, vocab_size, uploader))
         row, host_row = row + len(rows), host_row + len(rows)
     return batches
 
@@ -106,7 +105,7 @@ def _prefill(
     first_row: dict[int, int],
     block_size: int,
     vocab_size: int,
-    device: torch.device,
+    uploader: Uploader,
 ) -> MicroBatch:
     start = row
     ids: list[int] = []
@@ -131,32 +130,32 @@ def _prefill(
             samplings.append(piece.sampling)
     return MicroBatch(
         rows=slice(start, row),
-        token_ids=torch.tensor(ids, device=device),
-        positions=torch.tensor(positions, device=device),
-        slots=torch.tensor(slots),
-        sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
-        sampling=build_sampling_batch(samplings, vocab_size, device) if samplings else None,
-        score_rows=torch.tensor(score_rows, dtype=torch.int64, device=device),
-        score_ids=torch.tensor(score_ids, dtype=torch.int64, device=device),
+        token_ids=uploader.put(ids, torch.int64),
+        positions=uploader.put(positions, torch.int64),
+        slots=uploader.put(slots, torch.int64),
+        sample_rows=uploader.put(sample_rows, torch.int64),
+        sampling=build_sampling_batch(samplings, vocab_size, uploader) if samplings else None,
+        score_rows=uploader.put(score_rows, torch.int64),
+        score_ids=uploader.put(score_ids, torch.int64),
         num_prompt_logprobs=max((p.num_prompt_logprobs or 0 for p in pieces), default=0),
         segments=tuple(segments),
     )
 
 
 def _decode(
-    rows: Sequence[DecodeRow], row: int, host_row: int, block_size: int, vocab_size: int, device: torch.device
+    rows: Sequence[DecodeRow], row: int, host_row: int, block_size: int, vocab_size: int, uploader: Uploader
 ) -> MicroBatch:
     width = max(len(r.block_table) for r in rows)
     tables = [[*r.block_table, *[0] * (width - len(r.block_table))] for r in rows]
     slots = [r.block_table[r.position // block_size] * block_size + r.position % block_size for r in rows]
-    none = torch.empty(0, dtype=torch.int64, device=device)
+    none = uploader.put([], torch.int64)
     return MicroBatch(
         rows=slice(row, row + len(rows)),
-        token_ids=torch.tensor([r.token_id for r in rows], device=device),
-        positions=torch.tensor([r.position for r in rows], device=device),
-        slots=torch.tensor(slots),
-        sample_rows=torch.arange(len(rows), device=device),
-        sampling=build_sampling_batch([r.sampling for r in rows], vocab_size, device),
+        token_ids=uploader.put([r.token_id for r in rows], torch.int64),
+        positions=uploader.put([r.position for r in rows], torch.int64),
+        slots=uploader.put(slots, torch.int64),
+        sample_rows=uploader.put(range(len(rows)), torch.int64),
+        sampling=build_sampling_batch([r.sampling for r in rows], vocab_size, uploader),
         score_rows=none,
         score_ids=none,
         num_prompt_logprobs=0,

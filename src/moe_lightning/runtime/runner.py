@@ -82,7 +82,7 @@ class TaskRunner:
 
     def _offload_qkv(self, task: Task) -> None:
         batch = self._batch(task)
-        self._buffers.host_qkv[batch.host_rows].copy_(self._buffers.qkv[batch.rows])
+        self._buffers.host_qkv[batch.host_rows].copy_(self._buffers.qkv[batch.rows], non_blocking=True)
 
     def _attention(self, task: Task) -> None:
         batch, kv = self._batch(task), self._kv.layer(task.layer)
@@ -99,7 +99,8 @@ class TaskRunner:
 
     def _load_hidden(self, task: Task) -> None:
         batch = self._batch(task)
-        self._buffers.attention_out[batch.rows].copy_(self._buffers.host_out[batch.host_rows])
+        out = self._buffers.host_out[batch.host_rows]
+        self._buffers.attention_out[batch.rows].copy_(out, non_blocking=True)
 
     def _prefill_attention(self, task: Task) -> None:
         batch = self._batch(task)
@@ -111,7 +112,7 @@ class TaskRunner:
     def _store_kv(self, task: Task) -> None:
         batch = self._batch(task)
         _, k, v = self._split(self._buffers.qkv[batch.rows])
-        ops.store_kv(self._kv.layer(task.layer), k.cpu(), v.cpu(), batch.slots)
+        ops.store_kv(self._kv.layer_on(k.device, task.layer), k, v, batch.slots)
 
     def _load_kv(self, task: Task) -> None:
         batch = self._batch(task)

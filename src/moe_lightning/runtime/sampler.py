@@ -141,6 +141,8 @@ def _draw(logits: Tensor, batch: SamplingBatch, rows: Tensor) -> Tensor:
 
     Sorted by likelihood, each filter keeps a prefix of the row; so the filters only have to find its length.
     """
+    assert batch.temperature is not None
+    assert batch.uniforms is not None
     tempered = logits[rows] / batch.temperature[rows, None]
     tempered, order = tempered.sort(dim=-1, descending=True, stable=True)
     likelihoods = ((tempered - tempered[:, :1]).exp() * _LIKELIHOOD_ONE).to(torch.int64)

@@ -10,6 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moe_lightning.runtime.upload import Uploader
+
+_ON_CPU = Uploader(torch.device("cpu"))
 _GREEDY_BELOW = 1e-5  # vLLM's bound: dividing by less overflows
 
 
@@ -70,7 +73,7 @@ class SamplingBatch:
 
     Attributes:
         num_rows: R.
-        random_rows: [r] int64, the rows that are not greedy.
+        random_rows: [r] int64, the rows that are not greedy; without any, what follows is None.
         temperature: [R] float32.
         uniforms: [R] float64.
         top_k: [R] int64, the vocabulary's size for all tokens.
@@ -83,9 +86,9 @@ class SamplingBatch:
     """
 
     num_rows: int
-    temperature: Tensor
-    uniforms: Tensor
     random_rows: Tensor | None = None
+    temperature: Tensor | None = None
+    uniforms: Tensor | None = None
     top_k: Tensor | None = None
     top_p: Tensor | None = None
     min_p: Tensor | None = None
@@ -96,34 +99,32 @@ class SamplingBatch:
 
 
 def build_sampling_batch(
-    rows: Sequence[RowSampling], vocab_size: int, device: torch.device | str = "cpu"
+    rows: Sequence[RowSampling], vocab_size: int, uploader: Uploader = _ON_CPU
 ) -> SamplingBatch:
-    """The parameters of the rows as tensors on the device.
+    """The parameters of the rows as tensors on the uploader's device.
 
     All that depends on the data is decided here, on the host: the sampler then launches without waiting for
     the GPU. Token ids outside the vocabulary, such as a stop id that the model cannot produce, are left out.
     """
-
-    def column(values: list[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
+    column = uploader.put
     random = [i for i, row in enumerate(rows) if not row.is_greedy]
     has_top_k = any(0 < rows[i].top_k < vocab_size for i in random)
     has_top_p = any(rows[i].top_p < 1.0 for i in random)
     has_min_p = any(rows[i].min_p > 0.0 for i in random)
+    temperature = [1.0 if row.is_greedy else row.temperature for row in rows]
     # Rounded sums may reach 1 before the last token: infinity never cuts.
     top_p = [row.top_p if row.top_p < 1.0 else float("inf") for row in rows]
     wanted = [row.num_logprobs for row in rows if row.num_logprobs is not None]
-    masked_rows, masked_ids = _masked(rows, vocab_size, device)
+    masked_rows, masked_ids = _masked(rows, vocab_size, uploader)
     return SamplingBatch(
         num_rows=len(rows),
-        temperature=column([1.0 if row.is_greedy else row.temperature for row in rows], torch.float32),
-        uniforms=column([row.uniform for row in rows], torch.float64),
-        random_rows=column(random, torch.int64) if random else None,  # type: ignore[arg-type]
+        random_rows=column(random, torch.int64) if random else None,
+        temperature=column(temperature, torch.float32) if random else None,
+        uniforms=column([row.uniform for row in rows], torch.float64) if random else None,
         top_k=column([_top_k(row, vocab_size) for row in rows], torch.int64) if has_top_k else None,
         top_p=column(top_p, torch.float64) if has_top_p else None,
         min_p=column([row.min_p for row in rows], torch.float32) if has_min_p else None,
-        penalties=_penalties(rows, vocab_size, device),
+        penalties=_penalties(rows, vocab_size, uploader),
         masked_rows=masked_rows,
         masked_ids=masked_ids,
         num_logprobs=max(wanted, default=None),
@@ -135,16 +136,16 @@ def _top_k(row: RowSampling, vocab_size: int) -> int:
 
 
 def _masked(
-    rows: Sequence[RowSampling], vocab_size: int, device: torch.device | str
+    rows: Sequence[RowSampling], vocab_size: int, uploader: Uploader
 ) -> tuple[Tensor | None, Tensor | None]:
     pairs = [(i, t) for i, row in enumerate(rows) for t in row.forbidden_ids if 0 <= t < vocab_size]
     if not pairs:
         return None, None
-    table = torch.tensor(pairs, dtype=torch.int64, device=device)
-    return table[:, 0], table[:, 1]
+    masked_rows, masked_ids = zip(*pairs, strict=True)
+    return uploader.put(masked_rows, torch.int64), uploader.put(masked_ids, torch.int64)
 
 
-def _penalties(rows: Sequence[RowSampling], vocab_size: int, device: torch.device | str) -> Penalties | None:
+def _penalties(rows: Sequence[RowSampling], vocab_size: int, uploader: Uploader) -> Penalties | None:
     penalized = [i for i, row in enumerate(rows) if row.has_penalty]
     said = _pairs({i: rows[i].output_ids for i in penalized}, vocab_size)
     read = _pairs({i: rows[i].prompt_ids for i in penalized if rows[i].repetition_penalty != 1.0}, vocab_size)
@@ -155,12 +156,12 @@ def _penalties(rows: Sequence[RowSampling], vocab_size: int, device: torch.devic
     of_pair = pairs // vocab_size
 
     def factor(values: list[float]) -> Tensor:
-        return torch.from_numpy(np.array(values, dtype=np.float32)[of_pair]).to(device)
+        return uploader.put(np.array(values, dtype=np.float32)[of_pair], torch.float32)
 
     return Penalties(
-        rows=torch.from_numpy(of_pair).to(device),
-        token_ids=torch.from_numpy(pairs % vocab_size).to(device),
-        counts=torch.from_numpy(counts.astype(np.float32)).to(device),
+        rows=uploader.put(of_pair, torch.int64),
+        token_ids=uploader.put(pairs % vocab_size, torch.int64),
+        counts=uploader.put(counts, torch.float32),
         repetition=factor([row.repetition_penalty for row in rows]),
         frequency=factor([row.frequency_penalty for row in rows]),
         presence=factor([row.presence_penalty for row in rows]),

@@ -1,0 +1,67 @@
+"""Random weights of a model's true shapes, for measuring without a checkpoint."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from moe_lightning.memory.weights import Weights
+
+
+class RandomWeights:
+    """Fills weights so that activations stay of order one: 1 / sqrt(inputs) in matrices, near one in norms.
+
+    The values depend on the seed and the page's place only. They are drawn on the device and copied out: a CPU
+    would take minutes for what a GPU draws in seconds.
+    """
+
+    def __init__(self, weights: Weights, seed: int) -> None:
+        self._weights = weights
+        self._seed = seed
+        self._device = weights.embed.device
+        self._of_thread = threading.local()
+
+    def fill_device(self) -> None:
+        """All that stays on the device, resident pages included."""
+        w, placement = self._weights, self._weights.pages.placement
+        generator = torch.Generator(self._device).manual_seed(self._seed)
+        tops = [w.embed] if w.lm_head is w.embed else [w.embed, w.lm_head]
+        for layer in w.layers:
+            tops += [t for t in (layer.qkv, layer.o, layer.router) if t is not None]
+            for norm in (layer.input_norm, layer.post_norm):
+                norm.normal_(1.0, 0.1, generator=generator)
+        w.final_norm.normal_(1.0, 0.1, generator=generator)
+        for matrix in tops:
+            matrix.normal_(0.0, matrix.shape[1] ** -0.5, generator=generator)
+        for number, count in enumerate(placement.resident):
+            for page in range(count):
+                self._draw(w.pages.home(number, page), number, page)
+
+    def fill_rows(self, start: int, stop: int) -> None:
+        """Host rows [start, stop) of the streamed pages; threads may fill different rows at once."""
+        places = self._weights.pages.placement.streamed_pages()
+        for layer, page in places[start:stop]:
+            home = self._weights.pages.home(layer, page)
+            if self._device.type == "cpu":
+                self._draw(home, layer, page)
+                continue
+            with torch.cuda.stream(self._stream()):
+                drawn = torch.empty_like(home, device=self._device)
+                self._draw(drawn, layer, page)
+                home.copy_(drawn)
+
+    def _stream(self) -> torch.cuda.Stream:
+        if not hasattr(self._of_thread, "stream"):
+            self._of_thread.stream = torch.cuda.Stream(self._device)
+        stream: torch.cuda.Stream = self._of_thread.stream
+        return stream
+
+    def _draw(self, page: Tensor, layer: int, number: int) -> None:
+        layout = self._weights.pages.layout
+        seed = (self._seed * 1_000_003 + layer) * 1_000_003 + number
+        generator = torch.Generator(self._device).manual_seed(seed % 2**63)
+        gate_up, down = page[: layout.gate_up_elements], page[layout.gate_up_elements :]
+        gate_up.normal_(0.0, layout.hidden_size**-0.5, generator=generator)
+        down.normal_(0.0, (layout.rows * layout.pages_per_expert) ** -0.5, generator=generator)

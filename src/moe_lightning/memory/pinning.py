@@ -1,0 +1,37 @@
+"""Calls of the system and the driver that bring host memory in and page-lock it."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import torch
+from torch import Tensor
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
+_libc = ctypes.CDLL(None)  # its calls let other Python threads run; those of `mmap` do not
+
+
+def fault_in(rows: Tensor) -> None:
+    """Give memory to a contiguous tensor now; what is in it stays.
+
+    Kernels that cannot do this are no error: memory then comes with the first write, or with the lock.
+    """
+    end = rows.data_ptr() + rows.nbytes
+    start = rows.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_POPULATE_WRITE)
+
+
+def lock(rows: Tensor) -> str | None:
+    """Page-lock a contiguous tensor for the GPU; why the driver refuses, or None."""
+    try:
+        code = int(torch.cuda.cudart().cudaHostRegister(rows.data_ptr(), rows.nbytes, 0))
+    except (RuntimeError, AssertionError) as error:  # no driver, or no CUDA in this torch
+        return str(error).splitlines()[0]
+    return f"cudaHostRegister returns error {code}" if code else None
+
+
+def unlock(addresses: list[int]) -> None:
+    """Undo `lock` for tensors that began there; the list is empty afterwards."""
+    while addresses:
+        torch.cuda.cudart().cudaHostUnregister(addresses.pop())

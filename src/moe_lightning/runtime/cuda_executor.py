@@ -1,0 +1,209 @@
+"""Running a schedule on a GPU: a CUDA stream for each of its lanes, a thread for the CPU lane."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from moe_lightning.pipeline.task import BufferKind, Lane, Schedule, Task
+from moe_lightning.pipeline.timeline import Timeline
+from moe_lightning.runtime.executor import Runner
+from moe_lightning.runtime.stream_counter import StreamCounter
+
+# Tasks launched but not done on a lane. Drivers queue about a thousand operations of a stream; a launch beyond that
+# blocks inside the driver, where it may hold what the CPU lane needs to go on. A GPU task is some ten operations.
+_IN_FLIGHT = {Lane.GPU: 48, Lane.H2D: 256, Lane.D2H: 256}
+_CHECK_EVERY = 16
+
+
+class CudaExecutor:
+    """Runs GPU, H2D and D2H lanes on streams and the CPU lane on a thread, all at once.
+
+    The caller's thread launches every task in launch order, in which a task comes after all that it waits for: so
+    each event is recorded before anything waits for it. Streams wait for each other by events and for the CPU lane
+    by a count; the CPU lane waits for events on its thread. So the launcher runs ahead of all lanes and no lane
+    waits for Python.
+
+    What a pass loads for the next one is not waited for: the next pass's first reader of a frame does that.
+    """
+
+    def __init__(self, device: torch.device, *, waits_in_stream: bool | None = None) -> None:
+        self._device = device
+        self._streams = {lane: torch.cuda.Stream(device) for lane in _IN_FLIGHT}
+        self._cpu = _CpuLane(StreamCounter(waits_in_stream))
+        self._preloads: torch.cuda.Event | None = None
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """What is launched inside is in the order of the GPU lane."""
+        with torch.cuda.stream(self._streams[Lane.GPU]):
+            yield
+
+    def run(self, schedule: Schedule, runner: Runner) -> Callable[[], Timeline]:
+        """Run the whole schedule; a function that says when each task ran.
+
+        An error in one lane stops the launches; it is raised here when all that was launched is done.
+        """
+        launch = _Launch(schedule, runner, self._streams, self._cpu, self._preloads)
+        with self.scope():
+            try:
+                launch.all()
+                self._preloads = torch.cuda.Event()
+                self._preloads.record(self._streams[Lane.H2D])
+            except BaseException as error:
+                launch.fail(error)
+        self._cpu.finish()
+        if launch.error is not None:
+            for stream in self._streams.values():
+                stream.synchronize()
+            raise launch.error
+        self._streams[Lane.GPU].synchronize()
+        self._streams[Lane.D2H].synchronize()
+        return launch.timeline
+
+
+class _Launch:
+    """One run's state."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        runner: Runner,
+        streams: dict[Lane, torch.cuda.Stream],
+        cpu: _CpuLane,
+        preloads: torch.cuda.Event | None,
+    ) -> None:
+        self._schedule = schedule
+        self._runner = runner
+        self._streams = streams
+        self._cpu = cpu
+        self._preloads = preloads
+        self._cpu_counts: dict[int, int] = {}
+        self._in_flight: dict[Lane, deque[torch.cuda.Event]] = {lane: deque() for lane in streams}
+        self._num_launched = dict.fromkeys(streams, 0)
+        self._starts: dict[int, torch.cuda.Event] = {}
+        self._ends: dict[int, torch.cuda.Event] = {}
+        self._times: dict[int, tuple[float, float]] = {}  # of CPU tasks
+        self._base_time = 0.0
+        self.error: BaseException | None = None
+
+    def all(self) -> None:
+        """Launch everything, in launch order."""
+        self._base = _record(self._streams[Lane.GPU])
+        self._base.synchronize()
+        self._base_time = time.perf_counter()
+        for index, task in enumerate(self._schedule.tasks):
+            if self.error is not None:
+                return
+            if task.lane is Lane.CPU:
+                self._hand_over(index, task)
+            else:
+                self._launch(index, task)
+
+    def fail(self, error: BaseException) -> None:
+        """Launch nothing more; the first error counts."""
+        self.error = self.error or error
+
+    def _hand_over(self, index: int, task: Task) -> None:
+        deps = self._schedule.deps[index]
+        events = [self._ends[dep] for dep in deps if dep not in self._cpu_counts]
+
+        def run() -> None:
+            try:
+                for event in events:
+                    event.synchronize()
+                if self.error is None:
+                    start = time.perf_counter()
+                    self._runner.run(task)
+                    self._times[index] = (start, time.perf_counter())
+            except BaseException as error:  # whatever it is, the caller's thread must raise it
+                self.fail(error)
+
+        self._cpu_counts[index] = self._cpu.put(run)
+
+    def _launch(self, index: int, task: Task) -> None:
+        lane = task.lane
+        stream = self._streams[lane]
+        self._keep_short(lane)
+        for dep in self._schedule.deps[index]:
+            count = self._cpu_counts.get(dep)
+            if count is None:
+                stream.wait_event(self._ends[dep])
+            else:
+                self._cpu.counter.wait(stream, count)
+        if self._preloads is not None and lane is Lane.GPU and _reads_frames(task):
+            stream.wait_event(self._preloads)
+            self._preloads = None
+        if lane is not Lane.GPU:
+            torch.cuda.set_stream(stream)
+        self._starts[index] = _record(stream)
+        self._runner.run(task)
+        self._ends[index] = _record(stream)
+        if lane is not Lane.GPU:
+            torch.cuda.set_stream(self._streams[Lane.GPU])
+        self._num_launched[lane] += 1
+        if self._num_launched[lane] % _CHECK_EVERY == 0:
+            self._in_flight[lane].append(self._ends[index])
+
+    def _keep_short(self, lane: Lane) -> None:
+        """Wait until the lane's queue has room."""
+        checks = self._in_flight[lane]
+        while len(checks) * _CHECK_EVERY >= _IN_FLIGHT[lane]:
+            checks.popleft().synchronize()
+
+    def timeline(self) -> Timeline:
+        """When each task ran; waits for those that still do."""
+        starts, ends = [], []
+        for index in range(len(self._schedule.tasks)):
+            if index in self._times:
+                start, end = self._times[index]
+            else:
+                self._ends[index].synchronize()
+                start = self._base_time + self._base.elapsed_time(self._starts[index]) * 1e-3
+                end = self._base_time + self._base.elapsed_time(self._ends[index]) * 1e-3
+            starts.append(start)
+            ends.append(max(start, end))
+        return Timeline.of(self._schedule, starts, ends)
+
+
+def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
+
+
+def _reads_frames(task: Task) -> bool:
+    return any(buffer.kind is BufferKind.FRAME for buffer in task.reads)
+
+
+class _CpuLane:
+    """A thread that runs what it is given, in order, and counts."""
+
+    def __init__(self, counter: StreamCounter) -> None:
+        self.counter = counter
+        self._num_put = 0
+        self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="lane-cpu", daemon=True).start()
+
+    def put(self, run: Callable[[], None]) -> int:
+        """Run it after all that was put before; the count that says it is done."""
+        self._queue.put(run)
+        self._num_put += 1
+        return self._num_put
+
+    def finish(self) -> None:
+        """Wait for all that was put."""
+        self.counter.wait_here(self._num_put)
+
+    def _serve(self) -> None:
+        while True:
+            run = self._queue.get()
+            run()
+            del run  # it holds the pass's tensors
+            self.counter.raise_()

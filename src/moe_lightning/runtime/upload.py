@@ -1,0 +1,72 @@
+"""Small host values as tensors on the device, in one copy per pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moe_lightning.memory.arena import HostArena
+
+Values = Sequence[int] | Sequence[float] | npt.NDArray[np.generic]
+_NUMPY = {
+    torch.int32: np.int32,
+    torch.int64: np.int64,
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+}
+_ALIGNMENT = 16
+_CAPACITY = 2**20
+
+
+class Uploader:
+    """Gives out tensors at once and fills all of them by one copy.
+
+    A pass has hundreds of small arrays. Copied one by one, each would wait behind the weight pages that are on the
+    link; together they wait once.
+    """
+
+    def __init__(self, device: torch.device, capacity: int = _CAPACITY) -> None:
+        self._device = device
+        self._used = 0
+        if device.type != "cpu":
+            self._make_room(capacity)
+            self._sent = torch.cuda.Event()
+
+    def put(self, values: Values, dtype: torch.dtype) -> Tensor:
+        """A tensor of the values, on the device; there it may be read by what is launched after `send`."""
+        array = np.ascontiguousarray(values, dtype=_NUMPY[dtype])
+        if self._device.type == "cpu":
+            return torch.from_numpy(array.copy() if array is values else array)
+        start, end = self._used, self._used + array.nbytes
+        if end > self._host.num_bytes:
+            self.send()
+            self._make_room(max(2 * self._host.num_bytes, array.nbytes))
+            start, end = 0, array.nbytes
+        self._host_bytes[start:end] = array.reshape(-1).view(np.uint8)
+        self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
+        return self._on_device[start:end].view(dtype).view(array.shape)
+
+    def send(self) -> None:
+        """Copy what was put since the last `clear`, on the current stream."""
+        if self._used:
+            self._on_device[: self._used].copy_(self._host.tensor[: self._used], non_blocking=True)
+            self._sent.record()
+
+    def clear(self) -> None:
+        """Start anew: what was put before is no longer read."""
+        if self._used:
+            self._sent.synchronize()
+            self._used = 0
+
+    def _make_room(self, capacity: int) -> None:
+        # Tensors given out before keep the old memory alive.
+        capacity = -(-capacity // _ALIGNMENT) * _ALIGNMENT
+        self._host = HostArena((capacity,), torch.uint8)
+        self._host.prepare(pin=True)
+        self._host_bytes = self._host.tensor.numpy()
+        self._on_device = torch.empty(capacity, dtype=torch.uint8, device=self._device)
+        self._used = 0
