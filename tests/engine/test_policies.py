@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import random
-import time
 
 import pytest
 
-from checkpoints import NUM_EXPERTS, NUM_LAYERS, greedy, load, prompts_of
+from checkpoints import NUM_EXPERTS, greedy, load, prompts_of
 from moe_lightning import SamplingParams
 from moe_lightning.errors import ScheduleError
 from moe_lightning.pipeline.baselines import SCHEDULES
 from moe_lightning.pipeline.task import Lane, Schedule, TaskKind
+from policies import LENGTHS, Slowed, drawn_policy
 
 pytestmark = pytest.mark.timeout(60)  # a hang is a failure
 
 NAMES = sorted(SCHEDULES)
-LENGTHS = (1, 5, 16, 17, 33, 70, 9)
 NEW_TOKENS = 8
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
@@ -36,30 +35,6 @@ def answers(mixtral_reference, prompts):
 
 def tokens_of(llm, prompts, params=GREEDY):
     return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, params)]
-
-
-def drawn_policy(number):
-    """One of many policies; the schedule and the number of micro-batches go round, the rest is random."""
-    draw = random.Random(number)
-    pages = draw.choice([1, 2, 3, 4])
-    per_layer = NUM_EXPERTS * pages
-    resident = tuple(draw.randint(0, per_layer) for _ in range(NUM_LAYERS))
-    smallest = per_layer - min(resident)
-    num_micro_batches = (1, 2, 3, 7)[number % 4]
-    return {
-        "schedule": NAMES[number % len(NAMES)],
-        "micro_batch_size": -(-len(LENGTHS) // num_micro_batches),
-        "group_size": draw.choice([1, 2, 3, 5, 100]),
-        "look_ahead": draw.choice([0, 1, 2, 5, 100]),
-        "chunk_tokens": draw.choice([5, 7, 16, 33, 256]),
-        "pages_per_expert": pages,
-        "resident_pages": resident,
-        "num_frames": smallest + draw.choice([0, 0, 1, smallest // 2, smallest, 3 * smallest]),
-        "block_size": draw.choice([4, 16]),
-        "num_blocks": draw.choice([40, 64]),
-        "prefill_tokens": draw.choice([80, 120, 256]),
-        "max_num_seqs": draw.choice([3, 7, 8]),
-    }
 
 
 @pytest.mark.parametrize("number", range(40))
@@ -98,17 +73,6 @@ def test_no_residency_changes_a_token_with_the_smallest_ring(
     values = {"resident_pages": resident, "num_frames": num_frames, "pages_per_expert": 1}
     llm = load(mixtral, executor=executor, schedule=schedule, **values)
     assert tokens_of(llm, prompts[:4]) == answers[:4]
-
-
-class Slowed:
-    """A runner whose tasks wait before they start: `delay` gives seconds for each."""
-
-    def __init__(self, runner, delay):
-        self._runner, self._delay = runner, delay
-
-    def run(self, task):
-        time.sleep(self._delay(task))
-        self._runner.run(task)
 
 
 def slow_down(llm, delay, monkeypatch):

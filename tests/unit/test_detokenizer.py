@@ -118,3 +118,4 @@ def test_errors_of_the_decoder_that_are_not_about_the_text_are_not_hidden():
     detokenizer._stream = BrokenStream()
     with pytest.raises(RuntimeError, match="out of ids"):
         detokenizer.append(1)
+        _ = detokenizer.text

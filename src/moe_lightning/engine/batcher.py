@@ -103,6 +103,9 @@ class Batcher:
         while pending:
             sequence = pending.popleft()
             missing = self._num_blocks(sequence.num_tokens) - len(sequence.blocks)
+            if missing == 0:
+                kept.append(sequence)
+                continue
             while missing > self.allocator.num_free and pending:
                 victim = pending.pop()
                 self._release(victim)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from moe_lightning.engine.worker import Worker
+from moe_lightning.errors import ConfigError
 from moe_lightning.memory import checkpoint
 from moe_lightning.memory.dummy import RandomWeights
 from moe_lightning.memory.kv_cache import KVCache
@@ -52,12 +53,21 @@ def build_worker(
         CheckpointError: the files are not the model's.
         ConfigError: the system has no such memory.
     """
+    lanes = make_executor(executor, device)
+    _check_schedule(policy.schedule, lanes)
     layout = PageLayout.of(spec, policy.pages_per_expert)
     placement = Placement(layout.pages_per_layer, policy.resident_pages, policy.num_frames)
     weights = allocate(spec, layout, placement, dtype, device)
     kv = KVCache(spec.num_layers, spec.attention, policy.num_blocks, policy.block_size, dtype)
     _fill(weights, kv, directory, seed, progress)
-    return Worker(weights, policy, kv, make_executor(executor, device), device)
+    return Worker(weights, policy, kv, lanes, device)
+
+
+def _check_schedule(name: str, executor: Executor) -> None:
+    if name == "flexgen" and isinstance(executor, CudaExecutor):
+        raise ConfigError(
+            "schedule='flexgen' does not run on CUDA streams yet; choose another schedule or executor='serial'"
+        )
 
 
 def make_executor(name: str, device: torch.device) -> Executor:

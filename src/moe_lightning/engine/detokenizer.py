@@ -22,22 +22,48 @@ class Detokenizer:
         tokenizer: of transformers; fast ones are decoded as a stream, others in full at each token.
         skip_special_tokens: leave special tokens out of the text.
 
-    Attributes:
-        text: the complete characters so far.
-        num_new_chars: how many characters at the end of `text` the last `append` added or changed.
+    Tokens become text when somebody reads it: most answers are read once, at their end.
     """
 
     def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True) -> None:
-        self.text = ""
-        self.num_new_chars = 0
+        self._text = ""
+        self._num_new_chars = 0
         self._token_ids: list[int] = []
+        self._pending: list[int] = []
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._skip_special_tokens = skip_special_tokens
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
 
+    @property
+    def text(self) -> str:
+        """The complete characters so far."""
+        self._catch_up()
+        return self._text
+
+    @property
+    def num_new_chars(self) -> int:
+        """How many characters at the end of `text` the last `append` added or changed."""
+        self._catch_up()
+        return self._num_new_chars
+
     def append(self, token_id: int) -> None:
-        """Add one token's text."""
+        """Add one token."""
+        self._pending.append(token_id)
+
+    def finish(self) -> str:
+        """The final text: the tokenizer's own decoding of all tokens, unfinished characters included."""
+        self._token_ids += self._pending
+        self._pending.clear()
+        self._replace_text(self._decode())
+        return self._text
+
+    def _catch_up(self) -> None:
+        for token_id in self._pending:
+            self._decode_next(token_id)
+        self._pending.clear()
+
+    def _decode_next(self, token_id: int) -> None:
         self._token_ids.append(token_id)
         if self._backend is None:
             self._decode_anew()
@@ -50,22 +76,17 @@ class Detokenizer:
             self._decode_anew()
             self._stream = DecodeStream(self._token_ids, self._skip_special_tokens)
         else:
-            self.text += piece
-            self.num_new_chars = len(piece)
-
-    def finish(self) -> str:
-        """The final text: the tokenizer's own decoding of all tokens, unfinished characters included."""
-        self._replace_text(self._decode())
-        return self.text
+            self._text += piece
+            self._num_new_chars = len(piece)
 
     def _decode_anew(self) -> None:
         text = self._decode()
         # The last token may have left a character open; what precedes it is shown with the next complete one.
-        self._replace_text(self.text if text.endswith(_REPLACEMENT) else text)
+        self._replace_text(self._text if text.endswith(_REPLACEMENT) else text)
 
     def _replace_text(self, text: str) -> None:
-        self.num_new_chars = len(text) - _common_length(self.text, text)
-        self.text = text
+        self._num_new_chars = len(text) - _common_length(self._text, text)
+        self._text = text
 
     def _decode(self) -> str:
         if self._backend is not None:

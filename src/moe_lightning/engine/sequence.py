@@ -28,12 +28,14 @@ class Sequence:
         self.cumulative_logprob = 0.0
         self.finish: Finish | None = None
         self.max_new_tokens = max_new_tokens(request.params, len(request.prompt_token_ids), max_model_len)
+        self._num_prompt_tokens = len(request.prompt_token_ids)
+        self._greedy: RowSampling | None = None  # the same for every token of most greedy answers
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=request.params.skip_special_tokens)
 
     @property
     def num_tokens(self) -> int:
         """Prompt and answer so far."""
-        return len(self.request.prompt_token_ids) + len(self.output_ids)
+        return self._num_prompt_tokens + len(self.output_ids)
 
     @property
     def token_ids(self) -> list[int]:
@@ -49,8 +51,10 @@ class Sequence:
         """How its next token is sampled; None if it wants none."""
         if self.max_new_tokens == 0:
             return None
+        if self._greedy is not None:
+            return self._greedy
         p, position = self.request.params, len(self.output_ids)
-        return RowSampling(
+        sampling = RowSampling(
             temperature=p.temperature,
             top_k=p.top_k,
             top_p=p.top_p,
@@ -64,6 +68,9 @@ class Sequence:
             output_ids=self.output_ids,
             num_logprobs=p.logprobs,
         )
+        if sampling.is_greedy and not sampling.has_penalty and position >= p.min_tokens:
+            self._greedy = sampling
+        return sampling
 
     def accept(self, token_id: int, eos_token_ids: Collection[int], logprobs: Logprobs | None) -> None:
         """Take the next token; sets `finish` when it is the last."""
