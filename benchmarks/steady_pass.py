@@ -3,7 +3,7 @@
 Weights are random and of the model's true shapes; every sequence has the same context. The passes run on the
 worker directly, so that what is measured is the pipeline and not the batcher.
 
-    python benchmarks/steady_pass.py --model mixtral-8x7b --gpu-memory 24GiB --num-seqs 2048 --json out.json --svg out.svg
+    python benchmarks/steady_pass.py --model mixtral-8x7b --gpu-memory 24GiB --json out.json --svg out.svg
 """
 
 from __future__ import annotations
@@ -125,8 +125,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for record in last.records:
         kinds[record.kind.value] = kinds.get(record.kind.value, 0.0) + record.seconds
     return {
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip(),
-        "machine": {"gpu": torch.cuda.get_device_name(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__},
+        "commit": commit(), "machine": machine(),
         "model": args.model, "num_seqs": args.num_seqs, "context": args.context, "gpu_memory": args.gpu_memory,
         "policy": asdict(policy), "load_s": load_s, "page_bytes": page_bytes,
         "pass_s": walls, "between_s": span / len(steady), "tokens_per_s": args.num_seqs * len(steady) / span,
@@ -141,6 +140,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "gpu_reserved_bytes": torch.cuda.max_memory_reserved(),
         "timeline": last,
     }  # fmt: skip
+
+
+def commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def main() -> None:
