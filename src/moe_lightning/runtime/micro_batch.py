@@ -61,7 +61,7 @@ class MicroBatch:
         rows: its rows in the pass's buffers on the device.
         token_ids: [B] int64.
         positions: [B] int64.
-        slots: [B] int64, KV slots of the new tokens.
+        slots: [B] int64, KV slots of the new tokens; on the host for decode.
         sample_rows: rows to sample after, relative to its first; their parameters are `sampling`.
         score_rows: rows whose next prompt token is scored, `score_ids` [S] that token.
         segments: prefill only.
@@ -153,7 +153,7 @@ def _decode(
         rows=slice(row, row + len(rows)),
         token_ids=uploader.put([r.token_id for r in rows], torch.int64),
         positions=uploader.put([r.position for r in rows], torch.int64),
-        slots=uploader.put(slots, torch.int64),
+        slots=torch.tensor(slots),
         sample_rows=uploader.put(range(len(rows)), torch.int64),
         sampling=build_sampling_batch([r.sampling for r in rows], vocab_size, uploader),
         score_rows=none,

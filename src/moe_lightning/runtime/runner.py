@@ -49,7 +49,8 @@ class TaskRunner:
         self._buffers = buffers
         self._batches = micro_batches
         self._ring_offset = ring_offset
-        self._inv_freq = ops.inverse_frequencies(self._spec.rope, self._spec.attention.head_dim)
+        inv_freq = ops.inverse_frequencies(self._spec.rope, self._spec.attention.head_dim)
+        self._inv_freq = inv_freq.to(buffers.hidden.device)
         self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
         self._kv_stage: dict[int, Tensor] = {}
         self.outputs: dict[int, MicroBatchOutput] = {}
@@ -69,8 +70,7 @@ class TaskRunner:
         batch = self._batch(task)
         weights, dtype = self._weights.embed, self._buffers.hidden.dtype
         torch.index_select(weights, 0, batch.token_ids, out=self._buffers.hidden[batch.rows])
-        inv_freq = self._inv_freq.to(batch.positions.device)
-        self._rotary[task.micro_batches[0]] = ops.rotary(batch.positions, inv_freq, dtype)
+        self._rotary[task.micro_batches[0]] = ops.rotary(batch.positions, self._inv_freq, dtype)
 
     def _pre_attention(self, task: Task) -> None:
         batch, layer, a = self._batch(task), self._weights.layers[task.layer], self._spec.attention
@@ -112,7 +112,7 @@ class TaskRunner:
     def _store_kv(self, task: Task) -> None:
         batch = self._batch(task)
         _, k, v = self._split(self._buffers.qkv[batch.rows])
-        ops.store_kv(self._kv.layer_on(k.device, task.layer), k, v, batch.slots)
+        ops.store_kv(self._kv.layer_on(k.device, task.layer), k, v, batch.slots.to(k.device))
 
     def _load_kv(self, task: Task) -> None:
         batch = self._batch(task)
