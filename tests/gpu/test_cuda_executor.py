@@ -31,8 +31,8 @@ def answers(mixtral_reference, prompts):
     return [tokens for tokens, _ in found]
 
 
-def cuda(directory, **changes):
-    return load(directory, device="cuda", **changes)
+def cuda(directory, *, executor="auto", **changes):
+    return load(directory, device="cuda", executor=executor, **changes)
 
 
 def tokens_of(llm, prompts):
