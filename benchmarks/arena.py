@@ -1,6 +1,6 @@
 """How fast host memory is brought in and page-locked, and what the disk gives.
 
-    python benchmarks/arena.py --size 100GiB
+python benchmarks/arena.py --size 100GiB
 """
 
 from __future__ import annotations

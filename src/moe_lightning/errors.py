@@ -27,6 +27,10 @@ class ScheduleError(MoELightningError):
     """A schedule would compute something else than the model."""
 
 
+class DeviceError(MoELightningError):
+    """The GPU or its driver failed, or its memory does not suffice for the smallest pass."""
+
+
 class RequestError(MoELightningError):
     """One request cannot be served; other requests are not affected."""
 

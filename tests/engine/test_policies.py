@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
 from checkpoints import NUM_EXPERTS, greedy, load, prompts_of
 from moe_lightning import SamplingParams
-from moe_lightning.errors import ScheduleError
+from moe_lightning.errors import DeviceError, ScheduleError
 from moe_lightning.pipeline.baselines import SCHEDULES
 from moe_lightning.pipeline.task import Lane, Schedule, TaskKind
 from policies import LENGTHS, Slowed, drawn_policy
@@ -189,3 +190,45 @@ def test_after_an_error_generate_raises_it_and_serves_the_next_call(mixtral, pro
         llm.generate(prompts, GREEDY)
     assert llm.engine.num_unfinished == 0
     assert tokens_of(llm, prompts) == answers
+
+
+@pytest.mark.parametrize("num_failures", [1, 3])
+def test_passes_that_do_not_fit_are_made_smaller_and_no_token_changes(
+    num_failures, mixtral, prompts, answers, monkeypatch, caplog
+):
+    llm, sizes = load(mixtral), []
+    run = llm._worker.run
+
+    def run_out_of_memory(step):
+        sizes.append(sum(map(len, step.decode)) + sum(map(len, step.prefill)))
+        if 3 <= len(sizes) < 3 + num_failures:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return run(step)
+
+    monkeypatch.setattr(llm._worker, "run", run_out_of_memory)
+    assert tokens_of(llm, prompts) == answers
+    assert max(sizes[2 + num_failures :]) <= max(1, sizes[2] // 2**num_failures)
+    assert len(caplog.records) == num_failures
+
+
+def test_a_pass_of_one_sequence_that_does_not_fit_is_an_error_with_a_remedy(mixtral, prompts, monkeypatch):
+    llm = load(mixtral)
+
+    def run_out_of_memory(step):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    monkeypatch.setattr(llm._worker, "run", run_out_of_memory)
+    with pytest.raises(DeviceError, match=r"Tried to allocate 1\.00 GiB.*raise gpu_memory"):
+        tokens_of(llm, prompts)
+
+
+def test_a_gpu_that_failed_is_an_error_that_says_what_to_do(mixtral, prompts, monkeypatch):
+    llm = load(mixtral)
+
+    class Lost:
+        def run(self, task):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(llm._worker, "_wrap", lambda runner: Lost())
+    with pytest.raises(DeviceError, match=r"illegal memory access was encountered.*Run the command again"):
+        tokens_of(llm, prompts)

@@ -9,7 +9,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from moe_lightning import __version__
-from moe_lightning.cli import run_batch, trace, verify
+from moe_lightning.cli import doctor, run_batch, trace, verify
 from moe_lightning.errors import MoELightningError
 
 _DESCRIPTION = """\
@@ -30,6 +30,9 @@ examples:
 
 `moe-lightning VERB --help` lists the flags of a verb.
 """
+
+
+_VERBS = ((run_batch, "run-batch"), (trace, "trace"), (verify, "verify"), (doctor, "doctor"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +65,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moe-lightning {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for module, name in ((run_batch, "run-batch"), (trace, "trace"), (verify, "verify")):
+    for module, name in _VERBS:
         verb = verbs.add_parser(name, help=module.SUMMARY, description=module.DESCRIPTION, allow_abbrev=False)
         module.add_flags(verb)
         verb.set_defaults(run=module.run)

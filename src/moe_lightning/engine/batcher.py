@@ -43,6 +43,8 @@ class Batcher:
         self.running: list[Sequence] = []  # in arrival order
         self.num_preemptions = 0
         self._policy = policy
+        self._max_num_seqs = policy.max_num_seqs
+        self._prefill_tokens = policy.prefill_tokens
         self._eos_token_ids = eos_token_ids
         self.allocator = BlockAllocator(policy.num_blocks)
 
@@ -90,6 +92,14 @@ class Batcher:
         self.running = [s for s in self.running if s.request.request_id not in request_ids]
         self.waiting = deque(s for s in self.waiting if s.request.request_id not in request_ids)
 
+    def shrink(self) -> bool:
+        """Let passes be half as large from now on, after one did not fit; False if they cannot be smaller."""
+        if self._max_num_seqs == 1 and self._prefill_tokens == 1:
+            return False
+        self._max_num_seqs = max(1, min(self._max_num_seqs, len(self.running) or self._max_num_seqs) // 2)
+        self._prefill_tokens = max(1, self._prefill_tokens // 2)
+        return True
+
     def put_back(self) -> None:
         """Return all running sequences to the queue: a failed pass has left their KV undefined."""
         self._preempt(self.running)
@@ -132,15 +142,17 @@ class Batcher:
 
     def _admit(self) -> list[Sequence]:
         admitted: list[Sequence] = []
-        tokens_left = self._policy.prefill_tokens
-        while self.waiting and len(self.running) + len(admitted) < self._policy.max_num_seqs:
+        tokens_left = self._prefill_tokens
+        while self.waiting and len(self.running) + len(admitted) < self._max_num_seqs:
             sequence = self.waiting[0]
             needed = self._num_blocks(sequence.num_tokens)
             # Blocks that running sequences will ask for in the next pass or so: without them a prompt would
             # be admitted only to be put back.
             running = len(self.running) + len(admitted)
             reserve = num_blocks_for(running, self._policy.block_size)
-            if sequence.num_tokens > tokens_left or needed + reserve > self.allocator.num_free:
+            # One prompt always runs, also if it is longer than passes may be since they were made smaller.
+            is_too_long = admitted and sequence.num_tokens > tokens_left
+            if is_too_long or needed + reserve > self.allocator.num_free:
                 break
             self.waiting.popleft()
             sequence.blocks = self.allocator.allocate(needed)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+import torch
 
 from moe_lightning.engine.batcher import Batch, Batcher
 from moe_lightning.engine.request import Logprob, Logprobs, Request, RequestOutput
 from moe_lightning.engine.sequence import Sequence
 from moe_lightning.engine.stopping import Finish
 from moe_lightning.engine.worker import Worker
+from moe_lightning.errors import DeviceError
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.runner import MicroBatchOutput
 from moe_lightning.runtime.sampler import SampleOutput
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -92,6 +98,9 @@ class Engine:
         batch = self._batcher.next()
         try:
             outputs = self._worker.run(batch.step)
+        except torch.OutOfMemoryError as error:
+            self._back_off(error)
+            return []
         except BaseException:
             self._batcher.put_back()
             raise
@@ -100,6 +109,18 @@ class Engine:
         self._batcher.retire()
         done = [r for r in ended if all(s.finish for s in self._unfinished[r])]
         return [self._finish(request_id) for request_id in sorted(done, key=self._order)]
+
+    def _back_off(self, error: torch.OutOfMemoryError) -> None:
+        """Go on with smaller passes; what ran is computed again."""
+        can_shrink = self._batcher.shrink()
+        self._batcher.put_back()
+        self._worker.give_back()
+        if not can_shrink:
+            raise DeviceError(
+                f"a pass of one sequence does not fit ({str(error).splitlines()[0]}); raise gpu_memory, or give a "
+                "policy with fewer resident_pages"
+            ) from error
+        _log.warning("a pass did not fit in GPU memory; going on with passes of half its size (%s)", error)
 
     def _order(self, request_id: str) -> int:
         return self._unfinished[request_id][0].order

@@ -14,6 +14,7 @@ from moe_lightning.pipeline.task import PassShape, Schedule
 from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.buffers import PassBuffers
+from moe_lightning.runtime.device_errors import explain
 from moe_lightning.runtime.executor import Executor, Runner
 from moe_lightning.runtime.micro_batch import Step, build_micro_batches
 from moe_lightning.runtime.runner import MicroBatchOutput, TaskRunner
@@ -55,7 +56,7 @@ class Worker:
         runner = TaskRunner(self._weights, self._kv, self._buffers, batches, self._ring_offset)
         # Until the pass is whole, nothing is known of the ring.
         offset, self._ring_offset, self._is_preloaded = self._ring_offset, 0, False
-        timeline = self._executor.run(schedule, self._wrap(runner))
+        timeline = self._run(schedule, self._wrap(runner))
         fullness = (len(step.decode), len(schedule.tasks))
         if fullness >= self._fullness:
             self._fullness, self._timeline = fullness, timeline
@@ -64,6 +65,20 @@ class Worker:
             self._ring_offset = (offset + loaded) % self._policy.num_frames
             self._is_preloaded = True
         return [runner.outputs[j] for j in range(len(batches))]
+
+    def _run(self, schedule: Schedule, runner: Runner) -> Callable[[], Timeline]:
+        try:
+            return self._executor.run(schedule, runner)
+        except RuntimeError as error:
+            explained = explain(error)
+            if explained is None:
+                raise
+            raise explained from error
+
+    def give_back(self) -> None:
+        """Return memory that no tensor holds, so that what failed to fit may fit next time."""
+        if self._buffers.hidden.is_cuda:
+            torch.cuda.empty_cache()
 
     def _wrap(self, runner: TaskRunner) -> Runner:
         """A hook for tests that watch or delay tasks."""

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -60,8 +60,9 @@ class CudaExecutor:
                 launch.fail(error)
         self._cpu.finish()
         if launch.error is not None:
-            for stream in self._streams.values():
-                stream.synchronize()
+            with suppress(RuntimeError):  # a GPU that has failed says so again
+                for stream in self._streams.values():
+                    stream.synchronize()
             raise launch.error
         self._streams[Lane.GPU].synchronize()
         self._streams[Lane.D2H].synchronize()
