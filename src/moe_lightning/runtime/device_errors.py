@@ -12,7 +12,7 @@ def explain(error: RuntimeError) -> DeviceError | None:
     if not reason.startswith(("CUDA error", "CUDA driver error", "Triton Error", "cuStreamWaitValue32")):
         return None
     return DeviceError(
-        f"the GPU failed ({reason}); nothing can run on it in this process any more. Run the command again: a batch "
-        "job goes on where it stopped. If it fails again, look at `dmesg | grep -i xid` and `nvidia-smi -q`, and try "
-        "executor='serial', which names the task that fails"
+        f"the GPU failed ({reason}); nothing can run on it in this process any more. Run the command again: a "
+        "batch job goes on where it stopped. If it fails again, look at `dmesg | grep -i xid` and `nvidia-smi -q`, "
+        "and try executor='serial', which fails at the task itself"
     )
