@@ -55,11 +55,7 @@ def gpu_findings() -> Iterator[Finding]:
     used = f", {format_bytes(memory[0])} used" if memory else ""
     name = f"{p.name}, {format_bytes(p.total_memory)}{used}, compute capability {p.major}.{p.minor}"
     old = (p.major, p.minor) < (7, 5)
-    advice = (
-        "older than Turing (7.5): its kernels are not tested and it has no tensor cores for them"
-        if old
-        else ""
-    )
+    advice = "older than Turing (7.5): kernels are not tested on it" if old else ""
     yield Finding("GPU", name, Verdict.SLOW if old else Verdict.GOOD, advice)
     yield Finding("CUDA", f"torch {torch.__version__} for CUDA {torch.version.cuda}")
     yield _page_locking()
