@@ -12,7 +12,7 @@ BUILD_REQUIREMENTS := hatchling editables
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo-model demo test lint format bench-cpu clean distclean
+.PHONY: help venv demo-model demo test test-gpu lint format bench-cpu clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ demo: demo-model ## run the demo batch: answers, tokens/s, timeline; files go to
 
 test: lint demo-model ## lint, then all tests
 	$(BIN)/python -m pytest
+
+test-gpu: venv ## the tests that need a GPU (with a CUDA build of torch in .venv)
+	$(BIN)/python -m pytest -m gpu
 
 lint: venv ## ruff, mypy and the import rules
 	$(BIN)/ruff check .

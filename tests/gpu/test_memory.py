@@ -1,0 +1,80 @@
+"""What a GPU run takes of memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moe_lightning.memory.arena import HostArena
+from moe_lightning.memory.mapped import device_view
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+MIXTRAL_2_LAYERS = {
+    "architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 2, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "vocab_size": 32000, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+}  # fmt: skip
+RUN = """
+import json, sys, threading, time
+import torch
+from moe_lightning import LLM, SamplingParams
+from moe_lightning.hardware.gpu_memory import device_bytes, pci_bus_id, process_bytes
+address = pci_bus_id(0)
+before = device_bytes(address)[0]
+peak, done = 0, False
+def watch():
+    global peak
+    while not done:
+        held = process_bytes(address) or device_bytes(address)[0] - before
+        peak = max(peak, held)
+        time.sleep(0.002)
+thread = threading.Thread(target=watch)
+thread.start()
+llm = LLM(sys.argv[1], load_format="dummy", device="cuda", gpu_memory=int(sys.argv[2]), max_model_len=512,
+          max_num_seqs=256, host_memory="20GiB")
+prompts = [[3 + (i * 7 + j) % 1000 for j in range(1 + i % 300)] for i in range(300)]
+llm.generate(prompts, SamplingParams(temperature=0.7, top_p=0.9, max_tokens=6, ignore_eos=True), use_tqdm=False)
+done = True
+thread.join()
+p = llm.policy
+print(json.dumps({"peak": peak, "resident": sum(p.resident_pages), "frames": p.num_frames}))
+"""
+
+
+@pytest.mark.parametrize("gib", [4, 6, 16])
+def test_the_driver_reports_no_more_than_the_cap_and_most_of_it_is_used(gib, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_2_LAYERS))
+    command = [sys.executable, "-c", RUN, str(tmp_path), str(gib * 2**30)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(gib, found)
+    assert found["peak"] <= gib * 2**30
+    if gib < 8:  # two layers take no more than that
+        assert found["peak"] >= 0.75 * gib * 2**30
+
+
+def test_locked_memory_is_one_memory_on_both_sides():
+    arena = HostArena((3, 1000, 64), torch.bfloat16)
+    arena.prepare(pin=True)
+    assert arena.is_pinned, arena.refusal
+    view = device_view(arena.tensor, torch.device("cuda"))
+    view[1, 7] = 3.0
+    torch.cuda.synchronize()
+    assert arena.tensor[1, 7].eq(3).all()
+    arena.tensor[2] = 5.0
+    assert view[2].eq(5).all().item()
+
+
+def test_an_arena_can_be_dropped_and_made_again():
+    for _ in range(3):
+        arena = HostArena((64, 4 * 2**20), torch.uint8)
+        arena.prepare(pin=True)
+        assert arena.is_pinned, arena.refusal
+        del arena
