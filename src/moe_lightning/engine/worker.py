@@ -52,6 +52,7 @@ class Worker:
             self._uploader.clear()
             batches = build_micro_batches(step, self._policy.block_size, spec.vocab_size, self._uploader)
             self._uploader.send()
+            self._weights.pages.place_ring(self._ring_offset)
         schedule = self._schedule(len(step.prefill), len(step.decode))
         runner = TaskRunner(self._weights, self._kv, self._buffers, batches, self._ring_offset)
         # Until the pass is whole, nothing is known of the ring.

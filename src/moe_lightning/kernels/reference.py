@@ -53,8 +53,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def route(router_logits: Tensor, router: RouterSpec) -> tuple[Tensor, Tensor]:
-    """Each token's experts: topk_ids [T, K] int64 and topk_weights [T, K] float32."""
-    weights, ids = router_logits.float().softmax(dim=-1).topk(router.top_k, dim=-1)
+    """Each token's experts: topk_ids [T, K] int64 and topk_weights [T, K] float32.
+
+    They are ranked by logit, of equal ones the lower id first. Likelihoods would rank them alike, but for ties that
+    rounding makes, and those differ between devices.
+    """
+    ids = router_logits.sort(dim=-1, descending=True, stable=True).indices[:, : router.top_k]
+    weights = router_logits.float().softmax(dim=-1).gather(-1, ids)
     if router.normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return ids, weights
@@ -90,7 +95,7 @@ def experts(
             start += count
     unsorted = torch.empty_like(outputs)
     unsorted[order] = outputs
-    weighted = unsorted.view(num_tokens, k, -1) * topk_weights.to(x.dtype)[..., None]
+    weighted = unsorted.view(num_tokens, k, x.shape[1]) * topk_weights.to(x.dtype)[..., None]
     return weighted.sum(dim=1)
 
 
@@ -182,8 +187,8 @@ def decode_attention(
     Args:
         q: [B, num_heads, D].
         kv: [num_blocks, 2, num_kv_heads, block_size, D], a layer's blocks.
-        block_tables: [B, max_blocks] int64.
-        context_lens: [B] int64, at least 1.
+        block_tables: [B, max_blocks] int64, on the device of the blocks.
+        context_lens: [B] int64, at least 1, on the same device.
         sliding_window: tokens that a query sees, itself included; None for all.
 
     Returns:
@@ -193,7 +198,7 @@ def decode_attention(
     for rows in _alike(context_lens):
         length = int(context_lens[rows].max())
         keys, values = _gather(kv, block_tables[rows], length)
-        positions = torch.arange(length)[None, :]
+        positions = torch.arange(length, device=kv.device)[None, :]
         last = context_lens[rows][:, None]
         mask = positions < last
         if sliding_window is not None:
@@ -220,9 +225,9 @@ def _alike(context_lens: Tensor) -> list[Tensor]:
 def _gather(kv: Tensor, block_tables: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Keys and values [B, num_kv_heads, length, D] of sequences, in one copy each."""
     num_kv_heads, block_size, head_dim = kv.shape[2:]
-    positions = torch.arange(length)
+    positions = torch.arange(length, device=kv.device)
     blocks = block_tables[:, positions // block_size]  # [B, length]
-    heads = torch.arange(num_kv_heads)
+    heads = torch.arange(num_kv_heads, device=kv.device)
     # Rows of the layer seen as [num_blocks * 2 * num_kv_heads * block_size, D].
     row = ((blocks * 2)[:, None, :] * num_kv_heads + heads[None, :, None]) * block_size
     row = (row + (positions % block_size)[None, None, :]).flatten()

@@ -105,6 +105,12 @@ class Placement:
             return -1
         return self.num_ring_frames + sum(self.resident[:layer]) + page
 
+    def frame(self, layer: int, page: int) -> int:
+        """Frame of any page in a pass whose first streamed page is in frame 0."""
+        if page < self.resident[layer]:
+            return self.resident_frame(layer, page)
+        return self.host_row(layer, page) % self.num_ring_frames
+
     def host_row(self, layer: int, page: int) -> int:
         """Row in host memory of a streamed page."""
         return sum(self.streamed[:layer]) + page - self.resident[layer]

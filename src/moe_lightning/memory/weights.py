@@ -46,6 +46,20 @@ class PageStore:
         for layer, count in enumerate(placement.resident):
             for page in range(count):
                 self._content[placement.resident_frame(layer, page)] = (layer, page)
+        # Frame of each page where the pass's first streamed page is in frame 0 of the ring; what kernels read.
+        layers = range(len(placement.resident))
+        pages = [
+            [placement.frame(layer, page) for page in range(placement.pages_per_layer)] for layer in layers
+        ]
+        self._first_table = torch.tensor(pages, dtype=torch.int32).to(device)
+        self.page_table = self._first_table.clone()  # [num_layers, pages_per_layer] int32
+
+    def place_ring(self, offset: int) -> None:
+        """Make `page_table` that of a pass whose ring begins at frame `offset`; computed on the device."""
+        ring = self.placement.num_ring_frames
+        if ring:
+            turned = (self._first_table + offset).remainder_(ring)
+            torch.where(self._first_table < ring, turned, self._first_table, out=self.page_table)
 
     def home(self, layer: int, page: int) -> Tensor:
         """The page where it is stored: [page_elements]."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from moe_lightning.kernels import ops
 from moe_lightning.memory.arena import HostArena, device_tensor
 from moe_lightning.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from moe_lightning.kernels.experts import Workspace
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class PassBuffers:
         topk_weights: [T, K] float32.
         host_qkv: [N, q_size + 2 kv_size].
         host_out: [N, q_size].
+        router_logits: [T, E].
+        experts: workspace of the experts' kernels; None on a CPU.
     """
 
     hidden: Tensor
@@ -34,13 +41,15 @@ class PassBuffers:
     topk_weights: Tensor
     host_qkv: Tensor
     host_out: Tensor
+    router_logits: Tensor
+    experts: Workspace | None
 
     @classmethod
     def allocate(
         cls, spec: ModelSpec, num_tokens: int, num_seqs: int, dtype: torch.dtype, device: torch.device
     ) -> PassBuffers:
         """Buffers for passes of up to `num_tokens` tokens, `num_seqs` of them decoding."""
-        a, k = spec.attention, spec.experts.top_k
+        a, e, k = spec.attention, spec.experts, spec.experts.top_k
         return cls(
             hidden=device_tensor((num_tokens, spec.hidden_size), dtype, device),
             qkv=device_tensor((num_tokens, a.qkv_size), dtype, device),
@@ -50,6 +59,10 @@ class PassBuffers:
             topk_weights=device_tensor((num_tokens, k), torch.float32, device),
             host_qkv=_pinned((num_seqs, a.qkv_size), dtype, device),
             host_out=_pinned((num_seqs, a.q_size), dtype, device),
+            router_logits=device_tensor((num_tokens, e.num_experts), dtype, device),
+            experts=ops.experts_workspace(
+                num_tokens, k, e.num_experts, spec.hidden_size, e.intermediate_size, dtype, device
+            ),
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moe_lightning.kernels.prefill_plan import PrefillPlan
 from moe_lightning.kernels.reference import Segment
 from moe_lightning.runtime.sampling_batch import RowSampling, SamplingBatch, build_sampling_batch
 from moe_lightning.runtime.upload import Uploader
@@ -64,7 +65,7 @@ class MicroBatch:
         slots: [B] int64, KV slots of the new tokens; on the host for decode.
         sample_rows: rows to sample after, relative to its first; their parameters are `sampling`.
         score_rows: rows whose next prompt token is scored, `score_ids` [S] that token.
-        segments: prefill only.
+        prefill: prefill only: its prompts, as attention reads them.
         host_rows: decode only: its rows in the host buffers.
         block_tables: decode only: [B, max_blocks] int64 (host).
         context_lens: decode only: [B] int64 with the new token (host).
@@ -79,7 +80,7 @@ class MicroBatch:
     score_rows: Tensor
     score_ids: Tensor
     num_prompt_logprobs: int
-    segments: tuple[Segment, ...] = ()
+    prefill: PrefillPlan | None = None
     host_rows: slice = field(default_factory=lambda: slice(0, 0))
     block_tables: Tensor | None = None
     context_lens: Tensor | None = None
@@ -138,7 +139,7 @@ def _prefill(
         score_rows=uploader.put(score_rows, torch.int64),
         score_ids=uploader.put(score_ids, torch.int64),
         num_prompt_logprobs=max((p.num_prompt_logprobs or 0 for p in pieces), default=0),
-        segments=tuple(segments),
+        prefill=PrefillPlan.of(segments, uploader.put),
     )
 
 

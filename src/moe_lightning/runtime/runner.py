@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from moe_lightning.kernels import reference as ops
+from moe_lightning.kernels import ops, reference
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.memory.weights import Weights
 from moe_lightning.pipeline.task import BufferKind, Task, TaskKind
@@ -49,7 +49,7 @@ class TaskRunner:
         self._buffers = buffers
         self._batches = micro_batches
         self._ring_offset = ring_offset
-        inv_freq = ops.inverse_frequencies(self._spec.rope, self._spec.attention.head_dim)
+        inv_freq = reference.inverse_frequencies(self._spec.rope, self._spec.attention.head_dim)
         self._inv_freq = inv_freq.to(buffers.hidden.device)
         self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
         self._kv_stage: dict[int, Tensor] = {}
@@ -70,15 +70,15 @@ class TaskRunner:
         batch = self._batch(task)
         weights, dtype = self._weights.embed, self._buffers.hidden.dtype
         torch.index_select(weights, 0, batch.token_ids, out=self._buffers.hidden[batch.rows])
-        self._rotary[task.micro_batches[0]] = ops.rotary(batch.positions, self._inv_freq, dtype)
+        self._rotary[task.micro_batches[0]] = reference.rotary(batch.positions, self._inv_freq, dtype)
 
     def _pre_attention(self, task: Task) -> None:
         batch, layer, a = self._batch(task), self._weights.layers[task.layer], self._spec.attention
-        normed = ops.rms_norm(self._buffers.hidden[batch.rows], layer.input_norm, self._spec.norm_eps)
-        qkv = self._buffers.qkv[batch.rows]
+        # The experts' input is not in use yet: `_post_attention` fills it.
+        normed, qkv = self._buffers.experts_in[batch.rows], self._buffers.qkv[batch.rows]
+        ops.rms_norm(self._buffers.hidden[batch.rows], layer.input_norm, self._spec.norm_eps, out=normed)
         torch.mm(normed, layer.qkv.t(), out=qkv)
-        rotated = qkv[:, : a.q_size + a.kv_size].view(len(qkv), -1, a.head_dim)
-        rotated.copy_(ops.rotate(rotated, *self._rotary[task.micro_batches[0]]))
+        ops.rotate_(qkv, *self._rotary[task.micro_batches[0]], a.num_heads + a.num_kv_heads)
 
     def _offload_qkv(self, task: Task) -> None:
         batch = self._batch(task)
@@ -87,7 +87,7 @@ class TaskRunner:
     def _attention(self, task: Task) -> None:
         batch, kv = self._batch(task), self._kv.layer(task.layer)
         q, k, v = self._split(self._buffers.host_qkv[batch.host_rows])
-        ops.store_kv(kv, k, v, batch.slots)
+        reference.store_kv(kv, k, v, batch.slots)
         out = self._attend(q, kv, batch)
         self._buffers.host_out[batch.host_rows].copy_(out.flatten(1))
 
@@ -95,7 +95,7 @@ class TaskRunner:
         assert batch.block_tables is not None
         assert batch.context_lens is not None
         window = self._spec.attention.sliding_window
-        return ops.decode_attention(q, kv, batch.block_tables, batch.context_lens, window)
+        return reference.decode_attention(q, kv, batch.block_tables, batch.context_lens, window)
 
     def _load_hidden(self, task: Task) -> None:
         batch = self._batch(task)
@@ -104,15 +104,15 @@ class TaskRunner:
 
     def _prefill_attention(self, task: Task) -> None:
         batch = self._batch(task)
-        q, _, _ = self._split(self._buffers.qkv[batch.rows])
-        _, k, v = self._split(self._buffers.qkv)
-        out = ops.prefill_attention(q, k, v, batch.segments, self._spec.attention.sliding_window)
-        self._buffers.attention_out[batch.rows].copy_(out.flatten(1))
+        assert batch.prefill is not None
+        q, k, v = self._split(self._buffers.qkv)
+        window, out = self._spec.attention.sliding_window, self._buffers.attention_out[batch.rows]
+        ops.prefill_attention(q, k, v, batch.prefill, window, out)
 
     def _store_kv(self, task: Task) -> None:
         batch = self._batch(task)
         _, k, v = self._split(self._buffers.qkv[batch.rows])
-        ops.store_kv(self._kv.layer_on(k.device, task.layer), k, v, batch.slots.to(k.device))
+        reference.store_kv(self._kv.layer_on(k.device, task.layer), k, v, batch.slots.to(k.device))
 
     def _load_kv(self, task: Task) -> None:
         batch = self._batch(task)
@@ -127,28 +127,27 @@ class TaskRunner:
         assert batch.context_lens is not None
         staged = self._kv_stage[task.reads[1].index]
         q, k, v = self._split(self._buffers.qkv[batch.rows])
-        tables = torch.arange(batch.block_tables.numel()).view_as(batch.block_tables)
-        last, block_size = batch.context_lens - 1, self._kv.block_size
+        tables = torch.arange(batch.block_tables.numel(), device=q.device).view_as(batch.block_tables)
+        context_lens = batch.context_lens.to(q.device)
+        last, block_size = context_lens - 1, self._kv.block_size
         own_block = tables.gather(1, (last // block_size)[:, None])[:, 0]
-        ops.store_kv(staged, k, v, own_block * block_size + last % block_size)
+        reference.store_kv(staged, k, v, own_block * block_size + last % block_size)
         window = self._spec.attention.sliding_window
-        out = ops.decode_attention(q, staged, tables, batch.context_lens, window)
+        out = reference.decode_attention(q, staged, tables, context_lens, window)
         self._buffers.attention_out[batch.rows].copy_(out.flatten(1))
 
     def _post_attention(self, task: Task) -> None:
         batch, layer, b = self._batch(task), self._weights.layers[task.layer], self._buffers
         hidden = b.hidden[batch.rows]
         hidden.addmm_(b.attention_out[batch.rows], layer.o.t())
-        normed = ops.rms_norm(hidden, layer.post_norm, self._spec.norm_eps)
-        b.experts_in[batch.rows].copy_(normed)
+        normed = ops.rms_norm(hidden, layer.post_norm, self._spec.norm_eps, out=b.experts_in[batch.rows])
         router = self._spec.experts.router
         if router is None or layer.router is None:
             b.topk_ids[batch.rows].zero_()
             b.topk_weights[batch.rows].fill_(1.0)
             return
-        ids, weights = ops.route(F.linear(normed, layer.router), router)
-        b.topk_ids[batch.rows].copy_(ids)
-        b.topk_weights[batch.rows].copy_(weights)
+        logits = torch.mm(normed, layer.router.t(), out=b.router_logits[batch.rows])
+        ops.route(logits, router, b.topk_ids[batch.rows], b.topk_weights[batch.rows])
 
     def _load_page(self, task: Task) -> None:
         placement = self._weights.pages.placement
@@ -168,11 +167,10 @@ class TaskRunner:
         # A group's micro-batches are neighbours, so its rows are one slice.
         first, last = task.micro_batches[0], task.micro_batches[-1]
         rows = slice(self._batches[first].rows.start, self._batches[last].rows.stop)
-        out = ops.experts(
-            b.experts_in[rows], b.topk_ids[rows], b.topk_weights[rows],
-            [pages.frames[frame] for frame in frames], pages.layout.pages_per_expert,
+        ops.experts_(
+            b.hidden[rows], b.experts_in[rows], b.topk_ids[rows], b.topk_weights[rows], pages.frames,
+            frames, pages.page_table[task.layer], pages.layout.pages_per_expert, b.experts,
         )  # fmt: skip
-        b.hidden[rows].add_(out)
 
     def _sample(self, task: Task) -> None:
         batch = self._batch(task)

@@ -1,0 +1,133 @@
+"""Every operation of a pass, on the device where its tensors are.
+
+CPU tensors go to `reference`, CUDA tensors to Triton kernels and libraries. These are imported when the first CUDA
+tensor comes, so that a machine without a GPU needs no Triton. Results go into buffers that the caller owns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moe_lightning.kernels import reference
+from moe_lightning.kernels.prefill_plan import PrefillPlan
+from moe_lightning.models.spec import RouterSpec
+
+if TYPE_CHECKING:
+    from moe_lightning.kernels.experts import Workspace
+
+_EXPERTS_AT_ONCE = 8192  # tokens: enough that reading the weights costs nothing beside the arithmetic
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """Rows of x [T, H] normalized, times weight [H]; into `out` where it is given."""
+    if not x.is_cuda:
+        normed = reference.rms_norm(x, weight, eps)
+        return normed if out is None else out.copy_(normed)
+    from moe_lightning.kernels import norm
+
+    out = torch.empty_like(x) if out is None else out
+    norm.rms_norm(x, weight, eps, out)
+    return out
+
+
+def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, num_rotated_heads: int) -> None:
+    """Turn the first heads of rows [T, heads * D] by `reference.rotary`'s cos and sin, in place."""
+    if qkv.is_cuda:
+        from moe_lightning.kernels import rope
+
+        rope.rotate_(qkv, cos, sin, num_rotated_heads)
+        return
+    head_dim = cos.shape[-1]
+    rotated = qkv[:, : num_rotated_heads * head_dim].view(len(qkv), -1, head_dim)
+    rotated.copy_(reference.rotate(rotated, cos, sin))
+
+
+def route(logits: Tensor, router: RouterSpec, topk_ids: Tensor, topk_weights: Tensor) -> None:
+    """Each token's experts of logits [T, E] into topk_ids and topk_weights [T, K]."""
+    if logits.is_cuda:
+        from moe_lightning.kernels import router as kernel
+
+        kernel.route(logits, router, topk_ids, topk_weights)
+        return
+    ids, weights = reference.route(logits, router)
+    topk_ids.copy_(ids)
+    topk_weights.copy_(weights)
+
+
+def experts_workspace(
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Workspace | None:
+    """What `experts_` needs on the device for calls of up to `num_tokens` tokens; nothing on a CPU."""
+    if device.type != "cuda":
+        return None
+    from moe_lightning.kernels.experts import Workspace
+
+    tokens = min(num_tokens, _EXPERTS_AT_ONCE)
+    return Workspace.allocate(tokens, top_k, num_experts, hidden_size, intermediate_size, dtype, device)
+
+
+def experts_(
+    hidden: Tensor,
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    frames: Tensor,
+    frame_of_page: Sequence[int],
+    page_table: Tensor,
+    pages_per_expert: int,
+    workspace: Workspace | None,
+) -> None:
+    """Add to hidden [T, H] the weighted outputs of each token's experts.
+
+    Args:
+        hidden: [T, H].
+        x: [T, H].
+        topk_ids: [T, K].
+        topk_weights: [T, K] float32.
+        frames: [num_frames, page_elements], the pool.
+        frame_of_page: the layer's row of the page table, on the host.
+        page_table: the same on the device, int32.
+        pages_per_expert: slices of each expert.
+        workspace: from `experts_workspace`.
+    """
+    if not x.is_cuda:
+        pages = [frames[frame] for frame in frame_of_page]
+        hidden.add_(reference.experts(x, topk_ids, topk_weights, pages, pages_per_expert))
+        return
+    from moe_lightning.kernels import experts
+
+    assert workspace is not None
+    experts.experts_(hidden, x, topk_ids, topk_weights, frames, page_table, pages_per_expert, workspace)
+
+
+def prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: PrefillPlan, sliding_window: int | None, out: Tensor
+) -> None:
+    """Causal attention of a chunk's segments over their prompts, into out [T, num_heads * D].
+
+    Args:
+        q: [rows, num_heads, D], the whole pass's rows.
+        k: [rows, num_kv_heads, D].
+        v: as k.
+        plan: of the chunk.
+        sliding_window: tokens that a query sees, itself included; None for all.
+        out: the chunk's rows.
+    """
+    if q.is_cuda:
+        from moe_lightning.kernels import prefill_attention as kernel
+
+        kernel.prefill_attention(q, k, v, plan, sliding_window, out)
+        return
+    rows = slice(plan.segments[0].start, plan.segments[-1].end)
+    found = reference.prefill_attention(q[rows], k, v, plan.segments, sliding_window)
+    out.copy_(found.flatten(1))

@@ -1,0 +1,90 @@
+"""RMSNorm, rotary embedding and router against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_lightning.kernels import reference
+from moe_lightning.models.spec import RopeSpec, RouterScoring, RouterSpec
+
+norm = pytest.importorskip("moe_lightning.kernels.norm")
+rope = pytest.importorskip("moe_lightning.kernels.rope")
+router_kernel = pytest.importorskip("moe_lightning.kernels.router")
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # numpy beneath the interpreter, in masked rows
+
+
+@pytest.mark.parametrize(("rows", "size"), [(0, 64), (1, 64), (5, 100), (3, 2049)])
+def test_rms_norm_rounds_as_the_reference(device, dtype, rows, size, assert_close):
+    x, weight = torch.randn(rows, size + 7).to(dtype)[:, :size], torch.rand(size).to(dtype)
+    out = torch.full((rows, size), float("nan"), dtype=dtype, device=device)
+    on_device = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device).copy_(x)
+    norm.rms_norm(on_device, weight.to(device), 1e-5, out)
+    expected = reference.rms_norm(x, weight, 1e-5)
+    assert_close(out, expected, dtype)
+    # The sum's order may move the scale by a bit; hardly any element may round to another number for it.
+    if rows and _rounds_to_nearest(device, dtype):
+        assert (out.cpu() == expected).float().mean() > 0.98
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "kv_heads", "head_dim"), [(0, 4, 2, 16), (1, 3, 1, 8), (7, 33, 4, 80)]
+)
+def test_rotation_turns_queries_and_keys_in_place_and_leaves_values(
+    device, dtype, rows, heads, kv_heads, head_dim
+):
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim).to(dtype)
+    inv_freq = reference.inverse_frequencies(RopeSpec(), head_dim)
+    cos, sin = reference.rotary(torch.arange(rows) * 1000, inv_freq, dtype)
+    expected = qkv.clone()
+    turned = expected[:, : (heads + kv_heads) * head_dim].view(rows, heads + kv_heads, head_dim)
+    turned.copy_(reference.rotate(turned, cos, sin))
+    out = qkv.to(device)
+    rope.rotate_(out, cos.to(device), sin.to(device), heads + kv_heads)
+    if _rounds_to_nearest(device, dtype):
+        assert torch.equal(out.cpu(), expected)
+    elif dtype is torch.float32:  # a product and a sum may be fused
+        torch.testing.assert_close(out.cpu(), expected, rtol=1e-6, atol=1e-6)
+    else:
+        torch.testing.assert_close(out.cpu(), expected, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("rows", "num_experts", "top_k"), [(0, 8, 2), (1, 8, 2), (9, 60, 4), (6, 256, 8)])
+def test_router_chooses_as_the_reference(device, dtype, normalize, ids_dtype, rows, num_experts, top_k):
+    router = RouterSpec(top_k, RouterScoring.SOFTMAX_TOPK, normalize)
+    logits = torch.randn(rows, num_experts).to(dtype)
+    ids, weights = _route(logits, router, device, ids_dtype)
+    expected_ids, expected_weights = reference.route(logits, router)
+    assert torch.equal(ids.long(), expected_ids)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("where", ["kernel", "reference"])
+def test_of_equal_logits_the_lowest_ids_are_chosen(device, where):
+    router = RouterSpec(top_k=3)
+    logits = torch.tensor([[1.0, 2.0, 1.0, 1.0, 2.0], [0.0] * 5])
+    choose = _route if where == "kernel" else lambda x, spec, *_: reference.route(x.to(device), spec)
+    assert choose(logits, router, device, torch.int64)[0].tolist() == [[1, 4, 0], [0, 1, 2]]
+
+
+def test_logits_that_are_not_numbers_still_give_experts_that_exist(device):
+    ids, _ = _route(torch.full((3, 6), float("nan")), RouterSpec(top_k=2), device, torch.int64)
+    assert ((ids >= 0) & (ids < 6)).all()
+
+
+def _rounds_to_nearest(device, dtype):
+    """Whether results of a 16-bit dtype can be expected bit by bit: the interpreter cuts bfloat16 off."""
+    return dtype is torch.float16 or (dtype is torch.bfloat16 and device.type == "cuda")
+
+
+def _route(logits, router, device, ids_dtype):
+    shape = (len(logits), router.top_k)
+    ids = torch.full(shape, -1, dtype=ids_dtype, device=device)
+    weights = torch.full(shape, float("nan"), device=device)
+    router_kernel.route(logits.to(device), router, ids, weights)
+    return ids.cpu(), weights.cpu()
