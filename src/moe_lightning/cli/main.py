@@ -9,7 +9,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from moe_lightning import __version__
-from moe_lightning.cli import run_batch, trace, verify
+from moe_lightning.cli import bench, run_batch, trace, verify
 from moe_lightning.errors import MoELightningError
 
 _DESCRIPTION = """\
@@ -62,7 +62,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moe-lightning {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for module, name in ((run_batch, "run-batch"), (trace, "trace"), (verify, "verify")):
+    for module, name in ((run_batch, "run-batch"), (trace, "trace"), (verify, "verify"), (bench, "bench")):
         verb = verbs.add_parser(name, help=module.SUMMARY, description=module.DESCRIPTION, allow_abbrev=False)
         module.add_flags(verb)
         verb.set_defaults(run=module.run)
