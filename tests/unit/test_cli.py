@@ -109,10 +109,10 @@ def test_code_of_checkpoints_is_refused(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_help_names_each_verb_with_a_line_and_shows_examples() -> None:
     text = build_parser().format_help()
-    for needle in ("Mixture-of-Experts", "run-batch", "trace", "verify", "doctor", "examples:", "--version"):
+    for needle in ("Mixture-of-Experts", "run-batch", "trace", "verify", "bench", "doctor", "examples:", "--version"):
         assert needle in text
     assert text.count("  moe-lightning ") >= 3
-    for verb in ("serve", "bench", "profile"):
+    for verb in ("serve", "profile"):
         assert verb not in text  # verbs are listed once they exist
 
 
@@ -279,3 +279,13 @@ def test_trace_wants_a_file_or_a_model_and_not_both(capsys):
     assert main(["trace"]) == 2
     assert main(["trace", "x.json", "--model", "mixtral-8x7b"]) == 2
     assert "FILE, or --model" in capsys.readouterr().err
+
+
+# -- bench ------------------------
+
+
+def test_bench_says_that_kernels_need_a_gpu(monkeypatch, capsys) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "kernels"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err

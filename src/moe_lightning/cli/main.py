@@ -9,7 +9,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from moe_lightning import __version__
-from moe_lightning.cli import doctor, run_batch, trace, verify
+from moe_lightning.cli import bench, doctor, run_batch, trace, verify
 from moe_lightning.errors import MoELightningError
 
 _DESCRIPTION = """\
@@ -32,7 +32,7 @@ examples:
 """
 
 
-_VERBS = ((run_batch, "run-batch"), (trace, "trace"), (verify, "verify"), (doctor, "doctor"))
+_VERBS = ((run_batch, "run-batch"), (trace, "trace"), (verify, "verify"), (bench, "bench"), (doctor, "doctor"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,8 +7,8 @@ twice over, and one tensor descriptor each serves all experts, layers and passes
     down:     [num_frames * 3 * H, rows]    down row h of frame f is row (3 f + 2) H + h
 
 Weights come by TMA (`USE_TMA`, Hopper and later) or by plain loads. A tile may reach over the end of a page into
-its neighbour: those columns are masked when the result is stored. Along the summed dimension, what is out of bounds
-is zero.
+its neighbour: those columns are masked when the result is stored. Along the summed dimension, what is
+out of bounds is zero.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def down_kernel(
     USE_TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """Write out[slot] = weight * down(inter[row]) for one row block, BLOCK_N outputs, one share of the pages' rows."""
+    """Write out[slot] = weight * down(inter[row]), over one share of the pages' rows."""
     block, tile = _tile(tl.program_id(0), num_blocks, tl.cdiv(hidden_size, BLOCK_N), GROUP_M)
     expert = tl.load(blocks_ptr + block * 4)
     if expert < 0:

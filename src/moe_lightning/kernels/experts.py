@@ -91,47 +91,19 @@ def experts_(
     """
     for start in range(0, len(x), workspace.max_tokens):
         part = slice(start, start + workspace.max_tokens)
-        _experts_(
-            hidden[part], x[part], topk_ids[part], topk_weights[part],
-            frames, page_table, pages_per_expert, workspace, config,
-        )  # fmt: skip
-
-
-def _experts_(
-    hidden: Tensor,
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    frames: Tensor,
-    page_table: Tensor,
-    pages_per_expert: int,
-    workspace: Workspace,
-    config: ExpertsConfig | None,
-) -> None:
-    num_tokens, top_k = topk_ids.shape
-    hidden_size = x.shape[1]
-    num_experts = len(page_table) // pages_per_expert
-    num_slots, page_rows = num_tokens * top_k, frames.shape[1] // (3 * hidden_size)
-    if config is None:
-        config = select(
-            ExpertsShape(
-                num_tokens, top_k, num_experts, hidden_size, page_rows, pages_per_expert,
-                x.dtype.itemsize, capability(x.device),
-            )
-        )  # fmt: skip
-    sorted_slots, blocks = workspace.sorted_slots, workspace.blocks
-    num_blocks = sort_slots(topk_ids, num_experts, config.block_m, workspace.counts, sorted_slots, blocks)
-    if not config.gather:
-        _gather(x, sorted_slots, workspace.rows, num_slots, top_k)
-    _gate_up(x, frames, page_table, num_blocks, top_k, pages_per_expert, page_rows, workspace, config)
-    split_k, out = _outputs(workspace, config, num_slots)
-    _down(
-        out, topk_weights, frames, page_table, num_blocks, num_slots, pages_per_expert, page_rows,
-        workspace, config, split_k,
-    )  # fmt: skip
-    grid = (num_tokens, triton.cdiv(hidden_size, _COPIED_AT_ONCE))
-    block = min(_COPIED_AT_ONCE, triton.next_power_of_2(hidden_size))
-    combine_kernel[grid](out, hidden, num_slots, hidden_size, TOP_K=top_k, SPLIT_K=split_k, BLOCK=block)
+        call = ExpertsCall.of(
+            x[part],
+            topk_ids[part],
+            topk_weights[part],
+            frames,
+            page_table,
+            pages_per_expert,
+            workspace,
+            config,
+        )
+        num_blocks = call.sort()
+        call.gate_up(num_blocks)
+        call.combine(hidden[part], *call.down(num_blocks))
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -139,74 +111,114 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def _gather(x: Tensor, sorted_slots: Tensor, out: Tensor, num_slots: int, top_k: int) -> None:
-    hidden_size = x.shape[1]
-    block = min(_COPIED_AT_ONCE, triton.next_power_of_2(hidden_size))
-    grid = (num_slots, triton.cdiv(hidden_size, block))
-    gather_kernel[grid](x, sorted_slots, out, hidden_size, TOP_K=top_k, BLOCK=block)
+@dataclass(frozen=True)
+class ExpertsCall:
+    """The steps of one call, in the order of the methods. Fields are as in `experts_`."""
 
+    x: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    frames: Tensor
+    page_table: Tensor
+    pages_per_expert: int
+    workspace: Workspace
+    config: ExpertsConfig
+    num_experts: int
+    page_rows: int
 
-def _gate_up(
-    x: Tensor,
-    frames: Tensor,
-    page_table: Tensor,
-    num_blocks: int,
-    top_k: int,
-    pages_per_expert: int,
-    page_rows: int,
-    workspace: Workspace,
-    config: ExpertsConfig,
-) -> None:
-    hidden_size, tile = x.shape[1], config.gate_up
-    source, pool = x, frames
-    if not config.gather:
-        source = TensorDescriptor.from_tensor(workspace.rows, [config.block_m, tile.block_k])
-    if config.tma:
-        matrix = frames.view(-1, hidden_size)
-        pool = TensorDescriptor.from_tensor(matrix, [tile.block_n, tile.block_k])
-    grid = (num_blocks * pages_per_expert * triton.cdiv(page_rows, tile.block_n),)
-    gate_up_kernel[grid](
-        source, pool, workspace.inter, workspace.sorted_slots, workspace.blocks, page_table,
-        num_blocks, hidden_size, page_rows, pages_per_expert,
-        TOP_K=top_k, BLOCK_M=config.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        GROUP_M=config.group_m, USE_TMA=config.tma, GATHER=config.gather,
-        EVEN_K=hidden_size % tile.block_k == 0, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        frames: Tensor,
+        page_table: Tensor,
+        pages_per_expert: int,
+        workspace: Workspace,
+        config: ExpertsConfig | None = None,
+    ) -> ExpertsCall:
+        """A call with the table's configuration where none is given."""
+        num_tokens, top_k = topk_ids.shape
+        hidden_size, num_experts = x.shape[1], len(page_table) // pages_per_expert
+        page_rows = frames.shape[1] // (3 * hidden_size)
+        config = config or select(
+            ExpertsShape(
+                num_tokens, top_k, num_experts, hidden_size, page_rows, pages_per_expert,
+                x.dtype.itemsize, capability(x.device),
+            )
+        )  # fmt: skip
+        return cls(
+            x, topk_ids, topk_weights, frames, page_table, pages_per_expert, workspace, config,
+            num_experts, page_rows,
+        )  # fmt: skip
 
+    def sort(self) -> int:
+        """Order the slots by expert and, if so configured, copy their tokens; row blocks to launch."""
+        w, top_k = self.workspace, self.topk_ids.shape[1]
+        num_blocks = sort_slots(
+            self.topk_ids, self.num_experts, self.config.block_m, w.counts, w.sorted_slots, w.blocks
+        )
+        if not self.config.gather:
+            hidden_size, block = self.x.shape[1], self._copied_at_once
+            grid = (self.topk_ids.numel(), triton.cdiv(hidden_size, block))
+            gather_kernel[grid](self.x, w.sorted_slots, w.rows, hidden_size, TOP_K=top_k, BLOCK=block)
+        return num_blocks
 
-def _outputs(workspace: Workspace, config: ExpertsConfig, num_slots: int) -> tuple[int, Tensor]:
-    """Shares of the sum and where they go: float32 for several, since rounding each would add up."""
-    if config.split_k == 1:
-        return 1, workspace.rows
-    out = workspace.rows.view(torch.float32)
-    fitting = out.numel() // (num_slots * workspace.rows.shape[1])
-    split_k = min(config.split_k, fitting)
-    return (split_k, out) if split_k > 1 else (1, workspace.rows)
+    def gate_up(self, num_blocks: int) -> None:
+        """silu(gate x) * (up x) of each slot into the workspace."""
+        c, w, tile = self.config, self.workspace, self.config.gate_up
+        hidden_size = self.x.shape[1]
+        source, pool = self.x, self.frames
+        if not c.gather:
+            source = TensorDescriptor.from_tensor(w.rows, [c.block_m, tile.block_k])
+        if c.tma:
+            pool = TensorDescriptor.from_tensor(pool.view(-1, hidden_size), [tile.block_n, tile.block_k])
+        grid = (num_blocks * self.pages_per_expert * triton.cdiv(self.page_rows, tile.block_n),)
+        gate_up_kernel[grid](
+            source, pool, w.inter, w.sorted_slots, w.blocks, self.page_table,
+            num_blocks, hidden_size, self.page_rows, self.pages_per_expert,
+            TOP_K=self.topk_ids.shape[1], BLOCK_M=c.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            GROUP_M=c.group_m, USE_TMA=c.tma, GATHER=c.gather,
+            EVEN_K=hidden_size % tile.block_k == 0, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
 
+    def down(self, num_blocks: int) -> tuple[Tensor, int]:
+        """The weighted outputs of each slot: where they are, and in how many shares to be added."""
+        c, w, tile = self.config, self.workspace, self.config.down
+        hidden_size, num_slots = self.x.shape[1], self.topk_ids.numel()
+        source, pool = w.inter, self.frames
+        if c.tma:
+            source = TensorDescriptor.from_tensor(w.inter, [c.block_m, tile.block_k])
+            pool = TensorDescriptor.from_tensor(pool.view(-1, self.page_rows), [tile.block_n, tile.block_k])
+        out, split_k = self._outputs()
+        grid = (num_blocks * triton.cdiv(hidden_size, tile.block_n), split_k)
+        down_kernel[grid](
+            source, pool, out, self.topk_weights, w.sorted_slots, w.blocks, self.page_table,
+            num_blocks, num_slots, hidden_size, self.page_rows, self.pages_per_expert,
+            BLOCK_M=c.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=c.group_m,
+            SPLIT_K=split_k, USE_TMA=c.tma, EVEN_K=self.page_rows % tile.block_k == 0,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        return out, split_k
 
-def _down(
-    out: Tensor,
-    topk_weights: Tensor,
-    frames: Tensor,
-    page_table: Tensor,
-    num_blocks: int,
-    num_slots: int,
-    pages_per_expert: int,
-    page_rows: int,
-    workspace: Workspace,
-    config: ExpertsConfig,
-    split_k: int,
-) -> None:
-    hidden_size, tile = workspace.rows.shape[1], config.down
-    source, pool = workspace.inter, frames
-    if config.tma:
-        source = TensorDescriptor.from_tensor(workspace.inter, [config.block_m, tile.block_k])
-        pool = TensorDescriptor.from_tensor(frames.view(-1, page_rows), [tile.block_n, tile.block_k])
-    grid = (num_blocks * triton.cdiv(hidden_size, tile.block_n), split_k)
-    down_kernel[grid](
-        source, pool, out, topk_weights, workspace.sorted_slots, workspace.blocks, page_table,
-        num_blocks, num_slots, hidden_size, page_rows, pages_per_expert,
-        BLOCK_M=config.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=config.group_m,
-        SPLIT_K=split_k, USE_TMA=config.tma, EVEN_K=page_rows % tile.block_k == 0,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    def combine(self, hidden: Tensor, out: Tensor, split_k: int) -> None:
+        """Add each token's outputs to hidden [T, H]."""
+        (num_tokens, top_k), hidden_size = self.topk_ids.shape, hidden.shape[1]
+        block = self._copied_at_once
+        grid = (num_tokens, triton.cdiv(hidden_size, block))
+        combine_kernel[grid](
+            out, hidden, num_tokens * top_k, hidden_size, TOP_K=top_k, SPLIT_K=split_k, BLOCK=block
+        )
+
+    def _outputs(self) -> tuple[Tensor, int]:
+        """Several shares are kept in float32, since rounding each would add up; no more than there is room for."""
+        rows = self.workspace.rows
+        wide = rows.view(torch.float32)
+        room = wide.numel() // (self.topk_ids.numel() * rows.shape[1])
+        split_k = min(self.config.split_k, room)
+        return (wide, split_k) if split_k > 1 else (rows, 1)
+
+    @property
+    def _copied_at_once(self) -> int:
+        return min(_COPIED_AT_ONCE, int(triton.next_power_of_2(self.x.shape[1])))

@@ -6,7 +6,6 @@ tensor comes, so that a machine without a GPU needs no Triton. Results go into b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,7 +81,6 @@ def experts_(
     topk_ids: Tensor,
     topk_weights: Tensor,
     frames: Tensor,
-    frame_of_page: Sequence[int],
     page_table: Tensor,
     pages_per_expert: int,
     workspace: Workspace | None,
@@ -95,13 +93,12 @@ def experts_(
         topk_ids: [T, K].
         topk_weights: [T, K] float32.
         frames: [num_frames, page_elements], the pool.
-        frame_of_page: the layer's row of the page table, on the host.
-        page_table: the same on the device, int32.
+        page_table: [E * pages_per_expert] int32, frame of each page of the layer, expert by expert.
         pages_per_expert: slices of each expert.
         workspace: from `experts_workspace`.
     """
     if not x.is_cuda:
-        pages = [frames[frame] for frame in frame_of_page]
+        pages = [frames[frame] for frame in page_table.tolist()]
         hidden.add_(reference.experts(x, topk_ids, topk_weights, pages, pages_per_expert))
         return
     from moe_lightning.kernels import experts

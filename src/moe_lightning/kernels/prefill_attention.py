@@ -1,10 +1,11 @@
-"""Prefill attention on a GPU: PyTorch's FlashAttention where it serves the card, else the project's kernel."""
+"""Prefill attention on a GPU: PyTorch's FlashAttention where it serves the card, else another kernel."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from moe_lightning.kernels import reference
 from moe_lightning.kernels.prefill_plan import PrefillPlan
 from moe_lightning.kernels.varlen_attention import varlen_attention
 
@@ -27,6 +28,13 @@ def prefill_attention(
     if not plan.segments:
         return
     first_row = plan.segments[0].start
+    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+        # Triton does not use Turing's tensor cores; PyTorch's scaled_dot_product_attention does.
+        found = reference.prefill_attention(
+            q[first_row : plan.segments[-1].end], k, v, plan.segments, sliding_window
+        )
+        out.copy_(found.flatten(1))
+        return
     if not has_flash(q):
         varlen_attention(q, k, v, plan.blocks, first_row, sliding_window, out)
         return

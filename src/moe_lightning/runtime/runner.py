@@ -169,7 +169,7 @@ class TaskRunner:
         rows = slice(self._batches[first].rows.start, self._batches[last].rows.stop)
         ops.experts_(
             b.hidden[rows], b.experts_in[rows], b.topk_ids[rows], b.topk_weights[rows], pages.frames,
-            frames, pages.page_table[task.layer], pages.layout.pages_per_expert, b.experts,
+            pages.page_table[task.layer], pages.layout.pages_per_expert, b.experts,
         )  # fmt: skip
 
     def _sample(self, task: Task) -> None:

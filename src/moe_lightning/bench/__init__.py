@@ -1,0 +1,1 @@
+"""Measurements of this machine: how near each part comes to what the hardware can do."""

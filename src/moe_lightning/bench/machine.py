@@ -1,0 +1,57 @@
+"""The machine that a measurement ran on."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_lightning.errors import ConfigError
+
+
+def require_gpu() -> torch.dtype:
+    """The 16-bit dtype that this machine's GPU computes in.
+
+    Raises:
+        ConfigError: there is no GPU, or no Triton to compile for it.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError("no CUDA device: kernels are measured on a GPU; run this on a machine that has one")
+    try:
+        version("triton")
+    except PackageNotFoundError as error:
+        raise ConfigError("no triton: install it, or a CUDA build of torch, which brings it") from error
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def facts() -> dict[str, Any]:
+    """Commit, hardware and versions, for a result file."""
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "hardware": {
+            "gpu": device.name,
+            "capability": f"{device.major}.{device.minor}",
+            "multiprocessors": device.multi_processor_count,
+            "memory_bytes": device.total_memory,
+        },
+        "versions": {name: version(name) for name in ("torch", "triton")}
+        | {"python": platform.python_version(), "cuda": torch.version.cuda},
+    }
+
+
+def _git(*args: str) -> str:
+    """Empty where the package does not run from a repository."""
+    command = ["git", *args]
+    try:
+        found = subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        )
+    except FileNotFoundError:
+        return ""
+    return found.stdout.strip()
