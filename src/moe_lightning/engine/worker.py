@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 
+from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.memory.weights import Weights
 from moe_lightning.pipeline.baselines import SCHEDULES
@@ -34,6 +35,7 @@ class Worker:
         rows = policy.max_num_seqs + policy.prefill_tokens
         dtype = weights.embed.dtype
         self._buffers = PassBuffers.allocate(weights.spec, rows, policy.max_num_seqs, dtype, device)
+        self._cpu_attention = CpuAttention()
         self._ring_offset = 0
         self._is_preloaded = False
         self.fullest_pass: Timeline | None = None
@@ -44,7 +46,9 @@ class Worker:
         spec = self._weights.spec
         batches = build_micro_batches(step, self._policy.block_size, spec.vocab_size, self._device)
         schedule = self._schedule(len(step.prefill), len(step.decode))
-        runner = TaskRunner(self._weights, self._kv, self._buffers, batches, self._ring_offset)
+        runner = TaskRunner(
+            self._weights, self._kv, self._buffers, self._cpu_attention, batches, self._ring_offset
+        )
         # Until the pass is whole, nothing is known of the ring.
         offset, self._ring_offset, self._is_preloaded = self._ring_offset, 0, False
         timeline = self._executor.run(schedule, self._wrap(runner))
