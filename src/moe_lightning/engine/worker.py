@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 
+from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.memory.weights import Weights
 from moe_lightning.pipeline.baselines import SCHEDULES
@@ -35,6 +37,7 @@ class Worker:
         rows = policy.max_num_seqs + policy.prefill_tokens
         dtype = weights.embed.dtype
         self._buffers = PassBuffers.allocate(weights.spec, rows, policy.max_num_seqs, dtype, device)
+        self._cpu_attention = CpuAttention(_attention_threads(device))
         self._ring_offset = 0
         self._is_preloaded = False
         self._timeline: Callable[[], Timeline] | None = None
@@ -54,7 +57,9 @@ class Worker:
             self._uploader.send()
             self._weights.pages.place_ring(self._ring_offset)
         schedule = self._schedule(len(step.prefill), len(step.decode))
-        runner = TaskRunner(self._weights, self._kv, self._buffers, batches, self._ring_offset)
+        runner = TaskRunner(
+            self._weights, self._kv, self._buffers, self._cpu_attention, batches, self._ring_offset
+        )
         # Until the pass is whole, nothing is known of the ring.
         offset, self._ring_offset, self._is_preloaded = self._ring_offset, 0, False
         timeline = self._run(schedule, self._wrap(runner))
@@ -99,6 +104,12 @@ class Worker:
         return _build(self._policy.schedule, shape)
 
 
-@lru_cache(maxsize=256)
+def _attention_threads(device: torch.device) -> int:
+    """All cores, but for one that launches and one that waits for the GPU where there is one."""
+    cores = len(os.sched_getaffinity(0))
+    return cores if device.type == "cpu" else max(1, cores - 2)
+
+
+@lru_cache(maxsize=32)  # some ten thousand tasks each
 def _build(name: str, shape: PassShape) -> Schedule:
     return SCHEDULES[name](shape)

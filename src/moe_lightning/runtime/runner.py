@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from moe_lightning.kernels import ops, reference
+from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.memory.weights import Weights
 from moe_lightning.pipeline.task import BufferKind, Task, TaskKind
@@ -40,6 +41,7 @@ class TaskRunner:
         weights: Weights,
         kv: KVCache,
         buffers: PassBuffers,
+        cpu_attention: CpuAttention,
         micro_batches: Sequence[MicroBatch],
         ring_offset: int = 0,
     ) -> None:
@@ -47,6 +49,7 @@ class TaskRunner:
         self._spec = weights.spec
         self._kv = kv
         self._buffers = buffers
+        self._cpu_attention = cpu_attention
         self._batches = micro_batches
         self._ring_offset = ring_offset
         inv_freq = reference.inverse_frequencies(self._spec.rope, self._spec.attention.head_dim)
@@ -87,15 +90,12 @@ class TaskRunner:
     def _attention(self, task: Task) -> None:
         batch, kv = self._batch(task), self._kv.layer(task.layer)
         q, k, v = self._split(self._buffers.host_qkv[batch.host_rows])
-        reference.store_kv(kv, k, v, batch.slots)
-        out = self._attend(q, kv, batch)
-        self._buffers.host_out[batch.host_rows].copy_(out.flatten(1))
-
-    def _attend(self, q: Tensor, kv: Tensor, batch: MicroBatch) -> Tensor:
         assert batch.block_tables is not None
         assert batch.context_lens is not None
-        window = self._spec.attention.sliding_window
-        return reference.decode_attention(q, kv, batch.block_tables, batch.context_lens, window)
+        self._cpu_attention.attend(
+            self._buffers.host_out[batch.host_rows], q, k, v, kv, batch.block_tables, batch.context_lens,
+            sliding_window=self._spec.attention.sliding_window,
+        )  # fmt: skip
 
     def _load_hidden(self, task: Task) -> None:
         batch = self._batch(task)

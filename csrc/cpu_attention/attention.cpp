@@ -1,0 +1,147 @@
+// Decode attention over a paged KV cache, by all threads of a pool.
+
+#include "attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <utility>
+
+namespace moe::attention {
+namespace {
+
+constexpr int64_t kPiece = int64_t{1} << 20;  // bytes that a thread reads before it asks for more
+
+// Scores of a tile should leave room for keys and values in an L1 of 32 KiB.
+constexpr int kScoresPerTile = 4096;
+
+int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+const void* at(const void* base, int64_t elements, DType dtype) {
+  return static_cast<const char*>(base) + elements * element_size(dtype);
+}
+
+void* at(void* base, int64_t elements, DType dtype) {
+  return static_cast<char*>(base) + elements * element_size(dtype);
+}
+
+Shape shape_of(const Call& call, int max_rows) {
+  Shape s{};
+  s.head_dim = call.head_dim;
+  s.padded_head_dim = (call.head_dim + kHeadDimUnit - 1) / kHeadDimUnit * kHeadDimUnit;
+  s.group = call.num_heads / call.num_kv_heads;
+  s.block_size = call.batch.block_size;
+  s.tile = std::clamp(kScoresPerTile / std::max(max_rows, 1) / 16 * 16, 64, kMaxTile);
+  s.scale = call.scale;
+  s.soft_cap = call.soft_cap;
+  s.window = call.batch.window;
+  s.block_stride = call.block_stride;
+  s.value_offset = int64_t{call.num_kv_heads} * s.block_size * s.head_dim;
+  s.q_stride = call.q_stride;
+  s.out_stride = call.out_stride;
+  return s;
+}
+
+Span span_of(const Call& call, const Item& item) {
+  const int64_t head = int64_t{item.head} * call.batch.block_size * call.head_dim;
+  return {at(call.cache, head, call.dtype), call.batch.block_tables + item.seq * call.batch.table_stride, item.begin,
+          item.end};
+}
+
+}  // namespace
+
+struct Attention::Running {
+  Attention& self;
+  const Call& call;
+  Shape shape;
+};
+
+Attention::Attention(int num_threads, std::vector<int> cpus, Isa isa)
+    : pool_(num_threads, std::move(cpus)), isa_(isa), kernels_(kernels_of(isa)), plan_(num_threads) {}
+
+void Attention::run(const Call& call) {
+  const std::lock_guard<std::mutex> lock(turn_);
+  plan_.make(call.batch, call.num_kv_heads, call.num_blocks);
+  const int max_rows = plan_.max_queries() * (call.num_heads / call.num_kv_heads);
+  if (max_rows == 0) return;
+  Running running{*this, call, shape_of(call, max_rows)};
+  workspace_.reserve(running.shape, max_rows, pool_.num_threads(), plan_.num_states());
+  pool_.run([](void* context, int thread) {
+    auto& r = *static_cast<Running*>(context);
+    r.self.serve(r, thread);
+  }, &running);
+}
+
+void Attention::serve(Running& running, int thread) {
+  const Item* next = nullptr;
+  while (const Item* item = plan_.take(thread, &next)) attend(running, *item, next, thread);
+}
+
+void Attention::attend(Running& running, const Item& item, const Item* next, int thread) {
+  const Call& call = running.call;
+  const Shape& shape = running.shape;
+  append(call, item);
+
+  const int64_t first_head = int64_t{item.head} * shape.group;
+  Work work{};
+  work.shape = &shape;
+  work.span = span_of(call, item);
+  if (next != nullptr) work.next = span_of(call, *next);
+  work.queries = at(call.q, item.first_token * call.q_stride + first_head * call.head_dim, call.dtype);
+  work.num_queries = item.num_queries;
+  work.first_position = call.batch.context_lens[item.seq] - item.num_queries;
+  work.query_scratch = workspace_.queries(thread);
+  work.scores = workspace_.scores(thread);
+  work.state = item.split < 0 ? workspace_.own_state(thread)
+                              : workspace_.state(plan_.split(item).first_state + item.part);
+  kernels_.attend[static_cast<int>(call.dtype)](work);
+  if (item.split >= 0 && !plan_.is_last_part(item)) return;
+
+  Merge merge{};
+  merge.shape = &shape;
+  merge.num_states = item.split < 0 ? 1 : plan_.split(item).num_parts;
+  merge.first_state = item.split < 0 ? work.state : workspace_.state(plan_.split(item).first_state);
+  merge.state_stride = static_cast<int64_t>(workspace_.state_size());
+  merge.num_queries = item.num_queries;
+  merge.sinks = call.sinks == nullptr ? nullptr : call.sinks + first_head;
+  merge.out = at(call.out, item.first_token * call.out_stride + first_head * call.head_dim, call.dtype);
+  kernels_.finish[static_cast<int>(call.dtype)](merge);
+}
+
+// Writes the new keys and values among the item's positions; each belongs to one item, which alone reads them.
+void Attention::append(const Call& call, const Item& item) const {
+  const int64_t length = call.batch.context_lens[item.seq];
+  const int64_t first_new = length - item.num_queries;
+  const int64_t block_size = call.batch.block_size, head = item.head;
+  const auto bytes = static_cast<size_t>(call.head_dim * element_size(call.dtype));
+  const int64_t* table = call.batch.block_tables + item.seq * call.batch.table_stride;
+  for (int64_t position = std::max(item.begin, first_new); position < item.end; ++position) {
+    const int64_t token = item.first_token + position - first_new;
+    const int64_t row = head * block_size + position % block_size;
+    const int64_t key = table[position / block_size] * call.block_stride + row * call.head_dim;
+    const int64_t value = key + call.num_kv_heads * block_size * call.head_dim;
+    std::memcpy(at(call.cache, key, call.dtype), at(call.k, token * call.k_stride + head * call.head_dim, call.dtype),
+                bytes);
+    std::memcpy(at(call.cache, value, call.dtype),
+                at(call.v, token * call.v_stride + head * call.head_dim, call.dtype), bytes);
+  }
+}
+
+uint64_t Attention::read(const void* from, int64_t bytes) {
+  const std::lock_guard<std::mutex> lock(turn_);
+  struct Reading {
+    const Kernels& kernels;
+    const char* from;
+    int64_t bytes;
+    std::atomic<int64_t> front{0};
+    std::atomic<uint64_t> sum{0};
+  } reading{kernels_, static_cast<const char*>(from), bytes, {}, {}};
+  pool_.run([](void* context, int) {
+    auto& r = *static_cast<Reading*>(context);
+    for (int64_t begin; (begin = r.front.fetch_add(kPiece, std::memory_order_relaxed)) < r.bytes;)
+      r.sum.fetch_add(r.kernels.read(r.from + begin, std::min(kPiece, r.bytes - begin)), std::memory_order_relaxed);
+  }, &reading);
+  return reading.sum.load();
+}
+
+}  // namespace moe::attention

@@ -1,0 +1,90 @@
+// What the driver and the kernels of every instruction set agree on: plain data, no code.
+//
+// Translation units that include this are compiled with different -m flags. A function defined here could be emitted
+// by any of them, and the linker might keep the AVX-512 copy for all; so nothing is defined here.
+#pragma once
+
+#include <cstdint>
+
+namespace moe::attention {
+
+enum class DType : int { bf16, f16, f32 };
+constexpr int kNumDTypes = 3;
+
+enum class Isa : int { scalar, avx2, avx512, avx512_bf16 };
+constexpr int kNumIsas = 4;
+
+// Buffers of head_dim elements are padded to a multiple of this, the widest unit of any kernel.
+constexpr int kHeadDimUnit = 32;
+constexpr int kMaxTile = 512;     // positions whose scores are held at once
+constexpr int kScorePadding = 16;  // kernels may write this many scores past a tile
+
+// What is the same for all work of a call. Strides count elements.
+struct Shape {
+  int head_dim;
+  int padded_head_dim;
+  int group;  // query heads of one KV head
+  int block_size;
+  int tile;               // positions per tile, at most kMaxTile
+  float scale;            // of q.k, before the soft-cap
+  float soft_cap;         // 0: none
+  int64_t window;         // positions that a query sees, itself included
+  int64_t block_stride;   // from one block of the cache to the next
+  int64_t value_offset;   // from a block's keys to its values
+  int64_t q_stride;       // from one token's queries to the next's
+  int64_t out_stride;
+};
+
+// Positions [begin, end) of one sequence in one KV head.
+struct Span {
+  const void* keys;  // the head's keys in block 0
+  const int64_t* table;
+  int64_t begin;
+  int64_t end;
+};
+
+// Attention over some positions as far as it can be known without the others. Rows are (query token, query head).
+struct State {
+  float* max;  // [rows], of the scores times log2(e)
+  float* sum;  // [rows], of 2^(score - max)
+  float* acc;  // [rows, padded_head_dim], in the kernel's own order of dimensions
+};
+
+// One unit of work: the queries of one sequence and KV head against a span.
+struct Work {
+  const Shape* shape;
+  Span span;
+  Span next;  // what this thread reads after it, to be prefetched; an empty span if unknown
+  const void* queries;
+  int num_queries;
+  int64_t first_position;  // of the first query
+  float* query_scratch;    // [rows, padded_head_dim]
+  float* scores;           // [rows, tile + kScorePadding]
+  State state;             // out
+};
+
+// Turns the states of a sequence and KV head into its rows of the output.
+struct Merge {
+  const Shape* shape;
+  State first_state;
+  int64_t state_stride;  // floats from one state to the next
+  int num_states;
+  int num_queries;
+  const float* sinks;  // [group], logits; or null
+  void* out;
+};
+
+struct Kernels {
+  void (*attend[kNumDTypes])(const Work&);
+  void (*finish[kNumDTypes])(const Merge&);
+  uint64_t (*read)(const void* from, int64_t bytes);  // sum of the memory's words, to measure reading
+};
+
+extern const Kernels kScalarKernels;
+#if defined(MOE_X86)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
+#endif
+
+}  // namespace moe::attention

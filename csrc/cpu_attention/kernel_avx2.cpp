@@ -1,0 +1,21 @@
+// The kernels for AVX2, FMA and F16C.
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernel.h"
+
+namespace moe::attention {
+namespace {
+#include "number.inc"
+
+#include "vector_avx2.inc"
+
+#include "kernel.inc"
+}  // namespace
+
+const Kernels kAvx2Kernels = MOE_KERNELS;
+
+}  // namespace moe::attention

@@ -1,0 +1,21 @@
+// The kernels for AVX-512 F, BW and VL.
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernel.h"
+
+namespace moe::attention {
+namespace {
+#include "number.inc"
+
+#include "vector_avx512.inc"
+
+#include "kernel.inc"
+}  // namespace
+
+const Kernels kAvx512Kernels = MOE_KERNELS;
+
+}  // namespace moe::attention

@@ -1,0 +1,23 @@
+// The kernels for AVX-512 with BF16.
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernel.h"
+
+#define MOE_BF16
+
+namespace moe::attention {
+namespace {
+#include "number.inc"
+
+#include "vector_avx512.inc"
+
+#include "kernel.inc"
+}  // namespace
+
+const Kernels kAvx512Bf16Kernels = MOE_KERNELS;
+
+}  // namespace moe::attention

@@ -1,0 +1,19 @@
+// The kernels for any CPU.
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernel.h"
+
+namespace moe::attention {
+namespace {
+#include "number.inc"
+
+#include "vector_scalar.inc"
+
+#include "kernel.inc"
+}  // namespace
+
+const Kernels kScalarKernels = MOE_KERNELS;
+
+}  // namespace moe::attention

@@ -1,0 +1,86 @@
+// The Python face of the attention kernels: addresses and strides in, nothing checked but what memory safety needs.
+//
+// moe_lightning.kernels.cpu_attention checks tensors; it passes addresses because that takes a tenth of the time that
+// a tensor protocol does.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <tuple>
+
+#include "attention.h"
+
+namespace nb = nanobind;
+using namespace moe::attention;
+
+namespace {
+
+using Rows = std::tuple<uintptr_t, int64_t>;              // address, stride
+using Blocks = std::tuple<uintptr_t, int64_t, int64_t>;   // address, stride, number
+using Tables = std::tuple<uintptr_t, int64_t, int64_t>;   // address, stride, blocks of each sequence
+using Lengths = std::tuple<uintptr_t, uintptr_t, int64_t>;  // addresses of context and query lengths, sequences
+using Geometry = std::tuple<int64_t, int, int, int, int>;  // tokens, heads, KV heads, head_dim, block size
+using Options = std::tuple<float, float, int64_t, uintptr_t>;  // scale, soft-cap, window, address of sinks
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void run(Attention& self, int dtype, Rows out, Rows q, Rows k, Rows v, Blocks cache, Tables tables, Lengths lengths,
+         Geometry geometry, Options options) {
+  Call call{};
+  call.dtype = static_cast<DType>(dtype);
+  call.out = pointer<void>(std::get<0>(out));
+  call.out_stride = std::get<1>(out);
+  call.q = pointer<const void>(std::get<0>(q));
+  call.q_stride = std::get<1>(q);
+  call.k = pointer<const void>(std::get<0>(k));
+  call.k_stride = std::get<1>(k);
+  call.v = pointer<const void>(std::get<0>(v));
+  call.v_stride = std::get<1>(v);
+  call.cache = pointer<void>(std::get<0>(cache));
+  call.block_stride = std::get<1>(cache);
+  call.num_blocks = std::get<2>(cache);
+  Batch& batch = call.batch;
+  batch.block_tables = pointer<const int64_t>(std::get<0>(tables));
+  batch.table_stride = std::get<1>(tables);
+  batch.max_blocks = std::get<2>(tables);
+  batch.context_lens = pointer<const int64_t>(std::get<0>(lengths));
+  batch.query_lens = pointer<const int64_t>(std::get<1>(lengths));
+  batch.num_seqs = std::get<2>(lengths);
+  std::tie(batch.num_tokens, call.num_heads, call.num_kv_heads, call.head_dim, batch.block_size) = geometry;
+  call.scale = std::get<0>(options);
+  call.soft_cap = std::get<1>(options);
+  batch.window = std::get<2>(options);
+  call.sinks = pointer<const float>(std::get<3>(options));
+  nb::gil_scoped_release release;
+  self.run(call);
+}
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (const Isa isa : available_isas()) names.emplace_back(isa_name(isa));
+  return names;
+}
+
+}  // namespace
+
+NB_MODULE(_cpu_attention, m) {
+  m.def("available_isas", &isa_names);
+  nb::class_<Attention>(m, "Attention")
+      .def("__init__",
+           [](Attention* self, int num_threads, std::vector<int> cpus, const std::string& isa) {
+             new (self) Attention(num_threads, std::move(cpus), isa_from_name(isa));
+           })
+      .def("run", &run)
+      .def("read",
+           [](Attention& self, uintptr_t from, int64_t bytes) {
+             nb::gil_scoped_release release;
+             return self.read(pointer<const void>(from), bytes);
+           })
+      .def_prop_ro("num_threads", &Attention::num_threads)
+      .def_prop_ro("isa", [](const Attention& self) { return isa_name(self.isa()); });
+}
