@@ -90,7 +90,7 @@ def _attention(model: str, shape: LayerShape, num_tokens: int, dtype: torch.dtyp
     q, k, v = torch.split(qkv, [a.num_heads, a.num_kv_heads, a.num_kv_heads], dim=1)
     starts = range(0, num_tokens, _PROMPT)
     segments = [Segment(start, start, min(start + _PROMPT, num_tokens)) for start in starts]
-    plan = PrefillPlan.of(segments, torch.device("cuda"))
+    plan = PrefillPlan.of(segments, lambda values, dtype: torch.as_tensor(values, dtype=dtype, device="cuda"))
     out = torch.full((num_tokens, a.q_size), float("nan"), device="cuda", dtype=dtype)
     ops.prefill_attention(q, k, v, plan, None, out)
     expected = reference.prefill_attention(q.float(), k.float(), v.float(), segments, None).flatten(1)

@@ -33,7 +33,7 @@ def seconds_of(works: Sequence[Work], budget_s: float = 0.15, max_replays: int =
 
 
 def _replay(graph: torch.cuda.CUDAGraph) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     graph.replay()
     end.record()
