@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         before = time.perf_counter()
         worker.run(step)
         walls.append(time.perf_counter() - before)
-        timelines.append(worker._timeline)
+        timelines.append(worker._timeline)  # every pass is as full as the one before
         print(f"pass {number}: {walls[-1]:.3f} s", flush=True)
     steady = [t() for t in timelines[args.warmup :]]
     walls = walls[args.warmup :]

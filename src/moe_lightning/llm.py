@@ -68,7 +68,7 @@ class LLM:
 
     @property
     def fullest_pass(self) -> Timeline | None:
-        """When each task ran in the pass with the most decode micro-batches so far, then the most tasks."""
+        """When each task ran in the pass with the most decode micro-batches so far, then the most chunks."""
         return self._worker.fullest_pass
 
     def generate(

@@ -41,11 +41,11 @@ class Worker:
         self._ring_offset = 0
         self._is_preloaded = False
         self._timeline: Callable[[], Timeline] | None = None
-        self._fullness = (0, 0)  # of that pass: decode micro-batches, tasks
+        self._fullness = (0, 0)  # of that pass: decode micro-batches, chunks
 
     @property
     def fullest_pass(self) -> Timeline | None:
-        """When each task ran in the pass with the most decode micro-batches so far, then the most tasks."""
+        """When each task ran in the last pass with the most decode micro-batches so far, then the most chunks."""
         return self._timeline() if self._timeline else None
 
     def run(self, step: Step) -> list[MicroBatchOutput]:
@@ -63,7 +63,7 @@ class Worker:
         # Until the pass is whole, nothing is known of the ring.
         offset, self._ring_offset, self._is_preloaded = self._ring_offset, 0, False
         timeline = self._run(schedule, self._wrap(runner))
-        fullness = (len(step.decode), len(schedule.tasks))
+        fullness = (len(step.decode), len(step.prefill))
         if fullness >= self._fullness:
             self._fullness, self._timeline = fullness, timeline
         if schedule.shape.pages_ahead:

@@ -14,11 +14,10 @@ from torch import Tensor
 from moe_lightning.kernels import reference
 from moe_lightning.kernels.prefill_plan import PrefillPlan
 from moe_lightning.models.spec import RouterSpec
+from moe_lightning.perf.memory import EXPERTS_AT_ONCE
 
 if TYPE_CHECKING:
     from moe_lightning.kernels.experts import Workspace
-
-_EXPERTS_AT_ONCE = 8192  # tokens: enough that reading the weights costs nothing beside the arithmetic
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
@@ -71,7 +70,7 @@ def experts_workspace(
         return None
     from moe_lightning.kernels.experts import Workspace
 
-    tokens = min(num_tokens, _EXPERTS_AT_ONCE)
+    tokens = min(num_tokens, EXPERTS_AT_ONCE)
     return Workspace.allocate(tokens, top_k, num_experts, hidden_size, intermediate_size, dtype, device)
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.memory import activation_bytes
 from moe_lightning.policy import Policy
 from moe_lightning.units import GIB, MIB, format_bytes
 
 _BLOCK_SIZE = 16
 _WORKSPACE = GIB  # activations, logits, one checkpoint tensor per reader
 _MAX_SEQS = 256
+_MAX_STREAMED_SEQS = 2048  # a pass costs what its copies cost, however many ride on it
 _PREFILL_TOKENS = 2048
 _CHUNK_TOKENS = 512
 _PAGE_BYTES = 32 * MIB  # enough to saturate a link, small enough to let hidden states pass between
@@ -47,7 +49,7 @@ def default_policy(
         raise ConfigError(
             f"max_model_len={max_model_len} is more than the model's {spec.max_position} positions; lower it"
         )
-    num_seqs = max_num_seqs or _MAX_SEQS
+    num_seqs = max_num_seqs or (_MAX_SEQS if memory.gpu is None else _MAX_STREAMED_SEQS)
     rows = num_seqs + max(_PREFILL_TOKENS, length)
     pages, resident, frames = _pages(spec, dtype_bytes, memory, rows)
     streamed = sum(spec.experts.num_experts * pages - r for r in resident)
@@ -66,7 +68,7 @@ def default_policy(
         max_num_seqs=num_seqs,
         micro_batch_size=max(1, num_seqs // 4),
         group_size=2**16,  # one sweep over the experts for the whole pass
-        look_ahead=2,
+        look_ahead=8,  # no attention waits for what the GPU does with an earlier one
         prefill_tokens=max(_PREFILL_TOKENS, length),
         chunk_tokens=_CHUNK_TOKENS,
         pages_per_expert=pages,
@@ -120,7 +122,7 @@ def _pages(spec: ModelSpec, dtype_bytes: int, memory: Memory, rows: int) -> tupl
     pages = _pages_per_expert(spec.experts.intermediate_size, expert_bytes)
     per_layer = num_experts * pages
     fixed = _all_bytes(spec, dtype_bytes) - expert_bytes * num_experts * layers
-    activations = rows * dtype_bytes * (3 * spec.hidden_size + 2 * spec.attention.qkv_size)
+    activations = activation_bytes(spec, dtype_bytes, rows)
     frames = (memory.gpu - fixed - activations) // (expert_bytes // pages)
     if frames >= per_layer * layers:
         return pages, (per_layer,) * layers, 0

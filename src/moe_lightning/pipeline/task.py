@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import NamedTuple
 
 
@@ -107,7 +108,7 @@ class PassShape:
         """Prefill and decode together."""
         return self.num_prefill + self.num_decode
 
-    @property
+    @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Micro-batches of each experts group, in order."""
         n, g = self.num_micro_batches, self.group_size
