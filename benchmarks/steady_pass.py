@@ -14,6 +14,7 @@ import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,15 @@ from moe_lightning.units import GIB, MIB, parse_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 16
+# Shapes of models whose architecture is not supported yet, under one that is: their passes take as long.
+SHAPES = {
+    "qwen3-30b-a3b-shapes": {
+        "architectures": ["MixtralForCausalLM"], "hidden_size": 2048, "intermediate_size": 768, "head_dim": 128,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "num_hidden_layers": 48, "num_local_experts": 128,
+        "num_experts_per_tok": 8, "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 
 
 def make_policy(args: argparse.Namespace) -> Policy:
@@ -161,7 +171,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default="mixtral-8x7b")
+    add("--model", default="mixtral-8x7b", help=f"a known name, a config, or {', '.join(SHAPES)}")
     add("--gpu-memory", type=parse_bytes, default=24 * GIB)
     add(
         "--reserve",
@@ -183,6 +193,10 @@ def main() -> None:
     add("--json", type=Path)
     add("--svg", type=Path)
     args = parser.parse_args()
+    if args.model in SHAPES:
+        directory = Path(tempfile.mkdtemp())
+        (directory / "config.json").write_text(json.dumps(SHAPES[args.model]))
+        args.model = str(directory)
     result = measure(args)
     timeline = result.pop("timeline")
     if args.svg:
