@@ -11,6 +11,7 @@ from moe_lightning.kernels.reference import Segment
 from moe_lightning.models.spec import RouterSpec
 from moe_lightning.runtime.sampler import prompt_logprobs, sample
 from moe_lightning.runtime.sampling_batch import RowSampling, build_sampling_batch
+from moe_lightning.runtime.upload import Uploader
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,7 +39,9 @@ def test_sampling_does_not_wait(no_waiting):
             repetition_penalty=1.2, prompt_ids=[1, 2], output_ids=[3], forbidden_ids=[7], uniform=0.9
         ),
     ]
-    batch = build_sampling_batch(rows, 5000, "cuda")
+    uploader = Uploader(torch.device("cuda"))
+    batch = build_sampling_batch(rows, 5000, uploader)
+    uploader.send()
     logits = torch.randn(3, 5000, device="cuda", dtype=torch.bfloat16)
     ids = torch.tensor([1, 2, 3], device="cuda")
     no_waiting()
@@ -50,9 +53,11 @@ def test_sampling_does_not_wait(no_waiting):
 def test_sampling_gives_the_tokens_of_the_cpu():
     rows = [RowSampling(temperature=0.7, top_p=0.9, uniform=i / 64) for i in range(64)]
     logits = torch.randn(64, 3000)
-    there, here = (
-        sample(logits.to(d), build_sampling_batch(rows, 3000, d)).token_ids.cpu() for d in ("cuda", "cpu")
-    )
+    uploader = Uploader(torch.device("cuda"))
+    batch = build_sampling_batch(rows, 3000, uploader)
+    uploader.send()
+    there = sample(logits.cuda(), batch).token_ids.cpu()
+    here = sample(logits, build_sampling_batch(rows, 3000)).token_ids
     assert (there == here).float().mean() > 0.98  # an exponential may differ in its last bit
 
 
@@ -65,7 +70,8 @@ def test_a_layers_kernels_can_be_captured_in_a_graph():
     out = torch.empty(tokens, heads * head_dim, device=device, dtype=dtype)
     cos, sin = (torch.rand(tokens, 1, head_dim, device=device, dtype=dtype) for _ in range(2))
     q, k, v = qkv.view(tokens, -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
-    plan = PrefillPlan.of([Segment(0, 0, 150), Segment(150, 150, tokens)], device)
+    segments = [Segment(0, 0, 150), Segment(150, 150, tokens)]
+    plan = PrefillPlan.of(segments, lambda values, dtype: torch.as_tensor(values, dtype=dtype, device=device))
     logits = torch.randn(tokens, num_experts, device=device, dtype=dtype)
     router = RouterSpec(top_k=2)
     ids = torch.empty(tokens, 2, device=device, dtype=torch.int64)

@@ -22,6 +22,8 @@ from moe_lightning.runtime.micro_batch import Step, build_micro_batches
 from moe_lightning.runtime.runner import MicroBatchOutput, TaskRunner
 from moe_lightning.runtime.upload import Uploader
 
+_RECORD_EVERY = 16  # passes as full as the fullest: recording one makes its launches slower
+
 
 class Worker:
     """Runs steps under one policy; remembers between passes only where the ring of frames stands."""
@@ -41,6 +43,8 @@ class Worker:
         self._ring_offset = 0
         self._is_preloaded = False
         self._timeline: Callable[[], Timeline] | None = None
+        self.record_every = _RECORD_EVERY
+        self._num_unrecorded = 0
         self._fullness = (0, 0)  # of that pass: decode micro-batches, chunks
 
     @property
@@ -62,19 +66,27 @@ class Worker:
         )
         # Until the pass is whole, nothing is known of the ring.
         offset, self._ring_offset, self._is_preloaded = self._ring_offset, 0, False
-        timeline = self._run(schedule, self._wrap(runner))
         fullness = (len(step.decode), len(step.prefill))
-        if fullness >= self._fullness:
-            self._fullness, self._timeline = fullness, timeline
+        record = self._is_to_record(fullness)
+        timeline = self._run(schedule, self._wrap(runner), record)
+        if record:
+            self._fullness, self._timeline, self._num_unrecorded = fullness, timeline, 0
         if schedule.shape.pages_ahead:
             loaded = sum(schedule.shape.streamed_pages)
             self._ring_offset = (offset + loaded) % self._policy.num_frames
             self._is_preloaded = True
         return [runner.outputs[j] for j in range(len(batches))]
 
-    def _run(self, schedule: Schedule, runner: Runner) -> Callable[[], Timeline]:
+    def _is_to_record(self, fullness: tuple[int, int]) -> bool:
+        """Whether this pass is to be kept: one fuller than all before, and now and then one that is as full."""
+        self._num_unrecorded += 1
+        return fullness > self._fullness or (
+            fullness == self._fullness and self._num_unrecorded >= self.record_every
+        )
+
+    def _run(self, schedule: Schedule, runner: Runner, record: bool) -> Callable[[], Timeline]:
         try:
-            return self._executor.run(schedule, runner)
+            return self._executor.run(schedule, runner, record=record)
         except RuntimeError as error:
             explained = explain(error)
             if explained is None:

@@ -43,7 +43,9 @@ def pci_bus_id(index: int) -> str:
     """Address of a GPU that CUDA gives this number, such as ``0000:65:00.0``; empty without a driver."""
     name = ctypes.create_string_buffer(32)
     try:
-        ctypes.CDLL("libcuda.so.1").cuDeviceGetPCIBusId(name, len(name), index)
+        driver = ctypes.CDLL("libcuda.so.1")
+        driver.cuInit(0)
+        driver.cuDeviceGetPCIBusId(name, len(name), index)
     except OSError:
         return ""
     return name.value.decode()

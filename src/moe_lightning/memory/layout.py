@@ -10,6 +10,8 @@ It is self-contained: the expert's output is the sum over its pages of down_p(ac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 from moe_lightning.errors import ConfigError
 from moe_lightning.models.spec import ModelSpec
@@ -79,7 +81,7 @@ class Placement:
                 "layer; give as many frames or more resident pages"
             )
 
-    @property
+    @cached_property
     def streamed(self) -> tuple[int, ...]:
         """Streamed pages of each layer."""
         return tuple(self.pages_per_layer - count for count in self.resident)
@@ -103,7 +105,7 @@ class Placement:
         """Frame of a resident page, or -1 for a streamed one."""
         if page >= self.resident[layer]:
             return -1
-        return self.num_ring_frames + sum(self.resident[:layer]) + page
+        return self.num_ring_frames + self._resident_before[layer] + page
 
     def frame(self, layer: int, page: int) -> int:
         """Frame of any page in a pass whose first streamed page is in frame 0."""
@@ -113,7 +115,15 @@ class Placement:
 
     def host_row(self, layer: int, page: int) -> int:
         """Row in host memory of a streamed page."""
-        return sum(self.streamed[:layer]) + page - self.resident[layer]
+        return self._streamed_before[layer] + page - self.resident[layer]
+
+    @cached_property
+    def _resident_before(self) -> tuple[int, ...]:
+        return (0, *accumulate(self.resident))
+
+    @cached_property
+    def _streamed_before(self) -> tuple[int, ...]:
+        return (0, *accumulate(self.streamed))
 
 
 def _divisors(size: int) -> list[int]:

@@ -40,6 +40,8 @@ class PageStore:
         self.frames = device_tensor((placement.num_frames, layout.page_elements), dtype, device)
         self.arena = HostArena((placement.num_host_rows, layout.page_elements), dtype)
         self.host = self.arena.tensor
+        # Made once: each would cost a launcher microseconds at every copy.
+        self._frames, self._rows = self.frames.unbind(0), self.host.unbind(0)
         self._staging: StagingRing | None = None
         # What each frame holds, so that a stale page is an error and never plausible text.
         self._content: list[tuple[int, int] | None] = [None] * placement.num_frames
@@ -64,7 +66,7 @@ class PageStore:
     def home(self, layer: int, page: int) -> Tensor:
         """The page where it is stored: [page_elements]."""
         frame = self.placement.resident_frame(layer, page)
-        return self.frames[frame] if frame >= 0 else self.host[self.placement.host_row(layer, page)]
+        return self._frames[frame] if frame >= 0 else self._rows[self.placement.host_row(layer, page)]
 
     def load(self, layer: int, page: int, frame: int) -> None:
         """Copy a streamed page to a frame of the ring."""
@@ -72,21 +74,21 @@ class PageStore:
         if self.frames.is_cuda and not self.arena.is_pinned:
             self._stage(layer, page, frame)
         else:
-            self.frames[frame].copy_(self.home(layer, page), non_blocking=True)
+            self._frames[frame].copy_(self._rows[self.placement.host_row(layer, page)], non_blocking=True)
         self._content[frame] = (layer, page)
 
     def _stage(self, layer: int, page: int, frame: int) -> None:
         if self._staging is None:
             self._staging = StagingRing(self.layout.page_elements, self.host.dtype)
-        self._staging.copy(self.frames[frame], self.home(layer, page))
+        self._staging.copy(self._frames[frame], self.home(layer, page))
 
     def check(self, layer: int, frames: list[int]) -> None:
-        """Make sure that `frames` hold the pages of the layer in order.
+        """Make sure that `frames` hold the streamed pages of the layer in order.
 
         Raises:
             ScheduleError: a frame holds another page.
         """
-        for page, frame in enumerate(frames):
+        for page, frame in enumerate(frames, start=self.placement.resident[layer]):
             if self._content[frame] != (layer, page):
                 raise ScheduleError(
                     f"experts of layer {layer} want page {page} in frame {frame}, "

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+import torch
+
 from moe_lightning.pipeline.task import Lane, Schedule, Task
 from moe_lightning.pipeline.timeline import Timeline
 
@@ -25,8 +27,8 @@ class Executor(Protocol):
     def scope(self) -> AbstractContextManager[None]:
         """What is launched inside comes before the tasks of the next run and after those of the last."""
 
-    def run(self, schedule: Schedule, runner: Runner) -> Callable[[], Timeline]:
-        """Run the whole schedule; a function that says when each task ran."""
+    def run(self, schedule: Schedule, runner: Runner, *, record: bool = True) -> Callable[[], Timeline]:
+        """Run the whole schedule; a function that says when each task ran, if that was to be recorded."""
 
 
 class SerialExecutor:
@@ -43,8 +45,9 @@ class SerialExecutor:
         """Nothing to do: everything is in the caller's order."""
         return nullcontext()
 
-    def run(self, schedule: Schedule, runner: Runner) -> Callable[[], Timeline]:
-        """Run the whole schedule; a function that says when each task ran."""
+    @torch.inference_mode()
+    def run(self, schedule: Schedule, runner: Runner, *, record: bool = True) -> Callable[[], Timeline]:
+        """Run the whole schedule; a function that says when each task ran, which is always recorded."""
         starts, ends = [], []
         for task in schedule.tasks:
             starts.append(time.perf_counter())
@@ -61,8 +64,8 @@ class ThreadedExecutor:
         """Nothing to do: everything outside of a run is in the caller's order."""
         return nullcontext()
 
-    def run(self, schedule: Schedule, runner: Runner) -> Callable[[], Timeline]:
-        """Run the whole schedule; a function that says when each task ran.
+    def run(self, schedule: Schedule, runner: Runner, *, record: bool = True) -> Callable[[], Timeline]:
+        """Run the whole schedule; a function that says when each task ran, which is always recorded.
 
         An error in one lane, or an interrupt, stops the others at their next task and is raised here.
         """
@@ -100,6 +103,7 @@ class _LaneRun:
         self.ends = [0.0] * len(tasks)
         self.error: BaseException | None = None
 
+    @torch.inference_mode()
     def serve(self, lane: Lane) -> None:
         """Run the lane's tasks; on the lane's thread."""
         try:

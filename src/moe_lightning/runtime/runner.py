@@ -61,9 +61,8 @@ class TaskRunner:
             kind: getattr(self, f"_{kind.value}") for kind in TaskKind
         }
 
-    @torch.inference_mode()
     def run(self, task: Task) -> None:
-        """Do one task; its dependencies are done."""
+        """Do one task; its dependencies are done. Call it in `torch.inference_mode`."""
         self._actions[task.kind](task)
 
     def _batch(self, task: Task) -> MicroBatch:
@@ -159,11 +158,8 @@ class TaskRunner:
 
     def _experts(self, task: Task) -> None:
         pages, b = self._weights.pages, self._buffers
-        resident = range(pages.placement.resident[task.layer])
-        frames = [pages.placement.resident_frame(task.layer, page) for page in resident]
-        streamed = (buffer.index for buffer in task.reads if buffer.kind is BufferKind.FRAME)
-        frames += [self._ring_frame(frame) for frame in streamed]
-        pages.check(task.layer, frames)
+        frames = (buffer.index for buffer in task.reads if buffer.kind is BufferKind.FRAME)
+        pages.check(task.layer, [self._ring_frame(frame) for frame in frames])
         # A group's micro-batches are neighbours, so its rows are one slice.
         first, last = task.micro_batches[0], task.micro_batches[-1]
         rows = slice(self._batches[first].rows.start, self._batches[last].rows.stop)
