@@ -159,6 +159,10 @@ def test_lines_that_name_another_model_are_noted(job: list[str], capsys: pytest.
         ("-o", "no/out.jsonl", "there is no directory"),
         ("--error-file", "no/e.jsonl", "there is no directory"),
         ("--trace", "no/trace.json", "there is no directory"),
+        ("--trace", "", "is a directory"),
+        ("--trace", "in.jsonl", "input and trace are both"),
+        ("--trace", "out.jsonl", "output and trace are both"),
+        ("--trace", "out.errors.jsonl", "errors and trace are both"),
         ("--error-file", "out.jsonl", "output and errors are both"),
     ],
 )

@@ -17,7 +17,6 @@ from moe_lightning.cli.flags import add_engine_flags, engine_config, positive_co
 from moe_lightning.cli.progress import show_progress, summarize
 from moe_lightning.cli.trace import write_text
 from moe_lightning.config import EngineConfig
-from moe_lightning.errors import ConfigError
 from moe_lightning.jobs import BatchJob, JobFiles, JobStatus, Survey, open_input, survey_input
 
 if TYPE_CHECKING:
@@ -71,9 +70,7 @@ def run(args: Namespace) -> int:
         MoELightningError: something the user can act on; what is written stays valid.
     """
     config = engine_config(args)
-    files = JobFiles.at(args.input_file, args.output_file, args.error_file)
-    if args.trace and not args.trace.parent.is_dir():
-        raise ConfigError(f"cannot write {args.trace}: there is no directory {args.trace.parent}; create it")
+    files = JobFiles.at(args.input_file, args.output_file, args.error_file, args.trace)
     if args.plan_only:
         return _print_plan(config, args)
     with _raise_on_sigterm():
@@ -104,8 +101,8 @@ def _run_job(config: EngineConfig, files: JobFiles, args: Namespace) -> int:
             status = job.run(load, update)
     except KeyboardInterrupt as e:
         return _report_interrupt(e, job.status, resume=args.resume)
-    if args.trace:
-        _write_trace(args.trace, llm)
+    if files.trace:
+        _write_trace(files.trace, llm)
     errors = f", errors in {files.errors}" if files.errors.exists() else ""
     print(f"{summarize(status)}; answers in {files.output}{errors}")
     return 0
