@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +15,8 @@ from moe_lightning.engine.build import build_worker
 from moe_lightning.engine.draws import stable_seed
 from moe_lightning.engine.engine import Engine
 from moe_lightning.engine.gpu_budget import cap_gpu_memory
-from moe_lightning.engine.request import PassStats, Request, RequestOutput, SamplingParams
+from moe_lightning.engine.request import Request, RequestOutput, SamplingParams
+from moe_lightning.engine.runs import OnPass, Runs
 from moe_lightning.engine.tokenizer import dummy_tokenizer, load_tokenizer
 from moe_lightning.engine.worker import Worker
 from moe_lightning.errors import ConfigError, RequestError
@@ -29,7 +29,6 @@ from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.policy import Policy
 
 Prompt = str | Sequence[int] | dict[str, Any]
-OnPass = Callable[[PassStats], None]
 _QUEUE = 2  # requests waiting, as a multiple of max_num_seqs: enough that memory never stays unused
 
 
@@ -64,6 +63,7 @@ class LLM:
         self.engine = Engine(
             self._worker, self.policy, self.tokenizer, self.spec.eos_token_ids, self.max_model_len
         )
+        self._runs = Runs(self.engine, _QUEUE * self.policy.max_num_seqs)
         self._num_requests = 0
 
     @property
@@ -157,42 +157,10 @@ class LLM:
     def run(self, requests: Iterable[Request], on_pass: OnPass | None = None) -> Iterator[RequestOutput]:
         """Outputs as requests finish; takes requests only as fast as they can be worked on.
 
-        `on_pass` is called after each pass. When the caller stops early, what is unfinished is dropped.
+        `on_pass` is called after each pass. When the caller stops early, what is unfinished is dropped. Other runs
+        may begin, and end, before this one does; request ids must differ from those of their unfinished requests.
         """
-        engine, source = self.engine, iter(requests)
-        start = time.monotonic()
-        prompt, generated = engine.num_prompt_tokens, engine.num_generated_tokens
-        mine: set[str] = set()
-        try:
-            while True:
-                self._fill(source, mine)
-                if not engine.num_unfinished:
-                    return
-                outputs = engine.step()
-                if on_pass:
-                    on_pass(
-                        PassStats(
-                            num_running=engine.num_running,
-                            num_waiting=engine.num_waiting,
-                            prompt_tokens=engine.num_prompt_tokens - prompt,
-                            generated_tokens=engine.num_generated_tokens - generated,
-                            seconds=time.monotonic() - start,
-                        )
-                    )
-                for output in outputs:
-                    mine.discard(output.request_id)
-                    yield output
-        finally:
-            for request_id in mine:
-                engine.abort(request_id)
-
-    def _fill(self, source: Iterator[Request], mine: set[str]) -> None:
-        while self.engine.num_waiting < _QUEUE * self.policy.max_num_seqs:
-            request = next(source, None)
-            if request is None:
-                return
-            mine.add(request.request_id)
-            self.engine.add(request)
+        return self._runs.run(requests, on_pass)
 
     def _completion_requests(
         self,
