@@ -15,11 +15,21 @@ from moe_lightning.engine.build import build_worker
 from moe_lightning.engine.draws import stable_seed
 from moe_lightning.engine.engine import Engine
 from moe_lightning.engine.gpu_budget import cap_gpu_memory
+from moe_lightning.engine.prompts import (
+    Prompt,
+    Tokens,
+    as_conversations,
+    as_prompts,
+    check_tokens,
+    params_of_each,
+    render,
+    tokenize,
+)
 from moe_lightning.engine.request import Request, RequestOutput, SamplingParams
 from moe_lightning.engine.runs import OnPass, Runs
 from moe_lightning.engine.tokenizer import dummy_tokenizer, load_tokenizer
 from moe_lightning.engine.worker import Worker
-from moe_lightning.errors import ConfigError, RequestError
+from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.host import available_memory
 from moe_lightning.memory import checkpoint
 from moe_lightning.models import registry
@@ -28,7 +38,6 @@ from moe_lightning.perf.default_policy import Memory, default_policy, load_polic
 from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.policy import Policy
 
-Prompt = str | Sequence[int] | dict[str, Any]
 _QUEUE = 2  # requests waiting, as a multiple of max_num_seqs: enough that memory never stays unused
 
 
@@ -80,12 +89,13 @@ class LLM:
         """Answers in the order of the prompts.
 
         Args:
-            prompts: text, token ids, ``{"prompt_token_ids": [...]}`` or ``{"prompt": str}``, or a list of these.
+            prompts: text, token ids (a list or an array), ``{"prompt_token_ids": [...]}`` or ``{"prompt": str}``,
+                or a list of these.
             sampling_params: for all prompts, or one for each.
             use_tqdm: show a progress bar.
 
         Raises:
-            RequestError: a prompt is empty or too long; nothing has run then.
+            RequestError: a prompt is empty, too long or no prompt; nothing has run then.
         """
         requests = self._completion_requests(prompts, sampling_params)
         return self._collect(requests, use_tqdm)
@@ -112,11 +122,12 @@ class LLM:
         Raises:
             RequestError: the model has no chat template, or a conversation does not fit it.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
-        params = _per_prompt(sampling_params, len(conversations))
+        conversations = as_conversations(messages)
         requests = [
-            self.chat_request(self._next_id(), list(conversation), p)  # type: ignore[arg-type]
-            for conversation, p in zip(conversations, params, strict=True)
+            self.chat_request(self._next_id(), conversation, params)
+            for conversation, params in zip(
+                conversations, params_of_each(sampling_params, len(conversations)), strict=True
+            )
         ]
         return self._collect(requests, use_tqdm)
 
@@ -126,16 +137,9 @@ class LLM:
         """A request that `run` takes; `seed` is for the case that params has none.
 
         Raises:
-            RequestError: the prompt is empty, too long, or has ids that are no tokens.
+            RequestError: the prompt is empty, too long, has ids that are no tokens, or more than would be run.
         """
-        if isinstance(prompt, dict):
-            known = [prompt[key] for key in ("prompt_token_ids", "prompt") if key in prompt]
-            if not known:
-                raise RequestError(f"a prompt has keys {sorted(prompt)}; give prompt_token_ids or prompt")
-            prompt = known[0]
-        text = prompt if isinstance(prompt, str) else None
-        ids: list[Any] = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
-        return self._request(request_id, ids, text, params, seed)
+        return self._request(request_id, tokenize(self.tokenizer, prompt), params, seed)
 
     def chat_request(
         self, request_id: str, messages: list[dict[str, Any]], params: SamplingParams, seed: int | None = None
@@ -145,14 +149,7 @@ class LLM:
         Raises:
             RequestError: the model has no chat template, or the conversation does not fit it.
         """
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise RequestError("the model's tokenizer has no chat template; send a plain prompt instead")
-        try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template raises whatever its author wrote
-            raise RequestError(f"the chat template refuses these messages: {error}") from error
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._request(request_id, ids, text, params, seed)
+        return self._request(request_id, render(self.tokenizer, messages), params, seed)
 
     def run(self, requests: Iterable[Request], on_pass: OnPass | None = None) -> Iterator[RequestOutput]:
         """Outputs as requests finish; takes requests only as fast as they can be worked on.
@@ -167,11 +164,10 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[Request]:
-        several = _as_list(prompts)
-        params = _per_prompt(sampling_params, len(several))
+        several = as_prompts(prompts)
         return [
-            self.completion_request(self._next_id(), prompt, p)
-            for prompt, p in zip(several, params, strict=True)
+            self.completion_request(self._next_id(), prompt, params)
+            for prompt, params in zip(several, params_of_each(sampling_params, len(several)), strict=True)
         ]
 
     def _collect(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
@@ -186,25 +182,14 @@ class LLM:
         self._num_requests += 1
         return str(self._num_requests - 1)
 
-    def _request(
-        self, request_id: str, ids: list[Any], text: str | None, params: SamplingParams, seed: int | None
-    ) -> Request:
-        longest = self.max_model_len - (0 if params.max_tokens == 0 else 1)
-        if not ids:
-            raise RequestError("the prompt is empty; a model needs at least one token")
-        if len(ids) > longest:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens; {longest} fit into max_model_len={self.max_model_len} "
-                "with room for an answer. Shorten it or raise max_model_len"
-            )
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.spec.vocab_size:
-                raise RequestError(f"{token!r} is no token id; they run from 0 to {self.spec.vocab_size - 1}")
+    def _request(self, request_id: str, tokens: Tokens, params: SamplingParams, seed: int | None) -> Request:
+        ids, text = tokens
+        check_tokens(ids, self.spec.vocab_size, self.max_model_len, params)
         if params.seed is not None:
             seed = params.seed
         elif seed is None:
             seed = stable_seed(self.config.seed, request_id)
-        return Request(request_id, tuple(ids), params, text, seed)
+        return Request(request_id, ids, params, text, seed)
 
     def _plan(self, policy: str | Policy | None) -> tuple[Policy, int]:
         c = self.config
@@ -259,21 +244,6 @@ def _dtype(name: str, spec: ModelSpec) -> torch.dtype:
     if found not in (torch.float32, torch.float16, torch.bfloat16):
         raise ConfigError(f"dtype {chosen!r} cannot be run; choose float32, float16 or bfloat16")
     return found  # type: ignore[no-any-return]
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | dict):
-        return [prompts]
-    several: list[Any] = list(prompts)
-    return [several] if several and isinstance(several[0], int) else several
-
-
-def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise RequestError(f"{len(params)} sampling_params for {count} prompts; give one for all or one each")
-    return list(params)
 
 
 def _renamed(output: RequestOutput, request_id: str) -> RequestOutput:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from moe_lightning.engine.prompts import Prompt
 from moe_lightning.engine.request import RequestOutput, SamplingParams
 from moe_lightning.kernels import reference as ops
-from moe_lightning.llm import LLM, Prompt
+from moe_lightning.llm import LLM
 from moe_lightning.memory import checkpoint
 from moe_lightning.models.spec import ModelSpec, Role
 
