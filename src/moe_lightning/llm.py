@@ -8,13 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moe_lightning.config import EngineConfig
 from moe_lightning.engine.build import build_worker
 from moe_lightning.engine.draws import stable_seed
 from moe_lightning.engine.engine import Engine
-from moe_lightning.engine.gpu_budget import cap_gpu_memory
+from moe_lightning.engine.plan import checkpoint_directory, make_plan
 from moe_lightning.engine.prompts import (
     Prompt,
     Tokens,
@@ -30,11 +28,7 @@ from moe_lightning.engine.runs import OnPass, Runs
 from moe_lightning.engine.tokenizer import dummy_tokenizer, load_tokenizer
 from moe_lightning.engine.worker import Worker
 from moe_lightning.errors import ConfigError
-from moe_lightning.hardware.host import available_memory
 from moe_lightning.memory import checkpoint
-from moe_lightning.models import registry
-from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.default_policy import Memory, default_policy, load_policy
 from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.policy import Policy
 
@@ -46,26 +40,53 @@ class LLM:
 
     Args:
         model: checkpoint directory.
-        settings: fields of `EngineConfig`; `policy` may also be a `Policy` (for experiments).
+        tokenizer: directory of another tokenizer than the checkpoint's.
+        dtype, tensor_parallel_size, quantization, kv_cache_dtype, max_model_len, gpu_memory, host_memory, device,
+        seed, max_num_seqs, executor, load_format: see `EngineConfig`.
+        policy: a JSON file as in `EngineConfig`, or a whole `Policy` (for experiments).
 
     Raises:
         ConfigError, UnsupportedModelError, CheckpointError, NoFeasiblePolicyError: the model cannot run as asked.
     """
 
-    def __init__(self, model: str | Path, *, policy: str | Policy | None = None, **settings: Any) -> None:
-        known = EngineConfig.__dataclass_fields__
-        for name in settings:
-            if name not in known:
-                raise TypeError(f"LLM has no setting {name!r}; it has {', '.join(known)}")
-        path = policy if isinstance(policy, str) else None
-        self.config = EngineConfig(model=str(model), policy=path, **settings)
-        self.spec: ModelSpec = registry.resolve(self.config.model)
-        self.model_name = Path(self.config.model).name
-        self._device = _device(self.config)
-        self.dtype = _dtype(self.config.dtype, self.spec)
-        directory = None if self.config.load_format == "dummy" else _checkpoint_directory(self.config.model)
+    def __init__(
+        self,
+        model: str | Path,
+        tokenizer: str | Path | None = None,
+        dtype: str = "auto",
+        tensor_parallel_size: int = 1,
+        quantization: str | None = None,
+        kv_cache_dtype: str = "auto",
+        max_model_len: int | str | None = None,
+        gpu_memory: int | str | None = None,
+        host_memory: int | str | None = None,
+        device: str = "auto",
+        seed: int = 0,
+        *,
+        max_num_seqs: int | str | None = None,
+        executor: str = "auto",
+        load_format: str = "auto",
+        policy: str | Path | Policy | None = None,
+    ) -> None:
+        settings: dict[str, Any] = {
+            "dtype": dtype, "tensor_parallel_size": tensor_parallel_size, "quantization": quantization,
+            "kv_cache_dtype": kv_cache_dtype, "max_model_len": max_model_len, "gpu_memory": gpu_memory,
+            "host_memory": host_memory, "device": device, "seed": seed, "max_num_seqs": max_num_seqs,
+            "executor": executor, "load_format": load_format,
+        }  # fmt: skip
+        whole = policy if isinstance(policy, Policy) else None
+        self.config = EngineConfig(
+            model=str(model),
+            tokenizer=_path("tokenizer", tokenizer),
+            policy=None if whole else _path("policy", policy),
+            **settings,
+        )
+        plan = make_plan(self.config, whole)
+        self.spec, self.dtype, self._device = plan.spec, plan.dtype, plan.device
+        self.policy, self.max_model_len = plan.policy, plan.max_model_len
+        self.model_name = Path(model).absolute().name
+        directory = checkpoint_directory(self.config)
         self.tokenizer = self._load_tokenizer(directory)
-        self.policy, self.max_model_len = self._plan(policy)
         if directory is not None:  # before memory is taken: a wrong checkpoint is the commonest error
             checkpoint.check_tensors(checkpoint.open_checkpoint(directory), self.spec)
         self._worker = self._build(directory)
@@ -191,23 +212,6 @@ class LLM:
             seed = stable_seed(self.config.seed, request_id)
         return Request(request_id, ids, params, text, seed)
 
-    def _plan(self, policy: str | Policy | None) -> tuple[Policy, int]:
-        c = self.config
-        host = c.host_memory or int(0.8 * available_memory())
-        gpu = c.gpu_memory
-        if self._device.type == "cuda":
-            gpu = cap_gpu_memory(self._device, gpu)
-        if isinstance(policy, Policy):
-            length = min(c.max_model_len or self.spec.max_position, policy.num_blocks * policy.block_size)
-            return policy, min(length, policy.prefill_tokens)
-        planned, length = default_policy(
-            self.spec, self.dtype.itemsize, Memory(host, gpu), c.max_model_len, c.max_num_seqs
-        )
-        if c.policy:
-            planned = load_policy(c.policy, planned)
-            length = min(length, planned.prefill_tokens, planned.num_blocks * planned.block_size)
-        return planned, length
-
     def _load_tokenizer(self, directory: Path | None) -> Any:
         if self.config.tokenizer or directory:
             return load_tokenizer(self.config.tokenizer or str(directory))
@@ -223,27 +227,10 @@ class LLM:
             )  # fmt: skip
 
 
-def _checkpoint_directory(model: str) -> Path:
-    path = Path(model)
-    if not path.is_dir():
-        raise ConfigError(f"{model!r} is no checkpoint directory; download the model and give its directory")
-    return path
-
-
-def _device(config: EngineConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device='cuda', but torch sees no GPU; use device='cpu' or install a CUDA torch")
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def _dtype(name: str, spec: ModelSpec) -> torch.dtype:
-    chosen = spec.dtype if name == "auto" else name
-    found = getattr(torch, chosen, None)
-    if found not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ConfigError(f"dtype {chosen!r} cannot be run; choose float32, float16 or bfloat16")
-    return found  # type: ignore[no-any-return]
+def _path(name: str, value: Any) -> str | None:
+    if value is None or isinstance(value, str | Path):
+        return str(value) if value else None
+    raise ConfigError(f"{name}={value!r}: give a path")
 
 
 def _renamed(output: RequestOutput, request_id: str) -> RequestOutput:

@@ -18,9 +18,7 @@ from moe_lightning.errors import ConfigError
 from moe_lightning.pipeline.draw import from_chrome
 from moe_lightning.pipeline.task import Lane, TaskKind
 from moe_lightning.pipeline.timeline import Record, Timeline
-from moe_lightning.policy import Policy
 
-POLICY = Policy(32, 8, 2, 1, 512, 128, 4, (1, 1), 6, 99)
 TIMELINE = Timeline("pass", (Record("embed mb0", TaskKind.EMBED, Lane.GPU, -1, (0,), 1.0, 2.0),))
 
 
@@ -30,7 +28,6 @@ class CommandLLM(FakeLLM):
     during_run: Callable[[int], None] = staticmethod(lambda _: None)
     loaded: list[dict[str, Any]] = []
     fullest_pass = TIMELINE
-    policy = POLICY
 
     def __init__(self, model: str, **settings: Any) -> None:
         self.loaded.append({"model": model} | settings)
@@ -126,14 +123,15 @@ def test_an_interrupted_fresh_start_is_resumed_without_no_resume(
     assert "run the command again without --no-resume to resume" in capsys.readouterr().err
 
 
-def test_plan_only_prints_the_policy_and_writes_nothing(
-    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_plan_only_prints_the_policy_and_neither_loads_nor_writes(
+    job: list[str], tmp_path: Path, llm: type[CommandLLM], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*job, "--plan-only"]) == 0
+    memory = ["--device", "cpu", "--host-memory", "200GiB", "--gpu-memory", "16GiB", "--max-model-len", "2k"]
+    assert main([*job[:-1], "mixtral-8x7b", *memory, "--plan-only"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("10 requests, 1 bad lines; policy:\n")
-    assert "max_num_seqs" in out and "cgopipe" in out
-    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+    assert out.startswith("10 requests, 1 bad lines; MixtralForCausalLM in torch.bfloat16 on cpu, up to 2048 ")
+    assert "max_num_seqs       256\n" in out and "cgopipe" in out
+    assert not llm.loaded and [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_trace_records_a_pass(job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from argparse import ArgumentParser
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import moe_lightning
@@ -26,6 +27,9 @@ VALUES = {
     "model": ("dir", "dir"),
     "tokenizer": ("tok", "tok"),
     "dtype": ("float32", "float32"),
+    "tensor_parallel_size": ("1", 1),
+    "quantization": ("none", None),
+    "kv_cache_dtype": ("auto", "auto"),
     "max_model_len": ("16k", 16384),
     "max_num_seqs": ("32", 32),
     "gpu_memory": ("16GiB", 16 * 2**30),
@@ -78,6 +82,48 @@ def test_model_path_is_another_name_of_model() -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags", "setting", "value", "neutral"),
+    [
+        (("--tensor-parallel-size", "-tp", "--tp-size"), "tensor_parallel_size", "2", "1"),
+        (("--quantization", "-q"), "quantization", "fp8", "none"),
+        (("--kv-cache-dtype",), "kv_cache_dtype", "fp8", "auto"),
+    ],
+)
+def test_what_is_not_there_yet_takes_its_neutral_value_and_says_so_of_others(
+    flags: tuple[str, ...], setting: str, value: str, neutral: str
+) -> None:
+    variable = environment_name(setting)
+    for flag in flags:
+        assert parse("--model", "m", flag, neutral) == EngineConfig("m")
+        with pytest.raises(ConfigError, match=rf"{setting}='?{value}'? is not supported yet; leave it out"):
+            parse("--model", "m", flag, value)
+    assert parse("--model", "m", **{variable: neutral}) == EngineConfig("m")
+    with pytest.raises(ConfigError, match="not supported yet"):
+        parse("--model", "m", **{variable: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_model_len", 12.5),
+        ("max_num_seqs", True),
+        ("gpu_memory", [1]),
+        ("host_memory", 1e9),
+        ("seed", None),
+        ("tensor_parallel_size", None),
+    ],
+)
+def test_a_setting_of_another_type_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}=.*: give an integer, or a text such as '16"):
+        EngineConfig("m", **{name: value})  # type: ignore[arg-type]
+
+
+def test_settings_are_read_from_texts_and_numpy_integers_too() -> None:
+    config = EngineConfig("m", max_model_len="16k", max_num_seqs=np.int64(8))  # type: ignore[arg-type]
+    assert (config.max_model_len, type(config.max_num_seqs)) == (16384, int)
+
+
+@pytest.mark.parametrize(
     ("name", "text"),
     [("dtype", "float8"), ("gpu_memory", "16 bananas"), ("max_num_seqs", "-1"), ("seed", "x")],
 )
@@ -122,7 +168,9 @@ def test_every_setting_is_in_the_help_of_run_batch(capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     for name in VALUES:
         assert "--" + name.replace("_", "-") in text
-    assert "80 % of what is free" in " ".join(text.split())
+    text = " ".join(text.split())
+    assert "80 % of what is free" in text
+    assert "planner" not in text, "there is none"
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import threading
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,9 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--resume", action=BooleanOptionalAction, default=True, help=resume)
     add("--ordered", action="store_true", help="write answers in the order of the input")
     add("--limit", type=positive_count, metavar="N", help="only the first N valid lines")
-    add("--plan-only", action="store_true", help="print the policy and stop")
+    add(
+        "--plan-only", action="store_true", help="print how the model would run and stop; no weights are read"
+    )
     add("--trace", type=Path, metavar="FILE", help="record the fullest pass as Chrome and Perfetto JSON")
     add_engine_flags(parser)
 
@@ -80,10 +82,16 @@ def run(args: Namespace) -> int:
 def _print_plan(config: EngineConfig, args: Namespace) -> int:
     with open_input(args.input_file) as file:
         survey = survey_input(file, args.limit)
-    policy = _load(config, survey).policy
-    print(f"{len(survey.valid_ids)} requests, {len(survey.bad_ids)} bad lines; policy:")
-    for name in (f.name for f in fields(policy)):
-        print(f"  {name:<18} {getattr(policy, name)}")
+    from moe_lightning.engine.plan import make_plan  # imports torch: not before the input is known to be good
+
+    plan = make_plan(config)
+    print(
+        f"{len(survey.valid_ids)} requests, {len(survey.bad_ids)} bad lines; {plan.spec.architecture} in ",
+        end="",
+    )
+    print(f"{plan.dtype} on {plan.device}, up to {plan.max_model_len} tokens a sequence; policy:")
+    for name, value in asdict(plan.policy).items():
+        print(f"  {name:<18} {value}")
     return 0
 
 
