@@ -382,6 +382,29 @@ class TestSettings:
         with pytest.raises(ConfigError, match=message):
             LLM(mixtral, **settings)
 
+    @pytest.mark.parametrize(
+        "changes", [{"resident_pages": (17, 0, 0)}, {"pages_per_expert": 5}, {"num_frames": 1}]
+    )
+    def test_pages_that_the_model_does_not_have_are_refused(self, changes, mixtral):
+        with pytest.raises(ConfigError, match=next(iter(changes))):
+            load(mixtral, **changes)
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            ({"stop": 1}, "stop=1: give"),
+            ({"stop": {"a": 1}}, "stop=.*: give"),
+            ({"stop": [1]}, "stop=.*: give"),
+            ({"stop_token_ids": 5}, "stop_token_ids=5: give a list"),
+            ({"stop_token_ids": "ab"}, "stop_token_ids='ab': give a list"),
+            ({"ignore_eos": "no"}, "ignore_eos='no': give True or False"),
+        ],
+        ids=str,
+    )
+    def test_parameters_of_another_type_are_named(self, changes, message):
+        with pytest.raises(RequestError, match=message):
+            SamplingParams(**changes)
+
     def test_the_name_of_a_model_is_its_directorys(self, mixtral, monkeypatch):
         monkeypatch.chdir(mixtral)
         assert LLM(".").model_name == mixtral.name

@@ -129,7 +129,9 @@ def test_plan_only_prints_the_policy_and_neither_loads_nor_writes(
     memory = ["--device", "cpu", "--host-memory", "200GiB", "--gpu-memory", "16GiB", "--max-model-len", "2k"]
     assert main([*job[:-1], "mixtral-8x7b", *memory, "--plan-only"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("10 requests, 1 bad lines; MixtralForCausalLM in torch.bfloat16 on cpu, up to 2048 ")
+    assert out.startswith(
+        "10 requests, 1 bad lines; MixtralForCausalLM in torch.bfloat16 on cpu, up to 2048 "
+    )
     assert "max_num_seqs       256\n" in out and "cgopipe" in out
     assert not llm.loaded and [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 

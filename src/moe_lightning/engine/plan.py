@@ -11,6 +11,7 @@ from moe_lightning.config import EngineConfig
 from moe_lightning.engine.gpu_budget import cap_gpu_memory
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.host import available_memory
+from moe_lightning.memory.layout import PageLayout, Placement
 from moe_lightning.models import registry
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.default_policy import Memory, default_policy, load_policy
@@ -42,6 +43,7 @@ def make_plan(config: EngineConfig, policy: Policy | None = None) -> Plan:
     device, dtype = _device(config), _dtype(config.dtype, spec)
     gpu = cap_gpu_memory(device, config.gpu_memory) if device.type == "cuda" else config.gpu_memory
     if policy is not None:
+        _check_pages(policy, spec)
         length = min(config.max_model_len or spec.max_position, policy.num_blocks * policy.block_size)
         return Plan(spec, device, dtype, policy, min(length, policy.prefill_tokens))
     memory = Memory(config.host_memory or int(0.8 * available_memory()), gpu)
@@ -49,7 +51,13 @@ def make_plan(config: EngineConfig, policy: Policy | None = None) -> Plan:
     if config.policy:
         policy = load_policy(config.policy, policy)
         length = min(length, policy.prefill_tokens, policy.num_blocks * policy.block_size)
+        _check_pages(policy, spec)
     return Plan(spec, device, dtype, policy, length)
+
+
+def _check_pages(policy: Policy, spec: ModelSpec) -> None:
+    layout = PageLayout.of(spec, policy.pages_per_expert)
+    Placement(layout.pages_per_layer, policy.resident_pages, policy.num_frames)
 
 
 def checkpoint_directory(config: EngineConfig) -> Path | None:
