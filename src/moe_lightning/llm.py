@@ -87,9 +87,9 @@ class LLM:
         self.model_name = Path(model).absolute().name
         directory = checkpoint_directory(self.config)
         self.tokenizer = self._load_tokenizer(directory)
-        if directory is not None:  # before memory is taken: a wrong checkpoint is the commonest error
-            checkpoint.check_tensors(checkpoint.open_checkpoint(directory), self.spec)
-        self._worker = self._build(directory)
+        # Before memory is taken: a wrong checkpoint is the commonest error.
+        tensors = None if directory is None else checkpoint.open_model(directory, self.spec)
+        self._worker = self._build(tensors)
         self.engine = Engine(
             self._worker, self.policy, self.tokenizer, self.spec.eos_token_ids, self.max_model_len
         )
@@ -217,12 +217,12 @@ class LLM:
             return load_tokenizer(self.config.tokenizer or str(directory))
         return dummy_tokenizer(self.spec.vocab_size)
 
-    def _build(self, directory: Path | None) -> Worker:
+    def _build(self, tensors: checkpoint.Tensors | None) -> Worker:
         total = self.spec.num_parameters * self.dtype.itemsize
         with _progress(total, True, "loading weights", is_bytes=True) as advance:
             return build_worker(
                 self.spec, self.policy, self.dtype, self._device,
-                directory=directory, executor=self.config.executor, seed=self.config.seed,
+                tensors=tensors, executor=self.config.executor, seed=self.config.seed,
                 progress=lambda done, total: advance(done, total),
             )  # fmt: skip
 

@@ -86,7 +86,7 @@ class PlainModel:
         self._dtype = dtype
         self._stored = {
             (tensor.role, tensor.layer, tensor.expert): stored
-            for tensor, stored in checkpoint.check_tensors(checkpoint.open_checkpoint(directory), spec)
+            for tensor, stored in checkpoint.open_model(directory, spec)
         }
 
     @torch.inference_mode()
