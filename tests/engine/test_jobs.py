@@ -147,6 +147,7 @@ BAD_LINES: list[tuple[str, bytes, str | None, str]] = [
     ("lists of ids", json.dumps(completion("x", [[1], [2]])).encode(), "x", "list of 2 prompts"),
     ("duplicate", json.dumps(completion("first", "other")).encode(), "first", "earlier line"),
     ("aborted", json.dumps(completion("x", "abort me")).encode(), "x", "gave up"),
+    ("no numbers", json.dumps(completion("x", "overflow", n=2)).encode(), "x", "verify`; or float16 overflowed"),
 ]  # fmt: skip
 
 

@@ -120,7 +120,8 @@ class Request:
 class CompletionOutput:
     """One of the n answers.
 
-    `finish_reason` is ``stop``, ``length`` or ``abort``; `stop_reason` is what stopped it.
+    `finish_reason` is ``stop``, ``length``, ``abort``, or ``error`` where the model's logits were not finite; text
+    and tokens are then those before. `stop_reason` is what stopped it.
     """
 
     index: int

@@ -14,6 +14,16 @@ from moe_lightning.jobs.lines import BadLine, BatchLine, read_batch
 from moe_lightning.jobs.paths import JobFiles
 from moe_lightning.jobs.survey import done_ids, open_input, survey_input
 
+# Finish reasons that are no answer, with code and message of the error line.
+_FAILURES = {
+    "abort": ("aborted", "the engine gave up on this request; give it a new custom_id to retry"),
+    "error": (
+        "non_finite_logits",
+        "the model computed NaN or infinity. The checkpoint may be damaged: run `moe-lightning verify`; or float16 "
+        "overflowed: use --dtype bfloat16",
+    ),
+}
+
 
 @dataclass(frozen=True)
 class JobStatus:
@@ -167,13 +177,12 @@ class BatchJob:
 
     def _finish(self, llm: BatchLLM, output: RequestOutput) -> None:
         position, line = self._in_flight.pop(output.request_id)
-        if any(c.finish_reason == "abort" for c in output.outputs):
-            message = (
-                f"line {line.number}: the engine gave up on this request; give it a new custom_id to retry"
-            )
-            self._write(position, error_line(line, "aborted", message), is_error=True)
-        else:
-            self._write(position, answer_line(llm, line, output), is_error=False)
+        reasons = {c.finish_reason for c in output.outputs}
+        for reason, (code, message) in _FAILURES.items():
+            if reason in reasons:
+                self._write(position, error_line(line, code, f"line {line.number}: {message}"), is_error=True)
+                return
+        self._write(position, answer_line(llm, line, output), is_error=False)
 
     def _write(self, position: int, record: dict[str, Any], *, is_error: bool) -> None:
         data = encode_line(record)
