@@ -80,6 +80,7 @@ MIXED = encode(
     completion("a", "again"), completion("e", "x" * 65), completion("f", "abort me"), chat("g", "last"),
 )  # fmt: skip
 VALID = ["a", "b", "c", "d", "g"]
+RETRIED = ["e", "f"]  # they fail for what another run may do better
 
 
 @pytest.fixture
@@ -356,13 +357,105 @@ def by_id(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(records, key=lambda r: str(r["id"]))
 
 
-def test_a_finished_job_does_nothing_more(finished: Any) -> None:
-    desk, _, _ = finished
+def num_retried(desk: Desk) -> int:
+    """Lines of the error file that the next run tries again."""
+    lines = desk.errors.read_bytes().split(b"\n")[:-1] if desk.errors.exists() else []
+    return sum(json.loads(line)["custom_id"] in RETRIED for line in lines)
+
+
+def test_a_finished_job_does_nothing_more(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, encode(completion("a"), b"{broken", completion("b"), completion("a", "again")))
+    desk.run()
     before = desk.output.read_bytes(), desk.errors.read_bytes()
     with BatchJob(JobFiles.at(desk.input, desk.output)) as job:
         status = job.run(never)
-    assert (status.num_done, status.num_resumed, status.num_failed) == (10, 10, 0)
+    assert (status.num_done, status.num_resumed, status.num_failed, status.num_failed_earlier) == (4, 4, 0, 2)
     assert (desk.output.read_bytes(), desk.errors.read_bytes()) == before
+
+
+def test_what_failed_under_other_settings_is_tried_again_and_ends_once(finished: Any) -> None:
+    desk, answers, failures = finished
+    status = desk.run(FakeLLM(max_model_len=65))
+    assert (status.num_resumed, status.num_failed_earlier, status.num_failed, status.num_done) == (
+        8,
+        3,
+        1,
+        10,
+    )
+    assert sorted(desk.answers()) == sorted([*VALID, "e"]) and answers.items() <= desk.answers().items()
+    assert by_id(desk.failures()) == [f for f in failures if f["custom_id"] != "e"]
+    desk.run()
+    assert sorted(desk.answers()) == sorted([*VALID, "e"]), "its answer stays"
+
+
+def test_an_error_file_without_errors_is_removed(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, encode(completion("a"), completion("e", "x" * 65)))
+    desk.run()
+    assert len(desk.failures()) == 1
+    desk.run(FakeLLM(max_model_len=65))
+    assert sorted(desk.answers()) == ["a", "e"] and sorted(tmp_path.iterdir()) == [desk.input, desk.output]
+
+
+def test_errors_of_other_jobs_and_a_link_to_the_file_stay_when_lines_are_tried_again(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, encode(completion("e", "x" * 65), b"{"))
+    other = {"id": "batch_req_1", "custom_id": "other", "response": None, "error": {}}
+    real = tmp_path / "real.jsonl"
+    real.write_bytes(encode(other))
+    real.chmod(0o640)
+    desk.errors.symlink_to(real)
+    (tmp_path / "real.jsonl.tmp").write_bytes(b"left by a run that was killed")
+    desk.run()
+    assert [e["custom_id"] for e in desk.failures()] == ["other", "e", None]
+    desk.run(FakeLLM(max_model_len=65))
+    assert [e["custom_id"] for e in desk.failures()] == ["other", None]
+    assert desk.errors.is_symlink() and real.stat().st_mode & 0o777 == 0o640
+    assert not (tmp_path / "real.jsonl.tmp").exists()
+
+
+def test_the_model_must_load_before_an_error_is_removed(finished: Any) -> None:
+    desk, _, _ = finished
+    before = desk.errors.read_bytes()
+    with BatchJob(JobFiles.at(desk.input, desk.output)) as job, pytest.raises(AssertionError):
+        job.run(never)
+    assert desk.errors.read_bytes() == before
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_errors_are_removed_all_at_once(finished: Any, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk, answers, failures = finished
+    before = desk.errors.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = job_files.LineFile(desk.errors)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(JobError, match="No space left on device"):
+            file.remove({failure["id"] for failure in failures})
+    assert desk.errors.read_bytes() == before
+    file.close()
+    desk.run()
+    assert desk.answers() == answers and by_id(desk.failures()) == failures
+
+
+def test_a_file_that_its_owner_replaces_while_another_process_opens_it_is_opened_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "errors.jsonl", os.open
+    path.write_bytes(b'{"id": "old"}\n')
+
+    def replaced(name: Any, *args: Any) -> int:
+        fd = real(name, *args)
+        if name == path and b"old" in path.read_bytes():
+            (tmp_path / "new").write_bytes(b'{"id": "new"}\n')
+            (tmp_path / "new").rename(path)
+        return fd
+
+    monkeypatch.setattr(os, "open", replaced)
+    file = job_files.LineFile(path)
+    assert [line for _, line in file.lines()] == [b'{"id": "new"}\n']
+    file.close()
 
 
 @pytest.mark.parametrize("cut", ["output", "errors"])
@@ -375,12 +468,12 @@ def test_a_job_cut_at_any_byte_resumes_to_the_same_answers(
     whole = path.read_bytes()
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        llm = FakeLLM()
+        llm, num_again = FakeLLM(), num_retried(desk)
         status = desk.run(llm)
         assert desk.answers() == answers and by_id(desk.failures()) == failures
         num_lost = whole.count(b"\n") - whole[:size].count(b"\n")
-        assert status.num_done - status.num_resumed == num_lost
-        assert len(llm.pulled) <= num_lost
+        assert status.num_done - status.num_resumed == num_lost + num_again
+        assert len(llm.pulled) <= num_lost + num_again
 
 
 @pytest.mark.parametrize("kept", [0, 5, 40])
@@ -425,8 +518,9 @@ def test_a_kill_at_any_write_loses_nothing(
         if desk.errors.exists():
             written += desk.errors.read_bytes().count(b"\n")
         assert written == k + (share == 1.0)
+        num_again = num_retried(desk)
         status = desk.run(ordered=ordered)
-        assert status.num_resumed == written
+        assert status.num_resumed == written - num_again
         assert desk.answers() == answers and by_id(desk.failures()) == failures
 
 
@@ -476,7 +570,7 @@ def test_lines_may_move_and_be_added_between_runs(finished: Any) -> None:
     lines[0], lines[1] = lines[1], lines[0]
     desk.input.write_bytes(encode(*lines, completion("new")))
     status = desk.run()
-    assert (status.num_resumed, status.num_done) == (10, 11)
+    assert (status.num_resumed, status.num_done) == (10 - len(RETRIED), 11)
     assert {i: a for i, a in desk.answers().items() if i != "new"} == answers
     assert by_id(desk.failures()) == failures
 
@@ -561,6 +655,28 @@ def test_ordered_answers_are_in_the_order_of_the_input(tmp_path: Path) -> None:
     unordered = [r["custom_id"] for r in read_jsonl(desk.output)]
     desk.run(ordered=True, resume=False)
     assert [r["custom_id"] for r in read_jsonl(desk.output)] == [*ids, "end"] != unordered
+
+
+def test_a_job_knows_whether_all_answers_will_be_in_order(tmp_path: Path) -> None:
+    lines = {i: completion(i) for i in "abcd"}
+    desk = Desk(tmp_path, encode(*lines.values()))
+    desk.run(ordered=True)
+    answers = dict(zip("abcd", desk.output.read_bytes().splitlines(keepends=True), strict=True))
+    for held, is_in_order in (
+        ("", 1),
+        ("a", 1),
+        ("ab", 1),
+        ("abcd", 1),
+        ("b", 0),
+        ("ba", 0),
+        ("abd", 0),
+        ("abdc", 0),
+    ):
+        desk.output.write_bytes(b"".join(answers[i] for i in held))
+        with BatchJob(JobFiles.at(desk.input, desk.output)) as job:
+            assert job.is_in_order == bool(is_in_order), held
+    with BatchJob(JobFiles.at(desk.input, desk.output), resume=False) as job:
+        assert job.is_in_order
 
 
 def test_limit_counts_valid_lines_and_leaves_the_later_ones_alone(desk: Desk) -> None:

@@ -78,7 +78,7 @@ def test_the_summary_says_the_counts_and_where_the_files_are(
     assert f"answers in {tmp_path}/out.jsonl, errors in {tmp_path}/out.errors.jsonl\n" in out
     assert sorted(ids(tmp_path / "out.jsonl")) == [f"r{i}" for i in range(10)]
     assert main(job) == 0
-    assert capsys.readouterr().out.startswith("0 answered, 0 failed, 11 done earlier; ")
+    assert capsys.readouterr().out.startswith("0 answered, 0 failed, 10 answered earlier, 1 failed earlier; ")
 
 
 def test_flags_reach_the_job_and_the_engine(job: list[str], tmp_path: Path, llm: type[CommandLLM]) -> None:

@@ -275,7 +275,7 @@ def test_a_drawing_that_cannot_be_written_is_refused(
 # -- progress ----------------------------------------------------------------------------------------------
 
 HALF = JobStatus(
-    num_total=100, num_done=60, num_resumed=20, num_failed=10, num_running=8, num_waiting=4,
+    num_total=100, num_done=60, num_resumed=20, num_failed=10, num_failed_earlier=3, num_running=8, num_waiting=4,
     prompt_tokens=500, generated_tokens=300, seconds=60.0,
 )  # fmt: skip
 
@@ -288,7 +288,8 @@ def test_progress_says_rate_remaining_time_and_load() -> None:
 
 def test_the_summary_tells_this_runs_lines_from_earlier_ones() -> None:
     assert summarize(HALF) == (
-        "30 answered, 10 failed, 20 done earlier; 500 prompt and 300 generated tokens in 1 min 00 s (5.0 tokens/s)"
+        "30 answered, 10 failed, 17 answered earlier, 3 failed earlier; "
+        "500 prompt and 300 generated tokens in 1 min 00 s (5.0 tokens/s)"
     )
 
 
