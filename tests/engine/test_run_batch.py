@@ -27,11 +27,13 @@ class CommandLLM(FakeLLM):
 
     during_run: Callable[[int], None] = staticmethod(lambda _: None)
     loaded: list[dict[str, Any]] = []
+    name = "fake-model"
     fullest_pass = TIMELINE
 
     def __init__(self, model: str, **settings: Any) -> None:
         self.loaded.append({"model": model} | settings)
         super().__init__(model, seed=settings["seed"])
+        self.model_name = self.name
 
     def run(self, *args: Any) -> Iterator[RequestOutput]:
         for i, output in enumerate(super().run(*args)):
@@ -148,6 +150,35 @@ def test_trace_records_a_pass(job: list[str], tmp_path: Path, capsys: pytest.Cap
 def test_lines_that_name_another_model_are_noted(job: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*job[:-1], "other"]) == 0
     assert "fake-model answers also the lines that name m" in capsys.readouterr().err
+
+
+def test_answers_of_another_model_are_noted(
+    job: list[str], llm: type[CommandLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*job, "--limit", "4"]) == 0
+    assert "has answers of" not in capsys.readouterr().err
+    llm.name = "other-model"
+    assert main(job) == 0
+    err = capsys.readouterr().err
+    assert "out.jsonl has answers of fake-model, and other-model answers the rest; give --no-resume" in err
+    assert main([*job, "--no-resume"]) == 0
+    assert "has answers of" not in capsys.readouterr().err
+
+
+def test_answers_out_of_order_are_noted_once_where_order_is_asked_for(
+    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*job, "--ordered", "--limit", "4"]) == 0
+    assert main([*job, "--ordered", "--limit", "5"]) == 0
+    assert "order" not in capsys.readouterr().err
+    output = tmp_path / "out.jsonl"
+    output.write_text(
+        "".join(reversed(output.read_text(encoding="utf-8").splitlines(keepends=True))), "utf-8"
+    )
+    assert main(job) == 0
+    assert "order" not in capsys.readouterr().err
+    assert main([*job, "--ordered"]) == 0
+    assert capsys.readouterr().err.count("only this run's answers are in order; give --no-resume") == 1
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,16 @@ def add_flags(parser: ArgumentParser) -> None:
         help="answers, appended as they finish",
     )
     add("--error-file", type=Path, metavar="FILE", help="lines that failed (default: OUT.errors.jsonl)")
-    resume = "skip lines that are answered; --no-resume discards the answers (default: resume)"
+    resume = (
+        "skip lines that are answered or wrong in themselves, and try again those that failed for another reason; "
+        "--no-resume discards all answers (default: resume)"
+    )
     add("--resume", action=BooleanOptionalAction, default=True, help=resume)
-    add("--ordered", action="store_true", help="write answers in the order of the input")
+    ordered = (
+        "write this run's answers in the order of the input: each waits for those before it, and what waits when "
+        "the job is interrupted is computed again"
+    )
+    add("--ordered", action="store_true", help=ordered)
     add("--limit", type=positive_count, metavar="N", help="only the first N valid lines")
     add(
         "--plan-only", action="store_true", help="print how the model would run and stop; no weights are read"
@@ -101,9 +108,19 @@ def _run_job(config: EngineConfig, files: JobFiles, args: Namespace) -> int:
     def load() -> LLM:
         nonlocal llm
         llm = _load(config, job.survey)
+        if others := sorted(job.earlier_models - {llm.model_name}):
+            _note(
+                f"{files.output} has answers of {', '.join(others)}, and {llm.model_name} answers the rest; "
+                "give --no-resume to answer all with one"
+            )
         return llm
 
     job = BatchJob(files, resume=args.resume, ordered=args.ordered, limit=args.limit)
+    if args.ordered and not job.is_in_order:
+        _note(
+            f"{files.output} holds answers that are not in the order of the input, or ahead of lines that are not "
+            "answered yet: only this run's answers are in order; give --no-resume for all of them"
+        )
     try:
         with job, show_progress() as update:
             status = job.run(load, update)
@@ -121,8 +138,12 @@ def _load(config: EngineConfig, survey: Survey) -> LLM:
 
     llm = LLM(**asdict(config))
     if others := [m for m in survey.models if m not in (llm.model_name, config.model)]:
-        print(f"note: {llm.model_name} answers also the lines that name {', '.join(others)}", file=sys.stderr)
+        _note(f"{llm.model_name} answers also the lines that name {', '.join(others)}")
     return llm
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _write_trace(path: Path, llm: LLM | None) -> None:
@@ -130,7 +151,7 @@ def _write_trace(path: Path, llm: LLM | None) -> None:
 
     timeline = llm.fullest_pass if llm else None
     if timeline is None:
-        print(f"note: {path} is not written, because no pass was run", file=sys.stderr)
+        _note(f"{path} is not written, because no pass was run")
     else:
         write_text(path, json.dumps(to_chrome(timeline)))
 
