@@ -720,6 +720,41 @@ def test_a_full_disk_leaves_whole_lines_and_says_how_to_go_on(
     assert desk.answers() == answers and by_id(desk.failures()) == failures
 
 
+FULL = """
+import resource, sys
+from moe_lightning.errors import JobError
+from moe_lightning.jobs import BatchJob, JobFiles
+from fake_llm import FakeLLM
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+try:
+    with BatchJob(JobFiles.at(sys.argv[1], sys.argv[2])) as job:
+        job.run(FakeLLM)
+except JobError as e:
+    sys.exit(str(e))
+"""
+
+
+def test_a_file_that_may_not_grow_ends_with_a_whole_line_and_the_job_resumes(
+    finished: Any, tmp_path: Path
+) -> None:
+    """The system's own limit, which lets a part of a line be written before it refuses."""
+    _, answers, failures = finished
+    desk = Desk(tmp_path, MIXED)
+    paths = [str(Path(job_files.__file__).parents[2]), str(Path(__file__).parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    for room in (10, 700, 1500):
+        command = [sys.executable, "-c", FULL, str(desk.input), str(desk.output), str(room)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and "File too large. The lines in it are whole" in done.stderr, (
+            done.stderr
+        )
+        assert len(read_jsonl(desk.output)) < len(VALID)
+        assert desk.output.stat().st_size <= room
+    assert desk.output.stat().st_size > 700
+    desk.run()
+    assert desk.answers() == answers and by_id(desk.failures()) == failures
+
+
 def test_an_interrupt_within_a_write_leaves_whole_lines(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
 
