@@ -324,6 +324,13 @@ def test_a_predicted_pass_is_drawn_for_a_known_model(capsys):
     assert "W load_page" in text, "pages must stream: the model does not fit"
 
 
+def test_a_model_that_does_not_fit_is_refused_with_flags_that_trace_has(capsys):
+    assert main(["trace", "--model", "mixtral-8x22b", "--hardware", "t4", "--num-seqs", "200k"]) == 2
+    message = capsys.readouterr().err
+    assert "is allowed. Lower --num-seqs or name a larger machine as --hardware" in message
+    assert "gpu_memory" not in message and "max_num_seqs" not in message
+
+
 def test_trace_wants_a_file_or_a_model_and_not_both(capsys):
     assert main(["trace"]) == 2
     assert main(["trace", "x.json", "--model", "mixtral-8x7b"]) == 2

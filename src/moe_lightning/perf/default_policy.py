@@ -60,7 +60,8 @@ def default_policy(
         raise NoFeasiblePolicyError(
             f"{spec.architecture} needs {format_bytes(on_host + _WORKSPACE)} of host memory and KV for one "
             f"sequence of {length} tokens ({format_bytes(spec.kv_bytes_per_token(dtype_bytes) * length)}); "
-            f"{format_bytes(memory.host)} is there. Lower max_model_len or free host memory"
+            f"{format_bytes(memory.host)} is there",
+            "Lower max_model_len or free host memory",
         )
     length = min(length, capacity)
     policy = Policy(
@@ -154,7 +155,8 @@ def _pages(spec: ModelSpec, dtype_bytes: int, memory: Memory, rows: int) -> tupl
         needed = fixed + activations + expert_bytes * num_experts
         raise NoFeasiblePolicyError(
             f"{spec.architecture} needs {format_bytes(needed)} of GPU memory to stream one layer at a time; "
-            f"{format_bytes(memory.gpu)} is allowed. Raise gpu_memory or lower max_num_seqs"
+            f"{format_bytes(memory.gpu)} is allowed",
+            "Raise gpu_memory or lower max_num_seqs",
         )
     # resident * layers + ring, with a ring of _RING_LAYERS * (per_layer - resident), fills all frames.
     resident = int((frames - _RING_LAYERS * per_layer) / max(layers - _RING_LAYERS, 1))
