@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
+from numbers import Integral
 from typing import Any
 
 from moe_lightning.errors import ConfigError
@@ -14,8 +15,18 @@ EXECUTORS = ("auto", "serial", "threads")
 LOAD_FORMATS = ("auto", "dummy")
 
 
+def parse_optional(text: str) -> str | None:
+    """A text, or None for ``none``: how a flag says what a keyword says by leaving it out."""
+    return None if text.lower() == "none" else text
+
+
 def _setting(default: Any, help_text: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": help_text, **extra})
+
+
+def _later(default: Any, help_text: str, **extra: Any) -> Any:
+    """A setting that only takes its default so far; it is there so that what other engines take is understood."""
+    return _setting(default, f"{help_text}; only {default or 'none'} so far", is_fixed=True, **extra)
 
 
 @dataclass(frozen=True)
@@ -31,44 +42,80 @@ class EngineConfig:
     )
     tokenizer: str | None = _setting(None, "tokenizer directory, if it is not the checkpoint's own")
     dtype: str = _setting("auto", "precision of weights and KV; auto takes the checkpoint's", choices=DTYPES)
+    tensor_parallel_size: int = _later(
+        1, "GPUs that share each layer", parse=parse_count, aliases=("-tp", "--tp-size")
+    )
+    quantization: str | None = _later(
+        None, "how weights are compressed", parse=parse_optional, aliases=("-q",), metavar="METHOD"
+    )
+    kv_cache_dtype: str = _later(
+        "auto", "precision of the KV cache; auto takes that of dtype", metavar="TYPE"
+    )
     max_model_len: int | None = _setting(
         None, "longest prompt plus answer in tokens, such as 16k; default: what the model and the memory allow",
         parse=parse_count,
     )  # fmt: skip
     max_num_seqs: int | None = _setting(
-        None, "sequences that decode at once; default: chosen by the planner", parse=parse_count
+        None, "sequences that decode at once, if memory holds them; default: 256", parse=parse_count
     )
-    gpu_memory: int | None = _setting(None, "GPU memory to use at most, such as 16GiB", parse=parse_bytes)
+    gpu_memory: int | None = _setting(
+        None,
+        "GPU memory that the process may use, such as 16GiB; default: nearly all that is free. On device cpu, the "
+        "size of a GPU that the CPU plays; default: none",
+        parse=parse_bytes,
+    )
     host_memory: int | None = _setting(
         None,
         "host memory for weights and KV, such as 100GiB; default: 80 % of what is free",
         parse=parse_bytes,
     )
     device: str = _setting(
-        "auto", "where the dense work runs; auto: cuda where there is one", choices=DEVICES
+        "auto", "where the dense work runs; auto takes cuda where torch sees a GPU, else cpu", choices=DEVICES
     )
     executor: str = _setting(
-        "auto", "how lanes run: one after the other, or at once on threads", choices=EXECUTORS
+        "auto",
+        "how the lanes run: serial is one after the other, threads at once; auto: at once on cuda, serial on cpu",
+        choices=EXECUTORS,
     )
     load_format: str = _setting(
         "auto",
         "auto reads safetensors; dummy makes random weights of the model's shapes",
         choices=LOAD_FORMATS,
     )
-    policy: str | None = _setting(None, "JSON file with policy values that replace the planner's")
+    policy: str | None = _setting(None, "JSON file with policy values that replace the default ones")
     seed: int = _setting(0, "seed of all random draws that have none of their own", parse=parse_count)
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata.get("choices")
-            if choices and value not in choices:
-                raise ConfigError(f"{f.name}={value!r} is not known; choose one of {', '.join(choices)}")
-            parse = f.metadata.get("parse")
+            value, parse = getattr(self, f.name), f.metadata.get("parse")
             if parse and isinstance(value, str):
-                object.__setattr__(self, f.name, parse(value))
+                value = parse(value)
+            if parse in (parse_bytes, parse_count):
+                value = _integer(f, value)
+            _check_value(f, value)
+            object.__setattr__(self, f.name, value)
         for name in ("max_model_len", "max_num_seqs", "gpu_memory", "host_memory"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(
                     f"{name}={value} leaves nothing to run in; give a positive value or leave it out"
                 )
+
+
+def _integer(setting: Field[Any], value: Any) -> int | None:
+    if value is None and setting.default is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        example = "16GiB" if setting.metadata["parse"] is parse_bytes else "16k"
+        raise ConfigError(f"{setting.name}={value!r}: give an integer, or a text such as {example!r}")
+    return int(value)
+
+
+def _check_value(setting: Field[Any], value: Any) -> None:
+    choices = setting.metadata.get("choices")
+    if choices and value not in choices:
+        raise ConfigError(f"{setting.name}={value!r} is not known; choose one of {', '.join(choices)}")
+    if setting.metadata.get("is_fixed") and value != setting.default:
+        raise ConfigError(
+            f"{setting.name}={value!r} is not supported yet; leave it out: only {setting.default!r} is"
+        )

@@ -20,7 +20,15 @@ class CheckpointError(MoELightningError):
 
 
 class NoFeasiblePolicyError(MoELightningError):
-    """No policy fits the memory there is."""
+    """No policy fits the memory there is.
+
+    Attributes:
+        problem: the message without the remedy, for those whose user sets memory in another way.
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(f"{problem}. {remedy}" if remedy else problem)
+        self.problem = problem
 
 
 class ScheduleError(MoELightningError):

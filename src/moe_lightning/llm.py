@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moe_lightning.config import EngineConfig
 from moe_lightning.engine.build import build_worker
 from moe_lightning.engine.draws import stable_seed
 from moe_lightning.engine.engine import Engine
-from moe_lightning.engine.gpu_budget import cap_gpu_memory
-from moe_lightning.engine.request import PassStats, Request, RequestOutput, SamplingParams
+from moe_lightning.engine.plan import checkpoint_directory, make_plan
+from moe_lightning.engine.prompts import (
+    Prompt,
+    Tokens,
+    as_conversations,
+    as_prompts,
+    check_tokens,
+    params_of_each,
+    render,
+    tokenize,
+)
+from moe_lightning.engine.request import Request, RequestOutput, SamplingParams
+from moe_lightning.engine.runs import OnPass, Runs
 from moe_lightning.engine.tokenizer import dummy_tokenizer, load_tokenizer
 from moe_lightning.engine.worker import Worker
-from moe_lightning.errors import ConfigError, RequestError
-from moe_lightning.hardware.host import available_memory
+from moe_lightning.errors import ConfigError
 from moe_lightning.memory import checkpoint
-from moe_lightning.models import registry
-from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.default_policy import Memory, default_policy, load_policy
 from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.policy import Policy
 
-Prompt = str | Sequence[int] | dict[str, Any]
-OnPass = Callable[[PassStats], None]
 _QUEUE = 2  # requests waiting, as a multiple of max_num_seqs: enough that memory never stays unused
 
 
@@ -38,32 +40,60 @@ class LLM:
 
     Args:
         model: checkpoint directory.
-        settings: fields of `EngineConfig`; `policy` may also be a `Policy` (for experiments).
+        tokenizer: directory of another tokenizer than the checkpoint's.
+        dtype, tensor_parallel_size, quantization, kv_cache_dtype, max_model_len, gpu_memory, host_memory, device,
+        seed, max_num_seqs, executor, load_format: see `EngineConfig`.
+        policy: a JSON file as in `EngineConfig`, or a whole `Policy` (for experiments).
 
     Raises:
         ConfigError, UnsupportedModelError, CheckpointError, NoFeasiblePolicyError: the model cannot run as asked.
     """
 
-    def __init__(self, model: str | Path, *, policy: str | Policy | None = None, **settings: Any) -> None:
-        known = EngineConfig.__dataclass_fields__
-        for name in settings:
-            if name not in known:
-                raise TypeError(f"LLM has no setting {name!r}; it has {', '.join(known)}")
-        path = policy if isinstance(policy, str) else None
-        self.config = EngineConfig(model=str(model), policy=path, **settings)
-        self.spec: ModelSpec = registry.resolve(self.config.model)
-        self.model_name = Path(self.config.model).name
-        self._device = _device(self.config)
-        self.dtype = _dtype(self.config.dtype, self.spec)
-        directory = None if self.config.load_format == "dummy" else _checkpoint_directory(self.config.model)
+    def __init__(
+        self,
+        model: str | Path,
+        tokenizer: str | Path | None = None,
+        dtype: str = "auto",
+        tensor_parallel_size: int = 1,
+        quantization: str | None = None,
+        kv_cache_dtype: str = "auto",
+        max_model_len: int | str | None = None,
+        gpu_memory: int | str | None = None,
+        host_memory: int | str | None = None,
+        device: str = "auto",
+        seed: int = 0,
+        *,
+        max_num_seqs: int | str | None = None,
+        executor: str = "auto",
+        load_format: str = "auto",
+        policy: str | Path | Policy | None = None,
+    ) -> None:
+        settings: dict[str, Any] = {
+            "dtype": dtype, "tensor_parallel_size": tensor_parallel_size, "quantization": quantization,
+            "kv_cache_dtype": kv_cache_dtype, "max_model_len": max_model_len, "gpu_memory": gpu_memory,
+            "host_memory": host_memory, "device": device, "seed": seed, "max_num_seqs": max_num_seqs,
+            "executor": executor, "load_format": load_format,
+        }  # fmt: skip
+        whole = policy if isinstance(policy, Policy) else None
+        self.config = EngineConfig(
+            model=str(model),
+            tokenizer=_path("tokenizer", tokenizer),
+            policy=None if whole else _path("policy", policy),
+            **settings,
+        )
+        plan = make_plan(self.config, whole)
+        self.spec, self.dtype, self._device = plan.spec, plan.dtype, plan.device
+        self.policy, self.max_model_len = plan.policy, plan.max_model_len
+        self.model_name = Path(model).absolute().name
+        directory = checkpoint_directory(self.config)
         self.tokenizer = self._load_tokenizer(directory)
-        self.policy, self.max_model_len = self._plan(policy)
-        if directory is not None:  # before memory is taken: a wrong checkpoint is the commonest error
-            checkpoint.check_tensors(checkpoint.open_checkpoint(directory), self.spec)
-        self._worker = self._build(directory)
+        # Before memory is taken: a wrong checkpoint is the commonest error.
+        tensors = None if directory is None else checkpoint.open_model(directory, self.spec)
+        self._worker = self._build(tensors)
         self.engine = Engine(
             self._worker, self.policy, self.tokenizer, self.spec.eos_token_ids, self.max_model_len
         )
+        self._runs = Runs(self.engine, _QUEUE * self.policy.max_num_seqs)
         self._num_requests = 0
 
     @property
@@ -80,12 +110,13 @@ class LLM:
         """Answers in the order of the prompts.
 
         Args:
-            prompts: text, token ids, ``{"prompt_token_ids": [...]}`` or ``{"prompt": str}``, or a list of these.
+            prompts: text, token ids (a list or an array), ``{"prompt_token_ids": [...]}`` or ``{"prompt": str}``,
+                or a list of these.
             sampling_params: for all prompts, or one for each.
             use_tqdm: show a progress bar.
 
         Raises:
-            RequestError: a prompt is empty or too long; nothing has run then.
+            RequestError: a prompt is empty, too long or no prompt; nothing has run then.
         """
         requests = self._completion_requests(prompts, sampling_params)
         return self._collect(requests, use_tqdm)
@@ -112,11 +143,12 @@ class LLM:
         Raises:
             RequestError: the model has no chat template, or a conversation does not fit it.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
-        params = _per_prompt(sampling_params, len(conversations))
+        conversations = as_conversations(messages)
         requests = [
-            self.chat_request(self._next_id(), list(conversation), p)  # type: ignore[arg-type]
-            for conversation, p in zip(conversations, params, strict=True)
+            self.chat_request(self._next_id(), conversation, params)
+            for conversation, params in zip(
+                conversations, params_of_each(sampling_params, len(conversations)), strict=True
+            )
         ]
         return self._collect(requests, use_tqdm)
 
@@ -126,16 +158,9 @@ class LLM:
         """A request that `run` takes; `seed` is for the case that params has none.
 
         Raises:
-            RequestError: the prompt is empty, too long, or has ids that are no tokens.
+            RequestError: the prompt is empty, too long, has ids that are no tokens, or more than would be run.
         """
-        if isinstance(prompt, dict):
-            known = [prompt[key] for key in ("prompt_token_ids", "prompt") if key in prompt]
-            if not known:
-                raise RequestError(f"a prompt has keys {sorted(prompt)}; give prompt_token_ids or prompt")
-            prompt = known[0]
-        text = prompt if isinstance(prompt, str) else None
-        ids: list[Any] = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
-        return self._request(request_id, ids, text, params, seed)
+        return self._request(request_id, tokenize(self.tokenizer, prompt), params, seed)
 
     def chat_request(
         self, request_id: str, messages: list[dict[str, Any]], params: SamplingParams, seed: int | None = None
@@ -145,65 +170,25 @@ class LLM:
         Raises:
             RequestError: the model has no chat template, or the conversation does not fit it.
         """
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise RequestError("the model's tokenizer has no chat template; send a plain prompt instead")
-        try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template raises whatever its author wrote
-            raise RequestError(f"the chat template refuses these messages: {error}") from error
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._request(request_id, ids, text, params, seed)
+        return self._request(request_id, render(self.tokenizer, messages), params, seed)
 
     def run(self, requests: Iterable[Request], on_pass: OnPass | None = None) -> Iterator[RequestOutput]:
         """Outputs as requests finish; takes requests only as fast as they can be worked on.
 
-        `on_pass` is called after each pass. When the caller stops early, what is unfinished is dropped.
+        `on_pass` is called after each pass. When the caller stops early, what is unfinished is dropped. Other runs
+        may begin, and end, before this one does; request ids must differ from those of their unfinished requests.
         """
-        engine, source = self.engine, iter(requests)
-        start = time.monotonic()
-        prompt, generated = engine.num_prompt_tokens, engine.num_generated_tokens
-        mine: set[str] = set()
-        try:
-            while True:
-                self._fill(source, mine)
-                if not engine.num_unfinished:
-                    return
-                outputs = engine.step()
-                if on_pass:
-                    on_pass(
-                        PassStats(
-                            num_running=engine.num_running,
-                            num_waiting=engine.num_waiting,
-                            prompt_tokens=engine.num_prompt_tokens - prompt,
-                            generated_tokens=engine.num_generated_tokens - generated,
-                            seconds=time.monotonic() - start,
-                        )
-                    )
-                for output in outputs:
-                    mine.discard(output.request_id)
-                    yield output
-        finally:
-            for request_id in mine:
-                engine.abort(request_id)
-
-    def _fill(self, source: Iterator[Request], mine: set[str]) -> None:
-        while self.engine.num_waiting < _QUEUE * self.policy.max_num_seqs:
-            request = next(source, None)
-            if request is None:
-                return
-            mine.add(request.request_id)
-            self.engine.add(request)
+        return self._runs.run(requests, on_pass)
 
     def _completion_requests(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[Request]:
-        several = _as_list(prompts)
-        params = _per_prompt(sampling_params, len(several))
+        several = as_prompts(prompts)
         return [
-            self.completion_request(self._next_id(), prompt, p)
-            for prompt, p in zip(several, params, strict=True)
+            self.completion_request(self._next_id(), prompt, params)
+            for prompt, params in zip(several, params_of_each(sampling_params, len(several)), strict=True)
         ]
 
     def _collect(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
@@ -218,94 +203,34 @@ class LLM:
         self._num_requests += 1
         return str(self._num_requests - 1)
 
-    def _request(
-        self, request_id: str, ids: list[Any], text: str | None, params: SamplingParams, seed: int | None
-    ) -> Request:
-        longest = self.max_model_len - (0 if params.max_tokens == 0 else 1)
-        if not ids:
-            raise RequestError("the prompt is empty; a model needs at least one token")
-        if len(ids) > longest:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens; {longest} fit into max_model_len={self.max_model_len} "
-                "with room for an answer. Shorten it or raise max_model_len"
-            )
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.spec.vocab_size:
-                raise RequestError(f"{token!r} is no token id; they run from 0 to {self.spec.vocab_size - 1}")
+    def _request(self, request_id: str, tokens: Tokens, params: SamplingParams, seed: int | None) -> Request:
+        ids, text = tokens
+        check_tokens(ids, self.spec.vocab_size, self.max_model_len, params)
         if params.seed is not None:
             seed = params.seed
         elif seed is None:
             seed = stable_seed(self.config.seed, request_id)
-        return Request(request_id, tuple(ids), params, text, seed)
-
-    def _plan(self, policy: str | Policy | None) -> tuple[Policy, int]:
-        c = self.config
-        host = c.host_memory or int(0.8 * available_memory())
-        gpu = c.gpu_memory
-        if self._device.type == "cuda":
-            gpu = cap_gpu_memory(self._device, gpu)
-        if isinstance(policy, Policy):
-            length = min(c.max_model_len or self.spec.max_position, policy.num_blocks * policy.block_size)
-            return policy, min(length, policy.prefill_tokens)
-        planned, length = default_policy(
-            self.spec, self.dtype.itemsize, Memory(host, gpu), c.max_model_len, c.max_num_seqs
-        )
-        if c.policy:
-            planned = load_policy(c.policy, planned)
-            length = min(length, planned.prefill_tokens, planned.num_blocks * planned.block_size)
-        return planned, length
+        return Request(request_id, ids, params, text, seed)
 
     def _load_tokenizer(self, directory: Path | None) -> Any:
         if self.config.tokenizer or directory:
             return load_tokenizer(self.config.tokenizer or str(directory))
         return dummy_tokenizer(self.spec.vocab_size)
 
-    def _build(self, directory: Path | None) -> Worker:
+    def _build(self, tensors: checkpoint.Tensors | None) -> Worker:
         total = self.spec.num_parameters * self.dtype.itemsize
         with _progress(total, True, "loading weights", is_bytes=True) as advance:
             return build_worker(
                 self.spec, self.policy, self.dtype, self._device,
-                directory=directory, executor=self.config.executor, seed=self.config.seed,
+                tensors=tensors, executor=self.config.executor, seed=self.config.seed,
                 progress=lambda done, total: advance(done, total),
             )  # fmt: skip
 
 
-def _checkpoint_directory(model: str) -> Path:
-    path = Path(model)
-    if not path.is_dir():
-        raise ConfigError(f"{model!r} is no checkpoint directory; download the model and give its directory")
-    return path
-
-
-def _device(config: EngineConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device='cuda', but torch sees no GPU; use device='cpu' or install a CUDA torch")
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def _dtype(name: str, spec: ModelSpec) -> torch.dtype:
-    chosen = spec.dtype if name == "auto" else name
-    found = getattr(torch, chosen, None)
-    if found not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ConfigError(f"dtype {chosen!r} cannot be run; choose float32, float16 or bfloat16")
-    return found  # type: ignore[no-any-return]
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | dict):
-        return [prompts]
-    several: list[Any] = list(prompts)
-    return [several] if several and isinstance(several[0], int) else several
-
-
-def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise RequestError(f"{len(params)} sampling_params for {count} prompts; give one for all or one each")
-    return list(params)
+def _path(name: str, value: Any) -> str | None:
+    if value is None or isinstance(value, str | Path):
+        return str(value) if value else None
+    raise ConfigError(f"{name}={value!r}: give a path")
 
 
 def _renamed(output: RequestOutput, request_id: str) -> RequestOutput:

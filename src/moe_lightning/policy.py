@@ -3,14 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
-
-
-class Device(StrEnum):
-    """Where something runs."""
-
-    CPU = "cpu"
-    GPU = "gpu"
 
 
 @dataclass(frozen=True)

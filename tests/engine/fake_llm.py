@@ -73,7 +73,7 @@ class FakeLLM:
 
     def answer(self, request: Request) -> RequestOutput:
         digest = hashlib.sha256(bytes(request.prompt_token_ids) + str(request.seed).encode()).hexdigest()[:8]
-        reason = "abort" if request.prompt == "abort me" else "stop"
+        reason = {"abort me": "abort", "overflow": "error"}.get(request.prompt or "", "stop")
         outputs = [
             CompletionOutput(i, f"é\u2028{digest}-{i}", (1, 2, 3), reason) for i in range(request.params.n)
         ]

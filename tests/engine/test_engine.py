@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from checkpoints import MAX_POSITION, greedy, load, prompts_of, reference_logprobs
-from moe_lightning import LLM, SamplingParams
+from moe_lightning import SamplingParams
 from moe_lightning.errors import RequestError
 
 LENGTHS = (1, 5, 16, 17, 33, 9)
@@ -229,6 +230,48 @@ class TestPrompts:
         for form in forms:
             assert tokens_of(llm.generate(form, GREEDY)) == [list(outputs[0].outputs[0].token_ids)]
 
+    def test_arrays_of_ids_are_prompts(self, llm, prompts, answers):
+        arrays = [np.array(prompt, dtype=np.int32) for prompt in prompts]
+        assert tokens_of(llm.generate(arrays, GREEDY)) == answers
+        assert tokens_of(llm.generate(arrays[1], GREEDY)) == [answers[1]]
+        assert tokens_of(llm.generate(np.array([prompts[1]] * 2), GREEDY)) == [answers[1]] * 2
+        assert tokens_of(llm.generate(list(arrays[1]), GREEDY)) == [answers[1]], "a list of NumPy integers"
+
+    def test_a_dict_of_ids_and_their_text_runs_the_ids(self, llm, prompts, answers):
+        (output,) = llm.generate(
+            {"prompt_token_ids": prompts[1], "prompt": "as text", "cache_salt": None}, GREEDY
+        )
+        assert (tokens_of([output]), output.prompt) == ([answers[1]], "as text")
+
+    @pytest.mark.parametrize(
+        "prompt", [b"abc", 5, None, {"prompt": "z", "cache_salt": "x"}, np.array(3), "\ud800"], ids=repr
+    )
+    def test_a_bad_prompt_alone_is_refused_as_in_a_list(self, prompt, llm):
+        with pytest.raises(RequestError):
+            llm.generate(prompt, GREEDY)
+
+    @pytest.mark.parametrize(
+        "messages, message",
+        [
+            ([{"role": "user", "contents": "Hi"}], r"messages\[0\]\.contents is not supported"),
+            ([{"role": "user"}], r"messages\[0\]\.content=None: give a string"),
+            ([{"role": "wizard", "content": "Hi"}], r"role='wizard' is not supported"),
+            ([{"role": "user", "content": "\ud800"}], "surrogate"),
+            ({"role": "user", "content": "Hi"}, "give a list of at least one message"),
+            ([[]], r"messages=\[\]: give a list"),
+            ("Hi", "messages='Hi': give a list"),
+            (None, "messages=None: give a list"),
+        ],
+    )
+    def test_a_conversation_that_would_lose_something_is_refused(self, messages, message, llm):
+        with pytest.raises(RequestError, match=message):
+            llm.chat(messages)
+
+    @pytest.mark.parametrize("params", [{"temperature": 0}, [{"temperature": 0}], 0])
+    def test_parameters_of_another_type_are_refused(self, params, llm):
+        with pytest.raises(RequestError, match="give a SamplingParams"):
+            llm.generate("a", params)
+
     def test_no_prompts_give_no_answers(self, llm):
         assert llm.generate([]) == []
         assert list(llm.generate_iter([])) == []
@@ -273,6 +316,19 @@ class TestPrompts:
             ([5, "a"], "'a' is no token id"),
             ([5, 1.0], "1.0 is no token id"),
             ({"text": "a"}, "keys ..text.."),
+            ({"prompt": None}, "keys ..prompt.."),
+            (
+                {"prompt": "z", "multi_modal_data": {"image": 1}},
+                "'multi_modal_data' .* not supported; remove it",
+            ),
+            ({"prompt_token_ids": [5], "prompt": 7}, "prompt=7: give a string"),
+            ({"prompt_token_ids": "abc"}, "'abc' is no prompt"),
+            (b"abc", "b'abc' is no prompt; give text"),
+            (None, "None is no prompt"),
+            (1.5, "1.5 is no prompt"),
+            ("half \ud800", "prompt holds half a surrogate pair at character 5"),
+            (np.array([1.0, 2.0]), "is no prompt; .*integer array"),
+            (np.array([[1, 2]]), "is no prompt; .*one-dimensional"),
         ],
     )
     def test_a_bad_prompt_is_refused_before_any_runs(self, prompt, message, llm, prompts):
@@ -285,10 +341,6 @@ class TestPrompts:
     def test_as_many_parameters_as_prompts_or_one(self, llm, prompts):
         with pytest.raises(RequestError, match="2 sampling_params for 3 prompts"):
             llm.generate(prompts[:3], [GREEDY, GREEDY])
-
-    def test_an_unknown_keyword_is_a_type_error(self, mixtral):
-        with pytest.raises(TypeError, match="gpu_memory_utilization"):
-            LLM(mixtral, gpu_memory_utilization=0.9)
 
 
 class TestIteration:

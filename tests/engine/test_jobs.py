@@ -1,93 +1,25 @@
+"""Lines in, lines out: each line of a batch file ends once, whatever is in it."""
+
 from __future__ import annotations
 
-import errno
 import fcntl
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from batch_desk import MIXED, VALID, Desk, chat, completion, encode, never, read_jsonl
 from fake_llm import FakeLLM
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_lightning.engine.request import PassStats, RequestOutput
 from moe_lightning.errors import JobError
 from moe_lightning.jobs import BatchJob, JobFiles, JobStatus
 from moe_lightning.jobs import files as job_files
 from moe_lightning.jobs import lines as job_lines
 from moe_lightning.jobs.lines import BadLine, BatchLine, parse_line, read_batch
-
-CHAT = "/v1/chat/completions"
-
-
-def completion(custom_id: str, prompt: Any = "Hi", **body: Any) -> dict[str, Any]:
-    body = {"model": "fake", "prompt": prompt, **body}
-    return {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
-
-
-def chat(custom_id: str, text: str = "Hi", **body: Any) -> dict[str, Any]:
-    body = {"model": "fake", "messages": [{"role": "user", "content": text}], **body}
-    return {"custom_id": custom_id, "method": "POST", "url": CHAT, "body": body}
-
-
-def encode(*records: Any) -> bytes:
-    lines = (r if isinstance(r, bytes) else json.dumps(r).encode() for r in records)
-    return b"".join(line + b"\n" for line in lines)
-
-
-class Desk:
-    """An input file with the job on it."""
-
-    def __init__(self, directory: Path, content: bytes) -> None:
-        self.input, self.output = directory / "in.jsonl", directory / "out.jsonl"
-        self.errors = directory / "out.errors.jsonl"
-        self.input.write_bytes(content)
-
-    def run(self, llm: FakeLLM | None = None, **options: Any) -> JobStatus:
-        with BatchJob(JobFiles.at(self.input, self.output), **options) as job:
-            return job.run(lambda: llm or FakeLLM())
-
-    def answers(self) -> dict[str, Any]:
-        return {r["custom_id"]: without_time(r) for r in read_jsonl(self.output)}
-
-    def failures(self) -> list[dict[str, Any]]:
-        return read_jsonl(self.errors) if self.errors.exists() else []
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    data = path.read_bytes()
-    assert data.endswith(b"\n") or not data
-    records = [json.loads(line) for line in data.split(b"\n")[:-1]]
-    assert len({r["id"] for r in records}) == len(records), "a line was written twice"
-    return records
-
-
-def without_time(record: dict[str, Any]) -> dict[str, Any]:
-    body = record["response"]["body"]
-    return record | {"response": record["response"] | {"body": body | {"created": 0}}}
-
-
-MIXED = encode(
-    completion("a"), chat("b"), b"{broken", completion("c", [72, 105]), chat("d", n=2), b"{broken",
-    completion("a", "again"), completion("e", "x" * 65), completion("f", "abort me"), chat("g", "last"),
-)  # fmt: skip
-VALID = ["a", "b", "c", "d", "g"]
-
-
-@pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return Desk(tmp_path, MIXED)
-
-
-# -- lines in ----------------------------------------------------------------------------------------------
 
 
 def test_every_line_ends_as_one_answer_or_one_error(desk: Desk) -> None:
@@ -147,6 +79,7 @@ BAD_LINES: list[tuple[str, bytes, str | None, str]] = [
     ("lists of ids", json.dumps(completion("x", [[1], [2]])).encode(), "x", "list of 2 prompts"),
     ("duplicate", json.dumps(completion("first", "other")).encode(), "first", "earlier line"),
     ("aborted", json.dumps(completion("x", "abort me")).encode(), "x", "gave up"),
+    ("no numbers", json.dumps(completion("x", "overflow", n=2)).encode(), "x", "verify`; or float16 overflowed"),
 ]  # fmt: skip
 
 
@@ -247,10 +180,6 @@ def test_the_input_is_pulled_as_the_engine_has_room(tmp_path: Path) -> None:
 # -- before the model loads --------------------------------------------------------------------------------
 
 
-def never() -> FakeLLM:
-    raise AssertionError("the model was loaded")
-
-
 @pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf"])
 def test_an_input_without_requests_is_refused(tmp_path: Path, content: bytes) -> None:
     desk = Desk(tmp_path, content)
@@ -340,216 +269,6 @@ def test_there_is_no_error_file_without_an_error(tmp_path: Path) -> None:
     assert not desk.errors.exists()
 
 
-# -- resume ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def finished(tmp_path: Path) -> Iterator[tuple[Desk, dict[str, Any], list[Any]]]:
-    (tmp_path / "whole").mkdir()
-    desk = Desk(tmp_path / "whole", MIXED)
-    desk.run()
-    yield desk, desk.answers(), by_id(desk.failures())
-
-
-def by_id(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(records, key=lambda r: str(r["id"]))
-
-
-def test_a_finished_job_does_nothing_more(finished: Any) -> None:
-    desk, _, _ = finished
-    before = desk.output.read_bytes(), desk.errors.read_bytes()
-    with BatchJob(JobFiles.at(desk.input, desk.output)) as job:
-        status = job.run(never)
-    assert (status.num_done, status.num_resumed, status.num_failed) == (10, 10, 0)
-    assert (desk.output.read_bytes(), desk.errors.read_bytes()) == before
-
-
-@pytest.mark.parametrize("cut", ["output", "errors"])
-def test_a_job_cut_at_any_byte_resumes_to_the_same_answers(
-    finished: Any, cut: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # thousands of them would take a minute
-    desk, answers, failures = finished
-    path: Path = getattr(desk, cut)
-    whole = path.read_bytes()
-    for size in range(len(whole)):
-        path.write_bytes(whole[:size])
-        llm = FakeLLM()
-        status = desk.run(llm)
-        assert desk.answers() == answers and by_id(desk.failures()) == failures
-        num_lost = whole.count(b"\n") - whole[:size].count(b"\n")
-        assert status.num_done - status.num_resumed == num_lost
-        assert len(llm.pulled) <= num_lost
-
-
-@pytest.mark.parametrize("kept", [0, 5, 40])
-def test_a_tail_of_zeros_is_cut(finished: Any, kept: int) -> None:
-    desk, answers, _ = finished
-    *lines, last = desk.output.read_bytes().splitlines(keepends=True)
-    desk.output.write_bytes(b"".join(lines) + last[:kept] + b"\0" * 100)
-    desk.run()
-    assert desk.answers() == answers
-
-
-class Killed(BaseException):
-    """What the process would not live to see."""
-
-
-@pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_a_kill_at_any_write_loses_nothing(
-    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, ordered: bool
-) -> None:
-    _, answers, failures = finished
-    real = os.write
-    for k in range(10):
-        (tmp_path / str(k)).mkdir()
-        desk = Desk(tmp_path / str(k), MIXED)
-        num_writes = 0
-
-        def write(fd: int, data: Any, k: int = k) -> int:
-            nonlocal num_writes
-            num_writes += 1
-            if num_writes <= k:
-                return real(fd, data)
-            real(fd, bytes(data)[: int(len(data) * share)])
-            raise Killed
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "write", write)
-            patch.setattr(os, "ftruncate", lambda *_: None)  # the dead tidy nothing up
-            with pytest.raises(Killed):
-                desk.run(ordered=ordered)
-        written = desk.output.read_bytes().count(b"\n")
-        if desk.errors.exists():
-            written += desk.errors.read_bytes().count(b"\n")
-        assert written == k + (share == 1.0)
-        status = desk.run(ordered=ordered)
-        assert status.num_resumed == written
-        assert desk.answers() == answers and by_id(desk.failures()) == failures
-
-
-SCRIPT = """
-import sys, time
-from moe_lightning.jobs import BatchJob, JobFiles
-from fake_llm import FakeLLM
-with BatchJob(JobFiles.at(sys.argv[1], sys.argv[2])) as job:
-    job.run(FakeLLM, lambda status: time.sleep(0.02))
-"""
-
-
-def test_a_job_resumes_after_sigkill(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, encode(*(completion(f"r{i}") for i in range(60))))
-    paths = [str(Path(job_files.__file__).parents[2]), str(Path(__file__).parent)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", SCRIPT, str(desk.input), str(desk.output)]
-    with subprocess.Popen(command, env=environment) as process:
-        while not desk.output.exists() or desk.output.read_bytes().count(b"\n") < 3:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    num_answered = desk.output.read_bytes().count(b"\n")
-    assert 3 <= num_answered < 60
-    status = desk.run()
-    assert (status.num_resumed, len(desk.answers())) == (num_answered, 60)
-
-
-def test_unseeded_requests_get_the_same_seed_whatever_runs_before_them(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, encode(chat("a"), chat("b"), chat("c", seed=1), chat("d", seed=1)))
-    desk.run()
-    whole = desk.answers()
-    texts = {i: line["response"]["body"]["choices"][0]["message"]["content"] for i, line in whole.items()}
-    assert texts["a"] != texts["b"] and texts["c"] == texts["d"]
-    desk.output.write_bytes(b"")
-    desk.input.write_bytes(encode(chat("b"), chat("a")))
-    desk.run(FakeLLM(capacity=1))
-    assert desk.answers() == {i: whole[i] for i in "ab"}
-    desk.output.write_bytes(b"")
-    desk.run(FakeLLM(seed=1))
-    assert desk.answers()["a"] != whole["a"]
-
-
-def test_lines_may_move_and_be_added_between_runs(finished: Any) -> None:
-    desk, answers, failures = finished
-    lines = MIXED.splitlines()
-    lines[0], lines[1] = lines[1], lines[0]
-    desk.input.write_bytes(encode(*lines, completion("new")))
-    status = desk.run()
-    assert (status.num_resumed, status.num_done) == (10, 11)
-    assert {i: a for i, a in desk.answers().items() if i != "new"} == answers
-    assert by_id(desk.failures()) == failures
-
-
-def test_the_same_body_with_its_keys_in_another_order_is_the_same_request(tmp_path: Path) -> None:
-    line = completion("a", temperature=0.5)
-    desk = Desk(tmp_path, encode(line))
-    desk.run()
-    desk.input.write_bytes(encode(line | {"body": dict(reversed(line["body"].items()))}))
-    with BatchJob(JobFiles.at(desk.input, desk.output)) as job:
-        job.run(never)
-
-
-@pytest.mark.parametrize(("custom_id", "file"), [("b", "out.jsonl"), ("e", "out.errors.jsonl")])
-def test_a_changed_body_under_a_known_id_is_refused(finished: Any, custom_id: str, file: str) -> None:
-    desk, _, _ = finished
-    before = desk.output.read_bytes(), desk.errors.read_bytes()
-    lines = [json.loads(line) for line in MIXED.splitlines() if line != b"{broken"]
-    changed = [chat(custom_id, "new") if r["custom_id"] == custom_id else r for r in lines]
-    desk.input.write_bytes(encode(*changed))
-    with pytest.raises(JobError, match=rf"'{custom_id}' has changed .*{file}.* new custom_id.*--no-resume"):
-        desk.run()
-    assert (desk.output.read_bytes(), desk.errors.read_bytes()) == before
-    desk.run(resume=False)
-    assert len(desk.answers()) + len(desk.failures()) == 8
-
-
-def test_a_repaired_line_is_refused_too_until_its_error_is_removed(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, encode(completion("a") | {"method": "GET"}, completion("b")))
-    desk.run()
-    desk.input.write_bytes(encode(completion("a"), completion("b")))
-    with pytest.raises(JobError, match=r"'a' has changed since line 1 .* remove that line"):
-        desk.run()
-    desk.errors.write_bytes(b"")
-    desk.run()
-    assert sorted(desk.answers()) == ["a", "b"]
-
-
-def test_an_output_of_another_job_is_refused(finished: Any) -> None:
-    desk, _, _ = finished
-    before = desk.output.read_bytes()
-    desk.input.write_bytes(encode(completion("other")))
-    with pytest.raises(JobError, match="of another job; choose another -o, or give --no-resume"):
-        desk.run()
-    assert desk.output.read_bytes() == before
-    desk.run(resume=False)
-    assert sorted(desk.answers()) == ["other"] and not desk.errors.exists()
-
-
-def test_an_error_file_may_hold_errors_of_other_jobs(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, encode(completion("a"), b"{"))
-    other = {"id": "batch_req_1", "custom_id": "other", "response": None, "error": {}}
-    desk.errors.write_bytes(encode(other))
-    desk.run()
-    assert [e["custom_id"] for e in desk.failures()] == ["other", None]
-
-
-@pytest.mark.parametrize(
-    "content", [b"my notes", b"my notes\n", b"[1]\n", b"{}\n", b"\xff\n", b'"id"\n', b'{"id": "x'], ids=repr
-)
-def test_a_file_that_is_no_batch_output_is_refused_and_left_alone(desk: Desk, content: bytes) -> None:
-    desk.output.write_bytes(content)
-    with pytest.raises(JobError, match=r"not a batch (answer|output).*--no-resume"):
-        desk.run()
-    assert desk.output.read_bytes() == content
-
-
-def test_answers_are_not_discarded_if_the_model_does_not_load(finished: Any) -> None:
-    desk, answers, _ = finished
-    with BatchJob(JobFiles.at(desk.input, desk.output), resume=False) as job, pytest.raises(AssertionError):
-        job.run(never)
-    assert desk.answers() == answers
-
-
 # -- options -----------------------------------------------------------------------------------------------
 
 
@@ -562,6 +281,28 @@ def test_ordered_answers_are_in_the_order_of_the_input(tmp_path: Path) -> None:
     assert [r["custom_id"] for r in read_jsonl(desk.output)] == [*ids, "end"] != unordered
 
 
+def test_a_job_knows_whether_all_answers_will_be_in_order(tmp_path: Path) -> None:
+    lines = {i: completion(i) for i in "abcd"}
+    desk = Desk(tmp_path, encode(*lines.values()))
+    desk.run(ordered=True)
+    answers = dict(zip("abcd", desk.output.read_bytes().splitlines(keepends=True), strict=True))
+    for held, is_in_order in (
+        ("", 1),
+        ("a", 1),
+        ("ab", 1),
+        ("abcd", 1),
+        ("b", 0),
+        ("ba", 0),
+        ("abd", 0),
+        ("abdc", 0),
+    ):
+        desk.output.write_bytes(b"".join(answers[i] for i in held))
+        with BatchJob(JobFiles.at(desk.input, desk.output)) as job:
+            assert job.is_in_order == bool(is_in_order), held
+    with BatchJob(JobFiles.at(desk.input, desk.output), resume=False) as job:
+        assert job.is_in_order
+
+
 def test_limit_counts_valid_lines_and_leaves_the_later_ones_alone(desk: Desk) -> None:
     status = desk.run(limit=3)
     assert sorted(desk.answers()) == ["a", "b", "c"]
@@ -570,97 +311,3 @@ def test_limit_counts_valid_lines_and_leaves_the_later_ones_alone(desk: Desk) ->
     assert (status.num_resumed, status.num_done) == (4, 10)
     status = desk.run(limit=3)  # what lies past the limit is of this job all the same
     assert (status.num_resumed, status.num_done, status.num_total) == (4, 4, 4)
-
-
-# -- trouble -----------------------------------------------------------------------------------------------
-
-
-def test_a_full_disk_leaves_whole_lines_and_says_how_to_go_on(
-    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, answers, failures = finished
-    desk = Desk(tmp_path, MIXED)
-    real = os.write
-    for room in (0, 10, 700, 1500):
-        left = room
-
-        def write(fd: int, data: Any) -> int:
-            nonlocal left
-            if not left:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            written = real(fd, bytes(data)[:left])
-            left -= written
-            return written
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "write", write)
-            with pytest.raises(
-                JobError, match=r"No space left on device.*make room.*run the job again to resume"
-            ):
-                desk.run()
-        assert read_jsonl(desk.output) is not None  # whole lines
-    desk.run()
-    assert desk.answers() == answers and by_id(desk.failures()) == failures
-
-
-def test_an_interrupt_within_a_write_leaves_whole_lines(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.write
-
-    def write(fd: int, data: Any) -> int:
-        real(fd, bytes(data)[:20])
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "write", write)
-        with pytest.raises(KeyboardInterrupt):
-            desk.run()
-    assert desk.output.read_bytes() == desk.errors.read_bytes() == b""
-
-
-class LosesOne(FakeLLM):
-    def run(
-        self, requests: Any, on_pass: Callable[[PassStats], None] | None = None
-    ) -> Iterator[RequestOutput]:
-        outputs = super().run(requests, on_pass)
-        next(outputs)
-        yield from outputs
-
-
-def test_a_request_that_the_engine_loses_is_no_silent_success(desk: Desk) -> None:
-    with pytest.raises(JobError, match="no answer to 1 requests"):
-        desk.run(LosesOne())
-    desk.run()
-    assert sorted(desk.answers()) == VALID
-
-
-def test_lines_are_durable_in_small_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = Desk(tmp_path, encode(*(completion(f"r{i}") for i in range(100))))
-    synced: list[int] = []
-    real = os.fsync
-
-    def fsync(fd: int) -> None:
-        real(fd)
-        synced.append(desk.output.read_bytes().count(b"\n"))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
-    desk.run()
-    assert synced[-1] == 100
-    assert {32, 64, 96} <= set(synced)
-
-
-def test_an_old_line_is_made_durable_by_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = job_files.LineFile(tmp_path / "out")
-    now = 0.0
-    calls: list[int] = []
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    file.sync()
-    file.append(b"{}\n")
-    monkeypatch.setattr(os, "fsync", calls.append)
-    file.sync_if_due()
-    assert not calls
-    now = 1.0
-    file.sync_if_due()
-    file.sync_if_due()
-    assert len(calls) == 1
-    file.close()

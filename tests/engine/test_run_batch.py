@@ -18,9 +18,7 @@ from moe_lightning.errors import ConfigError
 from moe_lightning.pipeline.draw import from_chrome
 from moe_lightning.pipeline.task import Lane, TaskKind
 from moe_lightning.pipeline.timeline import Record, Timeline
-from moe_lightning.policy import Policy
 
-POLICY = Policy(32, 8, 2, 1, 512, 128, 4, (1, 1), 6, 99)
 TIMELINE = Timeline("pass", (Record("embed mb0", TaskKind.EMBED, Lane.GPU, -1, (0,), 1.0, 2.0),))
 
 
@@ -29,12 +27,13 @@ class CommandLLM(FakeLLM):
 
     during_run: Callable[[int], None] = staticmethod(lambda _: None)
     loaded: list[dict[str, Any]] = []
+    name = "fake-model"
     fullest_pass = TIMELINE
-    policy = POLICY
 
     def __init__(self, model: str, **settings: Any) -> None:
         self.loaded.append({"model": model} | settings)
         super().__init__(model, seed=settings["seed"])
+        self.model_name = self.name
 
     def run(self, *args: Any) -> Iterator[RequestOutput]:
         for i, output in enumerate(super().run(*args)):
@@ -81,7 +80,7 @@ def test_the_summary_says_the_counts_and_where_the_files_are(
     assert f"answers in {tmp_path}/out.jsonl, errors in {tmp_path}/out.errors.jsonl\n" in out
     assert sorted(ids(tmp_path / "out.jsonl")) == [f"r{i}" for i in range(10)]
     assert main(job) == 0
-    assert capsys.readouterr().out.startswith("0 answered, 0 failed, 11 done earlier; ")
+    assert capsys.readouterr().out.startswith("0 answered, 0 failed, 10 answered earlier, 1 failed earlier; ")
 
 
 def test_flags_reach_the_job_and_the_engine(job: list[str], tmp_path: Path, llm: type[CommandLLM]) -> None:
@@ -126,14 +125,17 @@ def test_an_interrupted_fresh_start_is_resumed_without_no_resume(
     assert "run the command again without --no-resume to resume" in capsys.readouterr().err
 
 
-def test_plan_only_prints_the_policy_and_writes_nothing(
-    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_plan_only_prints_the_policy_and_neither_loads_nor_writes(
+    job: list[str], tmp_path: Path, llm: type[CommandLLM], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*job, "--plan-only"]) == 0
+    memory = ["--device", "cpu", "--host-memory", "200GiB", "--gpu-memory", "16GiB", "--max-model-len", "2k"]
+    assert main([*job[:-1], "mixtral-8x7b", *memory, "--plan-only"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("10 requests, 1 bad lines; policy:\n")
-    assert "max_num_seqs" in out and "cgopipe" in out
-    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+    assert out.startswith(
+        "10 requests, 1 bad lines; MixtralForCausalLM in torch.bfloat16 on cpu, up to 2048 "
+    )
+    assert "max_num_seqs       256\n" in out and "cgopipe" in out
+    assert not llm.loaded and [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_trace_records_a_pass(job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +152,35 @@ def test_lines_that_name_another_model_are_noted(job: list[str], capsys: pytest.
     assert "fake-model answers also the lines that name m" in capsys.readouterr().err
 
 
+def test_answers_of_another_model_are_noted(
+    job: list[str], llm: type[CommandLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*job, "--limit", "4"]) == 0
+    assert "has answers of" not in capsys.readouterr().err
+    llm.name = "other-model"
+    assert main(job) == 0
+    err = capsys.readouterr().err
+    assert "out.jsonl has answers of fake-model, and other-model answers the rest; give --no-resume" in err
+    assert main([*job, "--no-resume"]) == 0
+    assert "has answers of" not in capsys.readouterr().err
+
+
+def test_answers_out_of_order_are_noted_once_where_order_is_asked_for(
+    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*job, "--ordered", "--limit", "4"]) == 0
+    assert main([*job, "--ordered", "--limit", "5"]) == 0
+    assert "order" not in capsys.readouterr().err
+    output = tmp_path / "out.jsonl"
+    output.write_text(
+        "".join(reversed(output.read_text(encoding="utf-8").splitlines(keepends=True))), "utf-8"
+    )
+    assert main(job) == 0
+    assert "order" not in capsys.readouterr().err
+    assert main([*job, "--ordered"]) == 0
+    assert capsys.readouterr().err.count("only this run's answers are in order; give --no-resume") == 1
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
@@ -159,6 +190,10 @@ def test_lines_that_name_another_model_are_noted(job: list[str], capsys: pytest.
         ("-o", "no/out.jsonl", "there is no directory"),
         ("--error-file", "no/e.jsonl", "there is no directory"),
         ("--trace", "no/trace.json", "there is no directory"),
+        ("--trace", "", "is a directory"),
+        ("--trace", "in.jsonl", "input and trace are both"),
+        ("--trace", "out.jsonl", "output and trace are both"),
+        ("--trace", "out.errors.jsonl", "errors and trace are both"),
         ("--error-file", "out.jsonl", "output and errors are both"),
     ],
 )

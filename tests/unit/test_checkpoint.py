@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from moe_lightning import LLM, SamplingParams
 from moe_lightning.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moe_lightning.memory import checkpoint
 from moe_lightning.models import registry
+from moe_lightning.verify import PlainModel
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -140,6 +144,72 @@ class TestDamagedFiles:
         path.write_bytes(path.read_bytes()[:-1])
         with pytest.raises(CheckpointError, match=f"{SINGLE} ended inside {last.name}; download it again"):
             checkpoint.read_tensor(last)
+
+    @pytest.mark.parametrize("kind", ["single", "sharded"])
+    def test_a_directory_in_place_of_a_file_is_named(self, kind, request):
+        directory = request.getfixturevalue(kind)
+        path = directory / SINGLE if kind == "single" else shards(directory)[0]
+        path.unlink()
+        path.mkdir()
+        refused(directory, CheckpointError, path.name, "download it again")
+
+    def test_a_file_without_permission_is_named(self, single, monkeypatch):
+        real = Path.open
+
+        def denied(path, *args, **options):
+            if path.name == SINGLE:  # root may read everything
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path, *args, **options)
+
+        monkeypatch.setattr(Path, "open", denied)
+        refused(single, CheckpointError, SINGLE, "Permission denied", "its mode")
+
+    def test_an_index_that_is_a_directory_is_named(self, sharded):
+        (sharded / INDEX).unlink()
+        (sharded / INDEX).mkdir()
+        refused(sharded, CheckpointError, INDEX, "Is a directory", "download it again")
+
+
+class TestTiedHead:
+    @pytest.fixture
+    def tied(self, checkpoint_of, tmp_path):
+        return shutil.copytree(checkpoint_of("llama-tied-llama3"), tmp_path / "tied")
+
+    @staticmethod
+    def add_head(directory, change=lambda head: head):
+        def add(tensors):
+            tensors["lm_head.weight"] = change(tensors["model.embed_tokens.weight"].clone())
+
+        rewrite(directory / SINGLE, add)
+
+    def load(self, directory):
+        return load(directory, pages_per_expert=4, resident_pages=(1, 0, 2), num_frames=5)
+
+    def test_one_that_is_stored_and_equal_is_fine(self, tied):
+        self.add_head(tied)
+        assert self.load(tied).generate("the fox", SamplingParams(max_tokens=1))
+
+    @pytest.mark.parametrize("place", [0, 150, -1])
+    def test_one_with_another_value_is_refused_by_the_engine_and_by_plain_pytorch(
+        self, place, tied, monkeypatch
+    ):
+        monkeypatch.setattr(checkpoint, "_PIECE", 1000)
+
+        def change(head):
+            head.view(-1)[place] += 1
+            return head
+
+        self.add_head(tied, change)
+        for attempt in (self.load, lambda path: PlainModel(registry.resolve(str(path)), path, torch.float32)):
+            with pytest.raises(CheckpointError) as caught:
+                attempt(tied)
+            for word in ("lm_head.weight", "model.embed_tokens.weight", "set tie_word_embeddings to false"):
+                assert word in str(caught.value)
+
+    def test_one_of_another_precision_is_refused(self, tied):
+        self.add_head(tied, lambda head: head.half())
+        with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+            self.load(tied)
 
 
 class TestWrongTensors:

@@ -9,6 +9,7 @@ from argparse import ArgumentParser
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import moe_lightning
@@ -26,6 +27,9 @@ VALUES = {
     "model": ("dir", "dir"),
     "tokenizer": ("tok", "tok"),
     "dtype": ("float32", "float32"),
+    "tensor_parallel_size": ("1", 1),
+    "quantization": ("none", None),
+    "kv_cache_dtype": ("auto", "auto"),
     "max_model_len": ("16k", 16384),
     "max_num_seqs": ("32", 32),
     "gpu_memory": ("16GiB", 16 * 2**30),
@@ -75,6 +79,48 @@ def test_a_flag_wins_over_the_environment_and_the_environment_over_the_default()
 
 def test_model_path_is_another_name_of_model() -> None:
     assert parse("--model-path", "m").model == "m"
+
+
+@pytest.mark.parametrize(
+    ("flags", "setting", "value", "neutral"),
+    [
+        (("--tensor-parallel-size", "-tp", "--tp-size"), "tensor_parallel_size", "2", "1"),
+        (("--quantization", "-q"), "quantization", "fp8", "none"),
+        (("--kv-cache-dtype",), "kv_cache_dtype", "fp8", "auto"),
+    ],
+)
+def test_what_is_not_there_yet_takes_its_neutral_value_and_says_so_of_others(
+    flags: tuple[str, ...], setting: str, value: str, neutral: str
+) -> None:
+    variable = environment_name(setting)
+    for flag in flags:
+        assert parse("--model", "m", flag, neutral) == EngineConfig("m")
+        with pytest.raises(ConfigError, match=rf"{setting}='?{value}'? is not supported yet; leave it out"):
+            parse("--model", "m", flag, value)
+    assert parse("--model", "m", **{variable: neutral}) == EngineConfig("m")
+    with pytest.raises(ConfigError, match="not supported yet"):
+        parse("--model", "m", **{variable: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_model_len", 12.5),
+        ("max_num_seqs", True),
+        ("gpu_memory", [1]),
+        ("host_memory", 1e9),
+        ("seed", None),
+        ("tensor_parallel_size", None),
+    ],
+)
+def test_a_setting_of_another_type_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}=.*: give an integer, or a text such as '16"):
+        EngineConfig("m", **{name: value})  # type: ignore[arg-type]
+
+
+def test_settings_are_read_from_texts_and_numpy_integers_too() -> None:
+    config = EngineConfig("m", max_model_len="16k", max_num_seqs=np.int64(8))  # type: ignore[arg-type]
+    assert (config.max_model_len, type(config.max_num_seqs)) == (16384, int)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +177,9 @@ def test_every_setting_is_in_the_help_of_run_batch(capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     for name in VALUES:
         assert "--" + name.replace("_", "-") in text
-    assert "80 % of what is free" in " ".join(text.split())
+    text = " ".join(text.split())
+    assert "80 % of what is free" in text
+    assert "planner" not in text, "there is none"
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,7 +284,7 @@ def test_a_drawing_that_cannot_be_written_is_refused(
 # -- progress ----------------------------------------------------------------------------------------------
 
 HALF = JobStatus(
-    num_total=100, num_done=60, num_resumed=20, num_failed=10, num_running=8, num_waiting=4,
+    num_total=100, num_done=60, num_resumed=20, num_failed=10, num_failed_earlier=3, num_running=8, num_waiting=4,
     prompt_tokens=500, generated_tokens=300, seconds=60.0,
 )  # fmt: skip
 
@@ -249,7 +297,8 @@ def test_progress_says_rate_remaining_time_and_load() -> None:
 
 def test_the_summary_tells_this_runs_lines_from_earlier_ones() -> None:
     assert summarize(HALF) == (
-        "30 answered, 10 failed, 20 done earlier; 500 prompt and 300 generated tokens in 1 min 00 s (5.0 tokens/s)"
+        "30 answered, 10 failed, 17 answered earlier, 3 failed earlier; "
+        "500 prompt and 300 generated tokens in 1 min 00 s (5.0 tokens/s)"
     )
 
 
@@ -282,6 +331,13 @@ def test_a_predicted_pass_is_drawn_for_a_known_model(capsys):
     text = capsys.readouterr().out
     assert text.startswith("cgopipe")
     assert "W load_page" in text, "pages must stream: the model does not fit"
+
+
+def test_a_model_that_does_not_fit_is_refused_with_flags_that_trace_has(capsys):
+    assert main(["trace", "--model", "mixtral-8x22b", "--hardware", "t4", "--num-seqs", "200k"]) == 2
+    message = capsys.readouterr().err
+    assert "is allowed. Lower --num-seqs or name a larger machine as --hardware" in message
+    assert "gpu_memory" not in message and "max_num_seqs" not in message
 
 
 def test_trace_wants_a_file_or_a_model_and_not_both(capsys):

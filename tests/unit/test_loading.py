@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints import rewrite, shards
+from checkpoints import load, rewrite, shards
 from moe_lightning.errors import CheckpointError
 from moe_lightning.memory import checkpoint
 from moe_lightning.memory.layout import PageLayout, Placement
@@ -26,7 +26,7 @@ def weights_of(directory, dtype=torch.float32, pages_per_expert=2, resident=(3, 
     layout = PageLayout.of(spec, pages_per_expert)
     placement = Placement(layout.pages_per_layer, resident, layout.pages_per_layer)
     weights = allocate(spec, layout, placement, dtype, torch.device("cpu"))
-    checkpoint.load(directory, weights, **options)
+    checkpoint.load(checkpoint.open_model(directory, spec), weights, **options)
     return weights
 
 
@@ -137,6 +137,14 @@ class TestReading:
             weights_of(mixtral, num_readers=1)
         assert num_read < len(checkpoint.open_checkpoint(mixtral)) / 2
 
-    def test_the_dtype_is_that_of_most_bytes(self, single):
-        rewrite(single / SINGLE, lambda tensors: tensors.update({NORM: tensors[NORM].half()}))
-        assert checkpoint.checkpoint_dtype(checkpoint.open_checkpoint(single).values()) == "F32"
+    @pytest.mark.parametrize("kind", ["mixtral", "sharded_mixtral"])
+    def test_a_load_reads_the_header_of_each_file_once(self, kind, request, monkeypatch):
+        directory, read, seen = request.getfixturevalue(kind), checkpoint._read_header, []
+
+        def counted(path):
+            seen.append(path.name)
+            return read(path)
+
+        monkeypatch.setattr(checkpoint, "_read_header", counted)
+        load(directory)
+        assert sorted(seen) == sorted(path.name for path in directory.glob("*.safetensors"))

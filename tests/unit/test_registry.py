@@ -127,6 +127,18 @@ def test_the_third_mistral_has_no_window() -> None:
 
 
 @pytest.mark.parametrize(
+    "name, hint", [("mixtral-8x8b", "did you mean mixtral-8x7b"), ("qqq", "known names are ")]
+)
+def test_an_unknown_name_is_answered_in_whole_sentences(name, hint):
+    with pytest.raises(ConfigError) as caught:
+        resolve(name)
+    message = str(caught.value)
+    assert f"{name!r} is neither a path nor a known model; {hint}" in message
+    before, after = message.split(" Of another model, give the directory")
+    assert before[-1] in ".?" and after
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "mistralai/Mistral-7B-Instruct-v0.2", "mixtral-8x7b-instruct-v0.1-gptq", "togethercomputer/LLaMA-2-7B-32K",

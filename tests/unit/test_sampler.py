@@ -323,16 +323,6 @@ def test_no_rows_give_no_tokens():
     assert sample(torch.zeros(0, 4), build_sampling_batch([], 4)).token_ids.shape == (0,)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_no_numbers_give_some_token_and_leave_other_rows_alone(value, temperature):
-    filtered = RowSampling(temperature=temperature, top_p=0.9, top_k=2, min_p=0.1, uniform=0.5)
-    for row in (filtered, RowSampling(temperature=temperature, uniform=0.0)):
-        broken, sound = choose([[value] * 5, [0.0, 99.0, 0.0, 0.0, 0.0]], [row, row])
-        assert 0 <= broken < 5
-        assert sound == 1
-
-
 def test_greedy_batches_carry_nothing_to_compute():
     batch = build_sampling_batch([RowSampling(temperature=0.0, top_p=0.5, top_k=3, min_p=0.5)] * 2, VOCAB)
     unused = (batch.random_rows, batch.top_k, batch.top_p, batch.min_p, batch.penalties, batch.masked_rows)
@@ -345,3 +335,41 @@ def test_shapes_that_do_not_agree_are_refused():
         sample(torch.zeros(3, 4), batch)
     with pytest.raises(ValueError, match=r"\[2\]; give"):
         prompt_logprobs(torch.zeros(3, 4), torch.tensor([1, 2]), 1)
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        RowSampling(temperature=0.0),
+        RowSampling(uniform=0.0),
+        RowSampling(top_k=2, top_p=0.9, min_p=0.1, uniform=0.5),
+    ],
+)
+@pytest.mark.parametrize("num_logprobs", [None, 0, 2])
+@pytest.mark.parametrize(
+    "bad", [[NAN, 1.0, 2.0], [1.0, INF, 2.0], [NAN, NAN, NAN], [-INF, -INF, -INF]], ids=str
+)
+def test_a_row_without_finite_logits_has_no_token_and_leaves_the_others_theirs(bad, num_logprobs, row):
+    row = dataclasses.replace(row, num_logprobs=num_logprobs)
+    good = [1.0, -INF, 2.0]  # a model may forbid tokens
+    logits = torch.tensor([good, bad, good])
+    found = sample(logits, build_sampling_batch([row] * 3, 3))
+    alone = sample(logits[:1], build_sampling_batch([row], 3))
+    assert found.token_ids.tolist() == [alone.token_ids.item(), sampler.NOT_FINITE, alone.token_ids.item()]
+    if num_logprobs is not None:
+        assert found.logprobs[1].isnan()
+        assert found.logprobs[0] == found.logprobs[2] == alone.logprobs[0]
+
+
+def test_a_masked_token_is_no_fault_of_the_logits():
+    row = RowSampling(temperature=0.0, forbidden_ids=[2])
+    assert choose([[1.0, 0.0, 5.0]], [row]) == [0]
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_the_score_of_a_token_under_logits_that_are_not_finite_is_nan(bad):
+    scores = prompt_logprobs(torch.tensor([[0.0, bad], [0.0, 1.0]]), torch.tensor([0, 0]), 1).logprobs
+    assert scores.isnan().tolist() == [True, False]

@@ -91,6 +91,8 @@ def _argument_type(setting: Field[Any]) -> Callable[[str], Any]:
 
 
 def _metavar(setting: Field[Any]) -> str:
+    if "metavar" in setting.metadata:
+        return str(setting.metadata["metavar"])
     if choices := setting.metadata.get("choices"):
         return "{" + ",".join(choices) + "}"
     parse = setting.metadata.get("parse")

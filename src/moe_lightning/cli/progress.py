@@ -75,7 +75,11 @@ def tokens_per_second(status: JobStatus) -> float:
 def summarize(status: JobStatus) -> str:
     """What this run did, in one clause each."""
     num_answered = status.num_done - status.num_resumed - status.num_failed
-    earlier = f", {status.num_resumed} done earlier" if status.num_resumed else ""
+    counts = {
+        "answered earlier": status.num_resumed - status.num_failed_earlier,
+        "failed earlier": status.num_failed_earlier,
+    }
+    earlier = "".join(f", {count} {what}" for what, count in counts.items() if count)
     return (
         f"{num_answered} answered, {status.num_failed} failed{earlier}; {status.prompt_tokens} prompt and "
         f"{status.generated_tokens} generated tokens in {format_duration(status.seconds)} "

@@ -9,7 +9,7 @@ import threading
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,6 @@ from moe_lightning.cli.flags import add_engine_flags, engine_config, positive_co
 from moe_lightning.cli.progress import show_progress, summarize
 from moe_lightning.cli.trace import write_text
 from moe_lightning.config import EngineConfig
-from moe_lightning.errors import ConfigError
 from moe_lightning.jobs import BatchJob, JobFiles, JobStatus, Survey, open_input, survey_input
 
 if TYPE_CHECKING:
@@ -55,11 +54,20 @@ def add_flags(parser: ArgumentParser) -> None:
         help="answers, appended as they finish",
     )
     add("--error-file", type=Path, metavar="FILE", help="lines that failed (default: OUT.errors.jsonl)")
-    resume = "skip lines that are answered; --no-resume discards the answers (default: resume)"
+    resume = (
+        "skip lines that are answered or wrong in themselves, and try again those that failed for another reason; "
+        "--no-resume discards all answers (default: resume)"
+    )
     add("--resume", action=BooleanOptionalAction, default=True, help=resume)
-    add("--ordered", action="store_true", help="write answers in the order of the input")
+    ordered = (
+        "write this run's answers in the order of the input: each waits for those before it, and what waits when "
+        "the job is interrupted is computed again"
+    )
+    add("--ordered", action="store_true", help=ordered)
     add("--limit", type=positive_count, metavar="N", help="only the first N valid lines")
-    add("--plan-only", action="store_true", help="print the policy and stop")
+    add(
+        "--plan-only", action="store_true", help="print how the model would run and stop; no weights are read"
+    )
     add("--trace", type=Path, metavar="FILE", help="record the fullest pass as Chrome and Perfetto JSON")
     add_engine_flags(parser)
 
@@ -71,9 +79,7 @@ def run(args: Namespace) -> int:
         MoELightningError: something the user can act on; what is written stays valid.
     """
     config = engine_config(args)
-    files = JobFiles.at(args.input_file, args.output_file, args.error_file)
-    if args.trace and not args.trace.parent.is_dir():
-        raise ConfigError(f"cannot write {args.trace}: there is no directory {args.trace.parent}; create it")
+    files = JobFiles.at(args.input_file, args.output_file, args.error_file, args.trace)
     if args.plan_only:
         return _print_plan(config, args)
     with _raise_on_sigterm():
@@ -83,10 +89,16 @@ def run(args: Namespace) -> int:
 def _print_plan(config: EngineConfig, args: Namespace) -> int:
     with open_input(args.input_file) as file:
         survey = survey_input(file, args.limit)
-    policy = _load(config, survey).policy
-    print(f"{len(survey.valid_ids)} requests, {len(survey.bad_ids)} bad lines; policy:")
-    for name in (f.name for f in fields(policy)):
-        print(f"  {name:<18} {getattr(policy, name)}")
+    from moe_lightning.engine.plan import make_plan  # imports torch: not before the input is known to be good
+
+    plan = make_plan(config)
+    print(
+        f"{len(survey.valid_ids)} requests, {len(survey.bad_ids)} bad lines; {plan.spec.architecture} in ",
+        end="",
+    )
+    print(f"{plan.dtype} on {plan.device}, up to {plan.max_model_len} tokens a sequence; policy:")
+    for name, value in asdict(plan.policy).items():
+        print(f"  {name:<18} {value}")
     return 0
 
 
@@ -96,16 +108,26 @@ def _run_job(config: EngineConfig, files: JobFiles, args: Namespace) -> int:
     def load() -> LLM:
         nonlocal llm
         llm = _load(config, job.survey)
+        if others := sorted(job.earlier_models - {llm.model_name}):
+            _note(
+                f"{files.output} has answers of {', '.join(others)}, and {llm.model_name} answers the rest; "
+                "give --no-resume to answer all with one"
+            )
         return llm
 
     job = BatchJob(files, resume=args.resume, ordered=args.ordered, limit=args.limit)
+    if args.ordered and not job.is_in_order:
+        _note(
+            f"{files.output} holds answers that are not in the order of the input, or ahead of lines that are not "
+            "answered yet: only this run's answers are in order; give --no-resume for all of them"
+        )
     try:
         with job, show_progress() as update:
             status = job.run(load, update)
     except KeyboardInterrupt as e:
         return _report_interrupt(e, job.status, resume=args.resume)
-    if args.trace:
-        _write_trace(args.trace, llm)
+    if files.trace:
+        _write_trace(files.trace, llm)
     errors = f", errors in {files.errors}" if files.errors.exists() else ""
     print(f"{summarize(status)}; answers in {files.output}{errors}")
     return 0
@@ -116,8 +138,12 @@ def _load(config: EngineConfig, survey: Survey) -> LLM:
 
     llm = LLM(**asdict(config))
     if others := [m for m in survey.models if m not in (llm.model_name, config.model)]:
-        print(f"note: {llm.model_name} answers also the lines that name {', '.join(others)}", file=sys.stderr)
+        _note(f"{llm.model_name} answers also the lines that name {', '.join(others)}")
     return llm
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _write_trace(path: Path, llm: LLM | None) -> None:
@@ -125,7 +151,7 @@ def _write_trace(path: Path, llm: LLM | None) -> None:
 
     timeline = llm.fullest_pass if llm else None
     if timeline is None:
-        print(f"note: {path} is not written, because no pass was run", file=sys.stderr)
+        _note(f"{path} is not written, because no pass was run")
     else:
         write_text(path, json.dumps(to_chrome(timeline)))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lightning.cli.flags import positive_count
-from moe_lightning.errors import ConfigError
+from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.hardware.presets import preset
 from moe_lightning.models.registry import resolve
 from moe_lightning.perf.default_policy import Memory, default_policy
@@ -84,7 +84,12 @@ def predicted(args: Namespace) -> Timeline:
     hardware, spec = preset(args.hardware), resolve(args.model)
     dtype = "float16" if "bfloat16" not in hardware.gpu.flops else spec.dtype
     memory = Memory(hardware.cpu.memory_bytes, int(0.9 * hardware.gpu.memory_bytes))
-    policy, _ = default_policy(spec, 2, memory, max_num_seqs=args.num_seqs)
+    try:
+        policy, _ = default_policy(spec, 2, memory, max_num_seqs=args.num_seqs)
+    except NoFeasiblePolicyError as e:
+        raise NoFeasiblePolicyError(
+            e.problem, "Lower --num-seqs or name a larger machine as --hardware"
+        ) from e
     pages = spec.experts.num_experts * policy.pages_per_expert
     if args.layers:  # under the policy of the whole model: a few layers alone would all be resident
         spec = replace(spec, num_layers=min(args.layers, spec.num_layers))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
@@ -30,7 +29,7 @@ def build_worker(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    directory: Path | None,
+    tensors: checkpoint.Tensors | None,
     executor: str = "auto",
     seed: int = 0,
     progress: Progress = lambda done, total: None,
@@ -44,13 +43,13 @@ def build_worker(
         policy: how it runs.
         dtype: of weights, activations and KV.
         device: what does the dense work.
-        directory: the checkpoint; None for random weights.
+        tensors: of the checkpoint; None for random weights.
         executor: ``serial``, or lanes at once.
         seed: of random weights.
         progress: told of the weights that are in place.
 
     Raises:
-        CheckpointError: the files are not the model's.
+        CheckpointError: a file cannot be read.
         ConfigError: the system has no such memory.
     """
     lanes = make_executor(executor, device)
@@ -59,7 +58,7 @@ def build_worker(
     placement = Placement(layout.pages_per_layer, policy.resident_pages, policy.num_frames)
     weights = allocate(spec, layout, placement, dtype, device)
     kv = KVCache(spec.num_layers, spec.attention, policy.num_blocks, policy.block_size, dtype)
-    _fill(weights, kv, directory, seed, progress)
+    _fill(weights, kv, tensors, seed, progress)
     return Worker(weights, policy, kv, lanes, device)
 
 
@@ -78,16 +77,18 @@ def make_executor(name: str, device: torch.device) -> Executor:
     return ThreadedExecutor() if name == "threads" else SerialExecutor()
 
 
-def _fill(weights: Weights, kv: KVCache, directory: Path | None, seed: int, progress: Progress) -> None:
+def _fill(
+    weights: Weights, kv: KVCache, tensors: checkpoint.Tensors | None, seed: int, progress: Progress
+) -> None:
     pin = weights.embed.is_cuda
     num_threads = os.cpu_count() or 1
     with ThreadPoolExecutor(2, thread_name_prefix="prepare") as background:
-        if directory is not None:
+        if tensors is not None:
             arenas = (
                 (weights.pages.arena, kv.arena) if pin else ()
             )  # without a GPU, memory comes as it is used
             ready = [background.submit(arena.prepare, pin=pin, num_threads=num_threads) for arena in arenas]
-            checkpoint.load(directory, weights, progress=progress)
+            checkpoint.load(tensors, weights, progress=progress)
         else:
             ready = [background.submit(kv.arena.prepare, pin=pin, num_threads=num_threads)] if pin else []
             _fill_randomly(weights, seed, pin, num_threads, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from moe_lightning.engine.worker import Worker
 from moe_lightning.errors import DeviceError
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.runner import MicroBatchOutput
-from moe_lightning.runtime.sampler import SampleOutput
+from moe_lightning.runtime.sampler import NOT_FINITE, SampleOutput
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class Engine:
         for sequence in batch.admitted:
             if not sequence.output_ids[1:] and sequence.index == 0:
                 self.num_prompt_tokens += len(sequence.request.prompt_token_ids)
-            if sequence.max_new_tokens == 0:
+            if sequence.max_new_tokens == 0 and not sequence.finish:
                 sequence.finish = Finish("length", None, "")
 
     def _take_tokens(self, sequences: tuple[Sequence, ...], sampled: SampleOutput | None) -> None:
@@ -142,10 +143,15 @@ class Engine:
             return
         rows = _Rows(sampled, self._tokenizer)
         for row, sequence in enumerate(sequences):
+            if sequence.finish:  # its prompt's scores were not finite
+                continue
+            if rows.token_ids[row] == NOT_FINITE:
+                sequence.fail()
+                continue
             k = sequence.request.params.logprobs
             logprobs = None if k is None else rows.logprobs(row, k)
             sequence.accept(rows.token_ids[row], self._eos_token_ids, logprobs)
-        self.num_generated_tokens += len(sequences)
+            self.num_generated_tokens += 1
 
     def _take_scores(self, scored: tuple[tuple[Sequence, int], ...], output: MicroBatchOutput) -> None:
         """Scores come as parts of a chunk's positions; each piece takes its own in row order."""
@@ -158,8 +164,11 @@ class Engine:
             k = sequence.request.params.prompt_logprobs
             assert k is not None
             into = self._prompt_logprobs.setdefault(sequence.request.request_id, [None])
-            into += [rows.logprobs(row, k) for rows, row in entries[position : position + count]]
+            own = entries[position : position + count]
             position += count
+            into += [rows.logprobs(row, k) for rows, row in own]
+            if any(rows.is_nan(row) for rows, row in own):
+                sequence.fail()
 
     def _finish(self, request_id: str) -> RequestOutput:
         sequences = self._unfinished.pop(request_id)
@@ -186,6 +195,10 @@ class _Rows:
         self._ranks = output.ranks.tolist() if output.ranks is not None else []
         self._top_ids = output.top_ids.tolist() if output.top_ids is not None else None
         self._top = output.top_logprobs.tolist() if output.top_logprobs is not None else None
+
+    def is_nan(self, row: int) -> bool:
+        """The row's logits were no numbers to compute with."""
+        return math.isnan(self._logprobs[row])
 
     def logprobs(self, row: int, k: int) -> Logprobs:
         """The k most likely tokens of a row and the chosen one, which comes first."""

@@ -53,10 +53,20 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0, 100)
-        if not all(isinstance(s, str) and s for s in self.stop_strings):
+        self._check_stops()
+
+    def _check_stops(self) -> None:
+        if not isinstance(self.stop, str | list | tuple | None) or not all(
+            isinstance(s, str) and s for s in self.stop_strings
+        ):
             raise RequestError(f"stop={self.stop!r}: give non-empty strings")
+        if not isinstance(self.stop_token_ids, list | tuple | None):
+            raise RequestError(f"stop_token_ids={self.stop_token_ids!r}: give a list of token ids")
         for token in self.stop_token_ids or ():
             _check_int("stop_token_ids", token, 0, 2**31)
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name}={getattr(self, name)!r}: give True or False")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -110,7 +120,8 @@ class Request:
 class CompletionOutput:
     """One of the n answers.
 
-    `finish_reason` is ``stop``, ``length`` or ``abort``; `stop_reason` is what stopped it.
+    `finish_reason` is ``stop``, ``length``, ``abort``, or ``error`` where the model's logits were not finite; text
+    and tokens are then those before. `stop_reason` is what stopped it.
     """
 
     index: int

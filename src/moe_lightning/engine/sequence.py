@@ -82,6 +82,10 @@ class Sequence:
             self._detokenizer, self.request.params, eos_token_ids, self.output_ids, self.max_new_tokens
         )
 
+    def fail(self) -> None:
+        """End with what there is: the model gave no numbers to go on with."""
+        self.finish = Finish("error", None, self._detokenizer.finish())
+
     def output(self) -> CompletionOutput:
         """What the user gets."""
         finish, wants_logprobs = self.finish, self.request.params.logprobs is not None

@@ -12,7 +12,10 @@ from moe_lightning.engine.request import SamplingParams
 
 @dataclass(frozen=True)
 class Finish:
-    """Why a sequence ended: ``stop`` or ``length``; the token or string that did it (None: EOS); its text."""
+    """Why a sequence ended; the token or string that stopped it (None: EOS); its text.
+
+    `reason` is one of those that `CompletionOutput` lists.
+    """
 
     reason: str
     stop_reason: int | str | None

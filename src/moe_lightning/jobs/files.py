@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,17 +43,19 @@ class LineFile:
         self.path = path
         self._unsynced = 0
         self._synced_at = time.monotonic()
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as e:
-            raise JobError(f"cannot write {path}: {e.strerror}; choose another path") from e
-        try:
-            self._require_regular()
-            self._lock()
-            _sync_directory(path)
-        except BaseException:
+        while True:
+            self._fd = self._open(path, 0)
+            try:
+                self._require_regular()
+                self._lock(self._fd)
+                # Its owner may have replaced or removed the file between our opening and our locking it.
+                if self._is_at(path):
+                    _sync_directory(path)
+                    return
+            except BaseException:
+                os.close(self._fd)
+                raise
             os.close(self._fd)
-            raise
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """Number, from 1, and bytes of each whole line that is there."""
@@ -89,6 +91,45 @@ class LineFile:
     def clear(self) -> None:
         """Remove all lines."""
         os.ftruncate(self._fd, 0)
+
+    def remove(self, line_ids: Collection[str]) -> None:
+        """Remove the lines with these ids: all of them or, if it fails or the process dies, none.
+
+        Raises:
+            JobError: the disk is full or broken.
+        """
+        real = Path(os.path.realpath(self.path))
+        beside = real.with_name(f"{real.name}.tmp")
+        fd = self._open(beside, os.O_TRUNC)
+        try:
+            self._lock(fd)  # the lock is the file's, not the name's
+            with open(fd, "wb", closefd=False) as file:
+                for _, line in self.lines():
+                    if json.loads(line)["id"] not in line_ids:
+                        file.write(line)
+            os.fchmod(fd, stat.S_IMODE(os.fstat(self._fd).st_mode))
+            os.fsync(fd)
+            os.rename(beside, real)
+        except BaseException as e:
+            os.close(fd)
+            beside.unlink(missing_ok=True)
+            if isinstance(e, OSError):
+                raise self._failed(e) from e
+            raise
+        os.close(self._fd)
+        self._fd = fd
+        _sync_directory(real)
+
+    def delete(self) -> None:
+        """Remove the file and let go of the lock."""
+        os.ftruncate(self._fd, 0)
+        self.path.unlink()
+        os.close(self._fd)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no line."""
+        return os.fstat(self._fd).st_size == 0
 
     def append(self, line: bytes) -> None:
         """Write one line with its line break; all of it or, if it fails, nothing.
@@ -140,13 +181,25 @@ class LineFile:
         finally:
             os.close(self._fd)
 
+    def _open(self, path: Path, flags: int) -> int:
+        try:
+            return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | flags, 0o666)
+        except OSError as e:
+            raise JobError(f"cannot write {path}: {e.strerror}; choose another path") from e
+
+    def _is_at(self, path: Path) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.stat(path))
+        except FileNotFoundError:
+            return False
+
     def _require_regular(self) -> None:
         if not stat.S_ISREG(os.fstat(self._fd).st_mode):
             raise JobError(f"{self.path} is not a regular file and cannot be resumed; choose another path")
 
-    def _lock(self) -> None:
+    def _lock(self, fd: int) -> None:
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise JobError(
                 f"another process is writing {self.path}; wait for it, stop it or choose another path"

@@ -9,10 +9,21 @@ from typing import Any
 from moe_lightning.engine.request import PassStats, Request, RequestOutput
 from moe_lightning.errors import JobError, RequestError
 from moe_lightning.jobs.answers import BatchLLM, answer_line, error_line, make_request
+from moe_lightning.jobs.earlier import Written, is_in_order, written
 from moe_lightning.jobs.files import LineFile, encode_line
 from moe_lightning.jobs.lines import BadLine, BatchLine, read_batch
 from moe_lightning.jobs.paths import JobFiles
-from moe_lightning.jobs.survey import done_ids, open_input, survey_input
+from moe_lightning.jobs.survey import open_input, survey_input
+
+# Finish reasons that are no answer, with code and message of the error line.
+_FAILURES = {
+    "abort": ("aborted", "the engine gave up on this request; run the job again to retry"),
+    "error": (
+        "non_finite_logits",
+        "the model computed NaN or infinity. The checkpoint may be damaged: run `moe-lightning verify`; or float16 "
+        "overflowed: use --dtype bfloat16",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -20,13 +31,15 @@ class JobStatus:
     """Where a job stands.
 
     Of `num_total` lines `num_done` are answered or refused, `num_resumed` of them by earlier runs and
-    `num_failed` of them refused by this one. Tokens and seconds are those of this run's passes.
+    `num_failed` of them refused by this one; `num_failed_earlier` of those of earlier runs are refused. Tokens and
+    seconds are those of this run's passes.
     """
 
     num_total: int
     num_done: int
     num_resumed: int
     num_failed: int = 0
+    num_failed_earlier: int = 0
     num_running: int = 0
     num_waiting: int = 0
     prompt_tokens: int = 0
@@ -36,6 +49,15 @@ class JobStatus:
 
 class BatchJob:
     """A job whose files are checked and locked; `with` closes them.
+
+    What an earlier run has answered stays. So does the error of a line that is wrong in itself. One that depends on
+    the model or its settings, such as that of an over-long prompt, is removed and the line tried again.
+
+    Attributes:
+        survey: the lines of the input.
+        status: where the job stands.
+        earlier_models: that answered the lines which are answered already.
+        is_in_order: all answers will be in the order of the input, those of earlier runs included, if the rest is.
 
     Raises:
         JobError: the input has no lines, or a file to write is in use or of another job.
@@ -58,12 +80,19 @@ class BatchJob:
             self._input.close()
             raise
         try:
-            self._done = self._earlier_answers() if resume else set()
+            answered, failed = self._earlier() if resume else (Written(), Written())
         except BaseException:
             self.close()
             raise
-        num_resumed = len(self._done & (self.survey.valid_ids | self.survey.bad_ids))
-        self.status = JobStatus(self.survey.num_lines, num_resumed, num_resumed)
+        self.earlier_models = answered.models
+        self.is_in_order = is_in_order(self.survey, answered.ids)
+        self._retried = self.survey.valid_ids & set(failed.ids)
+        earlier_failures = self.survey.bad_ids & set(failed.ids)
+        self._done = (self.survey.valid_ids & set(answered.ids)) | earlier_failures
+        num_resumed = len(self._done)
+        self.status = JobStatus(
+            self.survey.num_lines, num_resumed, num_resumed, num_failed_earlier=len(earlier_failures)
+        )
 
     def __enter__(self) -> BatchJob:
         return self
@@ -91,6 +120,7 @@ class BatchJob:
         llm = None if self.survey.valid_ids <= self._done else load()
         if not self._resume:  # not before the model is there: till then a mistake costs nothing
             self._discard_answers()
+        self._discard_failures()
         if llm is None:
             self._refuse_bad_lines()
             return self.status
@@ -118,19 +148,26 @@ class BatchJob:
                 "run the job again to resume"
             )
 
-    def _earlier_answers(self) -> set[str]:
-        done = done_ids(self.survey, self._output, may_be_shared=False)
+    def _earlier(self) -> tuple[Written, Written]:
+        """Answers and errors of earlier runs."""
+        answered, failed = written(self.survey, self._output, may_be_shared=False), Written()
         if self.files.errors.exists():
-            done |= done_ids(self.survey, self._error_file(), may_be_shared=True)
-        return done
+            failed = written(self.survey, self._error_file(), may_be_shared=True)
+        return answered, failed
 
     def _discard_answers(self) -> None:
         self._output.clear()
         if self.files.errors.exists():
-            errors = LineFile(self.files.errors)
-            errors.clear()
-            self.files.errors.unlink()
-            errors.close()
+            LineFile(self.files.errors).delete()
+
+    def _discard_failures(self) -> None:
+        """Remove the errors of lines that are tried again, so that each ends in one file only."""
+        if self._errors is None or not self._retried:
+            return
+        self._errors.remove(self._retried)
+        if self._errors.is_empty:
+            self._errors.delete()
+            self._errors = None
 
     def _error_file(self) -> LineFile:
         if self._errors is None:
@@ -167,13 +204,12 @@ class BatchJob:
 
     def _finish(self, llm: BatchLLM, output: RequestOutput) -> None:
         position, line = self._in_flight.pop(output.request_id)
-        if any(c.finish_reason == "abort" for c in output.outputs):
-            message = (
-                f"line {line.number}: the engine gave up on this request; give it a new custom_id to retry"
-            )
-            self._write(position, error_line(line, "aborted", message), is_error=True)
-        else:
-            self._write(position, answer_line(llm, line, output), is_error=False)
+        reasons = {c.finish_reason for c in output.outputs}
+        for reason, (code, message) in _FAILURES.items():
+            if reason in reasons:
+                self._write(position, error_line(line, code, f"line {line.number}: {message}"), is_error=True)
+                return
+        self._write(position, answer_line(llm, line, output), is_error=False)
 
     def _write(self, position: int, record: dict[str, Any], *, is_error: bool) -> None:
         data = encode_line(record)

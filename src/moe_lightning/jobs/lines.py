@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
+from moe_lightning.engine.checks import shown, text
 from moe_lightning.errors import RequestError
 from moe_lightning.protocol import ChatCall, CompletionCall, parse_chat, parse_completion
-from moe_lightning.protocol.fields import shown, text
 
 LINE_ID_PREFIX = "batch_req_"
 MAX_LINE_BYTES = 64 * 2**20  # a binary file without line breaks must not end up in memory

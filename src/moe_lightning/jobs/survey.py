@@ -1,17 +1,15 @@
-"""What a job is about, before a model is loaded: its input's lines, and which of them are done."""
+"""What a job is about, before a model is loaded: the lines of its input."""
 
 from __future__ import annotations
 
-import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from moe_lightning.errors import JobError
-from moe_lightning.jobs.files import LineFile
 from moe_lightning.jobs.lines import BadLine, read_batch
 
 
@@ -19,13 +17,14 @@ from moe_lightning.jobs.lines import BadLine, read_batch
 class Survey:
     """All lines of an input file.
 
-    `valid_ids` and `bad_ids` are those of the lines that the job covers, `later_ids` those past its limit.
-    The job ends with line `last_line`, the input with byte `size`. `models` are some of the names in bodies.
+    `valid_ids` and `bad_ids` are those of the lines that the job covers, `later_ids` those past its limit, each in
+    the order of the input. The job ends with line `last_line`, the input with byte `size`. `models` are some of the
+    names in bodies.
     """
 
-    valid_ids: frozenset[str]
-    bad_ids: frozenset[str]
-    later_ids: frozenset[str]
+    valid_ids: Set[str]
+    bad_ids: Set[str]
+    later_ids: Set[str]
     custom_ids: frozenset[str]
     last_line: int
     size: int
@@ -60,62 +59,24 @@ def survey_input(file: BinaryIO, limit: int | None = None) -> Survey:
         JobError: there is no line in it.
     """
     size = os.fstat(file.fileno()).st_size
-    valid, bad, later, custom_ids = (set[str]() for _ in range(4))
-    models: dict[str, None] = {}
+    custom_ids: set[str] = set()
+    valid, bad, later, models = (dict[str, None]() for _ in range(4))  # as sets that keep an order
     last_line = 0
     for line in read_batch(file, size):
         if line.custom_id is not None:
             custom_ids.add(line.custom_id)
         if limit is not None and len(valid) == limit:
-            later.add(line.line_id)
+            later[line.line_id] = None
             continue
         last_line = line.number
         if isinstance(line, BadLine):
-            bad.add(line.line_id)
+            bad[line.line_id] = None
             continue
-        valid.add(line.line_id)
+        valid[line.line_id] = None
         if line.call.model is not None and len(models) < 4:
             models[line.call.model] = None
     if not valid and not bad:
         raise JobError(f"{file.name} has no requests; write one JSON object per line")
-    ids = (frozenset(valid), frozenset(bad), frozenset(later), frozenset(custom_ids))
-    return Survey(*ids, last_line, size, tuple(models))
-
-
-def done_ids(survey: Survey, file: LineFile, *, may_be_shared: bool) -> set[str]:
-    """Ids of the lines that `file` answers, after its torn last line is cut.
-
-    `may_be_shared`: lines of other jobs are left alone, as in an error file.
-
-    Raises:
-        JobError: the file is of another job, or a body has changed since; nothing has been cut then.
-    """
-    expected = survey.valid_ids | survey.bad_ids | survey.later_ids
-    done = set()
-    for number, line_id, custom_id in _answers(file):
-        if line_id in expected:
-            done.add(line_id)
-        elif custom_id in survey.custom_ids:
-            raise JobError(
-                f"the request {custom_id!r} has changed since line {number} of {file.path} answered it; "
-                "give it a new custom_id, or remove that line, or give --no-resume to discard all answers"
-            )
-        elif not may_be_shared:
-            raise JobError(
-                f"{file.path} answers {custom_id!r} (line {number}), which is not in the input: it is of "
-                "another job; choose another -o, or give --no-resume to overwrite it"
-            )
-    file.cut_torn_line()
-    return done
-
-
-def _answers(file: LineFile) -> Iterator[tuple[int, str, str | None]]:
-    for number, raw in file.lines():
-        try:
-            record = json.loads(raw)
-            yield number, str(record["id"]), record["custom_id"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise JobError(
-                f"line {number} of {file.path} is not a batch answer; remove the line, choose another path, "
-                "or give --no-resume to overwrite the file"
-            ) from None
+    return Survey(
+        valid.keys(), bad.keys(), later.keys(), frozenset(custom_ids), last_line, size, tuple(models)
+    )

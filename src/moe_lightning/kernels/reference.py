@@ -204,6 +204,8 @@ def decode_attention(
         if sliding_window is not None:
             mask &= positions >= last - sliding_window
         num_kv_heads = kv.shape[2]
+        # What freed blocks hold may be no number, and 0 times that is none either.
+        values.masked_fill_(~mask[:, None, :, None], 0)
         queries = q[rows].view(len(rows), num_kv_heads, -1, q.shape[-1])  # a KV head's queries side by side
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None, :])
         out[rows] = attended.reshape(len(rows), *q.shape[1:])

@@ -7,24 +7,26 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from moe_lightning.errors import CheckpointError
 from moe_lightning.memory.weights import Weights
-from moe_lightning.models.spec import ModelSpec, TensorSpec
+from moe_lightning.models.spec import ModelSpec, Role, TensorSpec
 from moe_lightning.units import format_bytes
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER = 100 * 2**20  # the format's own bound
+_PIECE = 16 * 2**20  # bytes of two tensors that are compared at a time
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
 
@@ -38,6 +40,18 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     num_bytes: int
+
+
+Tensors = list[tuple[TensorSpec, StoredTensor]]  # each tensor of a model with its place in the files
+
+
+def open_model(directory: Path, spec: ModelSpec) -> Tensors:
+    """Each tensor of the model with its place in a checkpoint's files; their headers are read, no weights.
+
+    Raises:
+        CheckpointError: the files are damaged, or not the model's.
+    """
+    return check_tensors(open_checkpoint(directory), spec)
 
 
 def open_checkpoint(directory: Path) -> dict[str, StoredTensor]:
@@ -59,6 +73,8 @@ def open_checkpoint(directory: Path) -> dict[str, StoredTensor]:
 def _read_weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except OSError as error:
+        raise _unreadable(index, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is no checkpoint index ({error!r}); download it again") from error
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -85,8 +101,8 @@ def _read_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, Store
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 0 < length <= min(_MAX_HEADER, size - 8):
@@ -99,6 +115,21 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{path} has a damaged header ({error!r}); download it again") from error
     _check_data(path, tensors.values(), 8 + length, size)
     return tensors
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read ({error.strerror}); check that it is a file and its mode, or download it again"
+    )
 
 
 def _entry(name: str, path: Path, entry: dict[str, Any], base: int) -> StoredTensor:
@@ -126,11 +157,12 @@ def _check_data(path: Path, tensors: Iterable[StoredTensor], start: int, size: i
         )
 
 
-def check_tensors(stored: dict[str, StoredTensor], spec: ModelSpec) -> list[tuple[TensorSpec, StoredTensor]]:
+def check_tensors(stored: dict[str, StoredTensor], spec: ModelSpec) -> Tensors:
     """Each tensor of the model with its place in the files.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, or has another shape or an unusable dtype.
+        CheckpointError: a tensor is missing, unknown, or has another shape or an unusable dtype, or a tied one has
+            other values than the one that it is tied to.
     """
     wanted = {tensor.name: tensor for tensor in spec.tensors()}
     missing = [name for name in wanted if name not in stored]
@@ -146,6 +178,8 @@ def check_tensors(stored: dict[str, StoredTensor], spec: ModelSpec) -> list[tupl
         )
     for name, tensor in wanted.items():
         _check_tensor(stored[name], tensor)
+    if spec.tie_word_embeddings:
+        _check_tied_head(stored, spec)
     return [(tensor, stored[name]) for name, tensor in wanted.items()]
 
 
@@ -163,6 +197,31 @@ def _check_tensor(stored: StoredTensor, wanted: TensorSpec) -> None:
             f"{stored.path}: {stored.name} has {stored.num_bytes} bytes, "
             f"not those of its shape {list(stored.shape)}"
         )
+
+
+def _check_tied_head(stored: dict[str, StoredTensor], spec: ModelSpec) -> None:
+    """A head that is stored although it is tied must be the embedding: fine-tuned ones sometimes are not."""
+    head, embedding = (stored.get(spec.weight_names[role]) for role in (Role.LM_HEAD, Role.EMBED))
+    if head is None or embedding is None or _is_equal(head, embedding):
+        return
+    raise CheckpointError(
+        f"{head.name} in {head.path} is not {embedding.name}, but config.json has tie_word_embeddings: true, which "
+        "says that they are one; set tie_word_embeddings to false in config.json if the head is the trained one, "
+        "or remove it from the checkpoint"
+    )
+
+
+def _is_equal(a: StoredTensor, b: StoredTensor) -> bool:
+    if (a.dtype, a.shape, a.num_bytes) != (b.dtype, b.shape, b.num_bytes):
+        return False
+    with _open(a.path) as of_a, _open(b.path) as of_b:
+        of_a.seek(a.offset)
+        of_b.seek(b.offset)
+        for start in range(0, a.num_bytes, _PIECE):
+            size = min(_PIECE, a.num_bytes - start)
+            if of_a.read(size) != of_b.read(size):
+                return False
+    return True
 
 
 def _is_ignored(name: str, spec: ModelSpec) -> bool:
@@ -187,7 +246,7 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     values = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype])
     view = memoryview(values.view(-1).view(torch.uint8).numpy().data)
     done = 0
-    with stored.path.open("rb", buffering=0) as file:
+    with _open(stored.path) as file:
         while done < len(view):
             count = os.preadv(file.fileno(), [view[done:]], stored.offset + done)
             if count == 0:
@@ -196,16 +255,15 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     return values
 
 
-def load(directory: Path, weights: Weights, num_readers: int = 4, progress: Progress | None = None) -> None:
+def load(tensors: Tensors, weights: Weights, num_readers: int = 4, progress: Progress | None = None) -> None:
     """Fill the weights from a checkpoint; each reader holds one tensor beside them at a time.
 
     Raises:
-        CheckpointError: the files are not the model that `weights` was made for.
+        CheckpointError: a file cannot be read, or has changed since it was opened.
     """
-    pairs = check_tensors(open_checkpoint(directory), weights.spec)
-    total, done = sum(stored.num_bytes for _, stored in pairs), 0
+    total, done = sum(stored.num_bytes for _, stored in tensors), 0
     with ThreadPoolExecutor(num_readers, thread_name_prefix="load") as readers:
-        futures = [readers.submit(_fill, weights, tensor, stored) for tensor, stored in pairs]
+        futures = [readers.submit(_fill, weights, tensor, stored) for tensor, stored in tensors]
         try:
             for future in as_completed(futures):
                 done += future.result()
@@ -228,11 +286,3 @@ def _fill(weights: Weights, tensor: TensorSpec, stored: StoredTensor) -> int:
             f"{filled} of {tensor.num_elements} weights placed"
         )
     return stored.num_bytes
-
-
-def checkpoint_dtype(stored: Iterable[StoredTensor]) -> str:
-    """The dtype that most bytes of a checkpoint have, as safetensors names it."""
-    sizes: dict[str, int] = {}
-    for tensor in stored:
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.num_bytes
-    return max(sizes, key=lambda dtype: sizes[dtype])

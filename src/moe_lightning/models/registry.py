@@ -66,7 +66,7 @@ def spec_from_config(config: HFConfig) -> ModelSpec:
 
 def _unknown(model: str) -> ConfigError:
     near = difflib.get_close_matches(model.lower().split("/")[-1], KNOWN_MODELS, n=3, cutoff=0.3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(KNOWN_MODELS)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known names are {', '.join(KNOWN_MODELS)}."
     return ConfigError(
         f"{model!r} is neither a path nor a known model; {hint} "
         "Of another model, give the directory with its config.json"

@@ -10,6 +10,7 @@ from typing import Any
 from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.memory import activation_bytes
+from moe_lightning.pipeline.baselines import SCHEDULES
 from moe_lightning.policy import Policy
 from moe_lightning.units import GIB, MIB, format_bytes
 
@@ -61,7 +62,8 @@ def default_policy(
         raise NoFeasiblePolicyError(
             f"{spec.architecture} needs {format_bytes(on_host + _WORKSPACE)} of host memory and KV for one "
             f"sequence of {length} tokens ({format_bytes(spec.kv_bytes_per_token(dtype_bytes) * length)}); "
-            f"{format_bytes(memory.host)} is there. Lower max_model_len or free host memory"
+            f"{format_bytes(memory.host)} is there",
+            "Lower max_model_len or free host memory",
         )
     length = min(length, capacity)
     policy = Policy(
@@ -88,11 +90,14 @@ def load_policy(path: str, base: Policy) -> Policy:
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"policy file {path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"policy file {path} cannot be read: {error}; give a JSON file") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"policy file {path} holds no JSON object")
-    return override(base, values)
+        raise ConfigError(f'policy file {path} holds no JSON object; give one, such as {{"num_blocks": 512}}')
+    try:
+        return override(base, values)
+    except ConfigError as error:
+        raise ConfigError(f"policy file {path}: {error}") from error
 
 
 def override(base: Policy, values: dict[str, Any]) -> Policy:
@@ -102,15 +107,37 @@ def override(base: Policy, values: dict[str, Any]) -> Policy:
         ConfigError: a name or a value is no policy's.
     """
     for name, value in values.items():
-        known = {f.name: getattr(base, f.name) for f in fields(Policy)}
-        if name not in known:
-            raise ConfigError(f"a policy has no {name!r}; it has {', '.join(known)}")
-        least = 0 if name in ("look_ahead", "num_frames") else 1
-        if isinstance(known[name], int) and (not isinstance(value, int) or value < least):
-            raise ConfigError(f"{name}={value!r}: give an integer of {least} or more")
-    if isinstance(values.get("resident_pages"), list):
+        _check_value(base, name, value)
+    if "resident_pages" in values:
         values = {**values, "resident_pages": tuple(values["resident_pages"])}
     return replace(base, **values)
+
+
+def _check_value(base: Policy, name: str, value: object) -> None:
+    known = {f.name: getattr(base, f.name) for f in fields(Policy)}
+    if name not in known:
+        raise ConfigError(f"a policy has no {name!r}; it has {', '.join(known)}")
+    if name == "schedule":
+        if not isinstance(value, str) or value not in SCHEDULES:
+            raise ConfigError(f"schedule={value!r} is not known; choose one of {', '.join(SCHEDULES)}")
+    elif name == "resident_pages":
+        layers = len(base.resident_pages)
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != layers
+            or not all(_is_int(v, 0) for v in value)
+        ):
+            raise ConfigError(
+                f"resident_pages={value!r}: give a list of {layers} integers, one for each layer"
+            )
+    else:
+        least = 0 if name in ("look_ahead", "num_frames") else 1
+        if not _is_int(value, least):
+            raise ConfigError(f"{name}={value!r}: give an integer of {least} or more")
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _pages(spec: ModelSpec, dtype_bytes: int, memory: Memory, rows: int) -> tuple[int, tuple[int, ...], int]:
@@ -130,7 +157,8 @@ def _pages(spec: ModelSpec, dtype_bytes: int, memory: Memory, rows: int) -> tupl
         needed = fixed + activations + expert_bytes * num_experts
         raise NoFeasiblePolicyError(
             f"{spec.architecture} needs {format_bytes(needed)} of GPU memory to stream one layer at a time; "
-            f"{format_bytes(memory.gpu)} is allowed. Raise gpu_memory or lower max_num_seqs"
+            f"{format_bytes(memory.gpu)} is allowed",
+            "Raise gpu_memory or lower max_num_seqs",
         )
     # resident * layers + ring, with a ring of _RING_LAYERS * (per_layer - resident), fills all frames.
     resident = int((frames - _RING_LAYERS * per_layer) / max(layers - _RING_LAYERS, 1))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from moe_lightning.engine.checks import shown
 from moe_lightning.errors import RequestError
 
 # Sampling fields that go to SamplingParams under their own name, with the types JSON may give them.
@@ -86,27 +87,6 @@ def typed(name: str, value: Any, types: tuple[type, ...]) -> Any:
     names = {int: "an integer", float: "a number", str: "a string", list: "a list", bool: "true or false"}
     wanted = " or ".join(names[t] for t in types if not (t is int and float in types))
     raise RequestError(f"{name}={shown(value)}: give {wanted}")
-
-
-def text(name: str, value: Any) -> str:
-    """`value`, if it is a string that UTF-8 can write.
-
-    Raises:
-        RequestError: it is none.
-    """
-    if not isinstance(value, str):
-        raise RequestError(f"{name}={shown(value)}: give a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as e:
-        raise RequestError(f"{name} holds half a surrogate pair at character {e.start}; remove it") from None
-    return value
-
-
-def shown(value: Any) -> str:
-    """`repr` of a value, cut so that it fits in a message."""
-    written = repr(value)
-    return written if len(written) <= 80 else f"{written[:77]}..."
 
 
 def _is_known(name: str, own: frozenset[str]) -> bool:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moe_lightning.engine.checks import shown, text
+from moe_lightning.engine.messages import checked_messages
 from moe_lightning.engine.request import SamplingParams
 from moe_lightning.errors import RequestError
 from moe_lightning.protocol import fields
 
 Prompt = str | tuple[int, ...]
-_ROLES = ("system", "developer", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,15 @@ def parse_chat(body: Mapping[str, Any]) -> ChatCall:
         RequestError: a field is missing, unknown, not supported or out of range; the message names it.
     """
     given = fields.given_fields(body, fields.CHAT)
-    messages = given.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise RequestError(f"messages={fields.shown(messages)}: give a list of at least one message")
+    messages = checked_messages(given.get("messages"))
     sampling = _sampling(given)
     sampling["max_tokens"] = _chat_max_tokens(given)
     sampling["logprobs"] = _chat_logprobs(given)
-    checked = tuple(_message(i, message) for i, message in enumerate(messages))
-    return ChatCall(_model(given), checked, SamplingParams(**sampling))
+    return ChatCall(_model(given), messages, SamplingParams(**sampling))
 
 
 def _model(given: Mapping[str, Any]) -> str | None:
-    return fields.text("model", given["model"]) if "model" in given else None
+    return text("model", given["model"]) if "model" in given else None
 
 
 def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,9 +78,9 @@ def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
         if name in given
     }
     if isinstance(stop := sampling.get("stop"), str):
-        sampling["stop"] = fields.text("stop", stop)
+        sampling["stop"] = text("stop", stop)
     elif stop is not None:
-        sampling["stop"] = tuple(fields.text(f"stop[{i}]", s) for i, s in enumerate(stop))
+        sampling["stop"] = tuple(text(f"stop[{i}]", s) for i, s in enumerate(stop))
     if "stop_token_ids" in sampling:
         sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
     return sampling
@@ -90,23 +88,23 @@ def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _prompts(prompt: Any) -> tuple[Prompt, ...]:
     if isinstance(prompt, str):
-        return (fields.text("prompt", prompt),)
+        return (text("prompt", prompt),)
     if not isinstance(prompt, list) or not prompt:
-        raise RequestError(f"prompt={fields.shown(prompt)}: give a string or a list of token ids")
+        raise RequestError(f"prompt={shown(prompt)}: give a string or a list of token ids")
     if isinstance(prompt[0], int):
         return (_token_ids("prompt", prompt),)
     return tuple(
-        fields.text(f"prompt[{i}]", p) if isinstance(p, str) else _token_ids(f"prompt[{i}]", p)
+        text(f"prompt[{i}]", p) if isinstance(p, str) else _token_ids(f"prompt[{i}]", p)
         for i, p in enumerate(prompt)
     )
 
 
 def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
     if not isinstance(ids, list) or not ids:
-        raise RequestError(f"{name}={fields.shown(ids)}: give a string or a list of token ids")
+        raise RequestError(f"{name}={shown(ids)}: give a string or a list of token ids")
     for i, token in enumerate(ids):
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-            raise RequestError(f"{name}[{i}]={fields.shown(token)}: a token id is an integer from 0")
+            raise RequestError(f"{name}[{i}]={shown(token)}: a token id is an integer from 0")
     return tuple(ids)
 
 
@@ -129,39 +127,3 @@ def _chat_logprobs(given: Mapping[str, Any]) -> int | None:
     if top:
         raise RequestError(f"top_logprobs={top} needs logprobs=true; set it")
     return None
-
-
-def _message(index: int, message: Any) -> dict[str, str]:
-    name = f"messages[{index}]"
-    if not isinstance(message, dict):
-        raise RequestError(f"{name}={fields.shown(message)}: give an object with role and content")
-    message = {key: value for key, value in message.items() if value is not None}
-    role = message.get("role")
-    if role not in _ROLES:
-        raise RequestError(f"{name}.role={fields.shown(role)} is not supported; use {', '.join(_ROLES)}")
-    for key in message.keys() - {"role", "content", "name"}:
-        raise RequestError(f"{name}.{key} is not supported; remove it")
-    # Chat templates know no developer: it is the newer name of the same role.
-    checked = {"role": "system" if role == "developer" else role}
-    checked["content"] = _content(f"{name}.content", message.get("content"))
-    if "name" in message:
-        checked["name"] = fields.text(f"{name}.name", message["name"])
-    return checked
-
-
-def _content(name: str, content: Any) -> str:
-    if not isinstance(content, list):
-        return fields.text(name, content)
-    if not content:
-        raise RequestError(f"{name}=[]: give a string or at least one part of type text")
-    # Parts are joined by line breaks, as vLLM does.
-    return "\n".join(_part(f"{name}[{i}]", part) for i, part in enumerate(content))
-
-
-def _part(name: str, part: Any) -> str:
-    kind = part.get("type") if isinstance(part, dict) else part
-    if kind != "text":
-        raise RequestError(f"{name} is of type {fields.shown(kind)}; only parts of type text are supported")
-    for key in part.keys() - {"type", "text"}:
-        raise RequestError(f"{name}.{key} is not supported; remove it")
-    return fields.text(f"{name}.text", part.get("text"))

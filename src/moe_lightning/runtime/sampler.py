@@ -7,13 +7,16 @@ order in which a device adds floating-point numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from moe_lightning.runtime.sampling_batch import Penalties, SamplingBatch
 
+# What a row has for a token whose logits say nothing: NaN and infinity come of damaged weights or overflow, and
+# whatever token were taken would look like any other.
+NOT_FINITE = -1
 # A likelihood is an integer, in units of 2**-40 of the row's largest: 2**22 of them still sum below 2**63.
 _LIKELIHOOD_ONE = 2.0**40
 # Rows are sorted a few at a time: a sorted logit needs some 40 bytes of workspace, and a micro-batch of 324
@@ -26,7 +29,7 @@ class SampleOutput:
     """Chosen tokens and, where asked for, their log-probabilities under the unchanged logits.
 
     Attributes:
-        token_ids: [R] int64.
+        token_ids: [R] int64; NOT_FINITE where the largest logit is no finite number.
         logprobs: [R] float32, of the chosen tokens.
         ranks: [R] int64, 1 for the most likely token; of equally likely ones the lowest id comes first.
         top_ids: [R, k] int64, the most likely tokens in the order of their ranks; None for k = 0.
@@ -43,7 +46,8 @@ class SampleOutput:
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     """One token per row: penalties, temperature, min-p, top-k and top-p, in this order, as in vLLM.
 
-    A greedy row takes its most likely token after penalties, of equally likely ones that with the lowest id.
+    A greedy row takes its most likely token after penalties, of equally likely ones that with the lowest id. A row
+    whose largest logit is not finite has no token; logits of -inf beside a finite one are tokens that never follow.
 
     Args:
         logits: [R, V], any floating type; not modified.
@@ -58,13 +62,16 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
         )
     adjusted = _adjust(logits, batch)
     token_ids = adjusted.argmax(dim=-1)
+    # Of a row with a NaN, argmax takes that. Decided on the device: no pass waits for it.
+    is_finite = adjusted.gather(1, token_ids[:, None])[:, 0].isfinite()
     if batch.random_rows is not None:
         rows_at_once = max(1, _SORTED_AT_ONCE // logits.shape[1])
         for rows in torch.split(batch.random_rows, rows_at_once):
             token_ids[rows] = _draw(adjusted, batch, rows)
+    marked = torch.where(is_finite, token_ids, NOT_FINITE)
     if batch.num_logprobs is None:
-        return SampleOutput(token_ids)
-    return score(logits, token_ids, batch.num_logprobs)
+        return SampleOutput(marked)
+    return replace(score(logits, token_ids, batch.num_logprobs), token_ids=marked)
 
 
 def prompt_logprobs(logits: Tensor, next_ids: Tensor, k: int) -> SampleOutput:
@@ -87,7 +94,7 @@ def prompt_logprobs(logits: Tensor, next_ids: Tensor, k: int) -> SampleOutput:
 
 
 def score(logits: Tensor, token_ids: Tensor, k: int) -> SampleOutput:
-    """Log-probability and rank of one token per row, with the k most likely ones.
+    """Log-probability and rank of one token per row, with the k most likely ones; NaN where logits are not finite.
 
     Args:
         logits: [R, V], any floating type.
@@ -96,6 +103,9 @@ def score(logits: Tensor, token_ids: Tensor, k: int) -> SampleOutput:
     """
     logits = logits.float()
     log_sums = logits.logsumexp(dim=-1)
+    log_sums = torch.where(
+        log_sums.isfinite(), log_sums, torch.nan
+    )  # beside infinity all others would be "-inf"
     own = logits.gather(1, token_ids[:, None])
     ids = torch.arange(logits.shape[1], device=logits.device)
     before = (logits > own) | ((logits == own) & (ids < token_ids[:, None]))

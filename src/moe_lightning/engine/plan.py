@@ -1,0 +1,92 @@
+"""What an engine will run: model, device, precision and policy, before any memory is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_lightning.config import EngineConfig
+from moe_lightning.engine.gpu_budget import cap_gpu_memory
+from moe_lightning.errors import ConfigError
+from moe_lightning.hardware.host import available_memory
+from moe_lightning.memory.layout import PageLayout, Placement
+from moe_lightning.models import registry
+from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.default_policy import Memory, default_policy, load_policy
+from moe_lightning.policy import Policy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model will run; `max_model_len` is the longest sequence that the policy can hold."""
+
+    spec: ModelSpec
+    device: torch.device
+    dtype: torch.dtype
+    policy: Policy
+    max_model_len: int
+
+
+def make_plan(config: EngineConfig, policy: Policy | None = None) -> Plan:
+    """The plan of an engine's settings; no weights are read, and the model need not be downloaded.
+
+    Args:
+        config: the settings.
+        policy: instead of the one that the settings lead to.
+
+    Raises:
+        ConfigError, UnsupportedModelError, NoFeasiblePolicyError: the model cannot run as asked.
+    """
+    spec = registry.resolve(config.model)
+    device, dtype = _device(config), _dtype(config.dtype, spec)
+    gpu = cap_gpu_memory(device, config.gpu_memory) if device.type == "cuda" else config.gpu_memory
+    if policy is not None:
+        _check_pages(policy, spec)
+        length = min(config.max_model_len or spec.max_position, policy.num_blocks * policy.block_size)
+        return Plan(spec, device, dtype, policy, min(length, policy.prefill_tokens))
+    memory = Memory(config.host_memory or int(0.8 * available_memory()), gpu)
+    policy, length = default_policy(spec, dtype.itemsize, memory, config.max_model_len, config.max_num_seqs)
+    if config.policy:
+        policy = load_policy(config.policy, policy)
+        length = min(length, policy.prefill_tokens, policy.num_blocks * policy.block_size)
+        _check_pages(policy, spec)
+    return Plan(spec, device, dtype, policy, length)
+
+
+def _check_pages(policy: Policy, spec: ModelSpec) -> None:
+    layout = PageLayout.of(spec, policy.pages_per_expert)
+    Placement(layout.pages_per_layer, policy.resident_pages, policy.num_frames)
+
+
+def checkpoint_directory(config: EngineConfig) -> Path | None:
+    """Where the weights are; None if they are made up.
+
+    Raises:
+        ConfigError: the model is known, but not there.
+    """
+    if config.load_format == "dummy":
+        return None
+    path = Path(config.model)
+    if not path.is_dir():
+        raise ConfigError(
+            f"{config.model!r} is no checkpoint directory; download the model and give its directory"
+        )
+    return path
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda', but torch sees no GPU; use device='cpu' or install a CUDA torch")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _dtype(name: str, spec: ModelSpec) -> torch.dtype:
+    chosen = spec.dtype if name == "auto" else name
+    found = getattr(torch, chosen, None)
+    if found not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ConfigError(f"dtype {chosen!r} cannot be run; choose float32, float16 or bfloat16")
+    return found  # type: ignore[no-any-return]
