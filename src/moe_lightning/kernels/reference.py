@@ -205,7 +205,9 @@ def decode_attention(
             mask &= positions >= last - sliding_window
         num_kv_heads = kv.shape[2]
         # What freed blocks hold may be no number, and 0 times that is none either.
-        values.masked_fill_(~mask[:, None, :, None], 0)
+        unseen = ~mask[:, None, :, None]
+        keys.masked_fill_(unseen, 0)
+        values.masked_fill_(unseen, 0)
         queries = q[rows].view(len(rows), num_kv_heads, -1, q.shape[-1])  # a KV head's queries side by side
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None, :])
         out[rows] = attended.reshape(len(rows), *q.shape[1:])
