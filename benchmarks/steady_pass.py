@@ -214,7 +214,8 @@ def main() -> None:
         f"{statistics.mean(result['pass_s']):.3f} s a pass, {result['recorded_pass_s']:.3f} s recorded, "
         f"{result['tokens_per_s']:.0f} tokens/s; H2D busy {result['h2d_busy_share']:.1%}, pages at "
         f"{result['h2d_page_bytes_per_s'] / 1e9:.1f} GB/s = {result['link_share']:.1%} of the plain copy; "
-        f"CPU attention {result['cpu_attention_bytes_per_s'] / 1e9:.1f} GB/s; GPU {result['gpu_reserved_bytes'] / GIB:.2f} GiB; "
+        f"CPU attention {result['cpu_attention_bytes_per_s'] / 1e9:.1f} GB/s; "
+        f"GPU {result['gpu_reserved_bytes'] / GIB:.2f} GiB; "
         f"pages of {result['page_bytes'] / MIB:.0f} MiB"
     )
     for kind, seconds in sorted(result["seconds_by_kind_last_pass"].items(), key=lambda item: -item[1]):

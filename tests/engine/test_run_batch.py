@@ -134,7 +134,7 @@ def test_plan_only_prints_the_policy_and_neither_loads_nor_writes(
     assert out.startswith(
         "10 requests, 1 bad lines; MixtralForCausalLM in torch.bfloat16 on cpu, up to 2048 "
     )
-    assert "max_num_seqs       256\n" in out and "cgopipe" in out
+    assert "max_num_seqs       2048\n" in out and "cgopipe" in out
     assert not llm.loaded and [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
