@@ -41,8 +41,9 @@ demo-model: venv ## build the demo checkpoint and its dense reference in .cache 
 demo: demo-model ## run the demo batch: answers, tokens/s, timeline; files go to demo-output
 	@$(BIN)/python examples/demo.py --model $(MODEL)
 
+# A file's tests stay together, so that what they share is made once.
 test: lint demo-model ## lint, then all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-gpu: venv ## the tests that need a GPU (with a CUDA build of torch in .venv)
 	$(BIN)/python -m pytest -m gpu

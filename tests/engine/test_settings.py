@@ -41,7 +41,7 @@ def test_a_tokenizer_may_come_second(mixtral, tmp_path):
         ({"quantization": "awq"}, "quantization='awq' is not supported yet"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' is not supported yet"),
         ({"max_model_len": 12.5}, "max_model_len=12.5: give an integer"),
-        ({"tokenizer": object()}, "tokenizer=.*: give a path"),
+        ({"tokenizer": 3.5}, "tokenizer=.*: give a path"),
         ({"policy": {"schedule": "cgopipe"}}, "policy=.*: give a path"),
     ],
     ids=str,
