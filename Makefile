@@ -41,7 +41,7 @@ demo-model: venv ## build the demo checkpoint and its dense reference in .cache 
 demo: demo-model ## run the demo batch: answers, tokens/s, timeline; files go to demo-output
 	@$(BIN)/python examples/demo.py --model $(MODEL)
 
-test: lint demo-model ## lint, then all tests
+test: lint test-sanitizers demo-model ## lint, fuzz the C++ code, then all tests
 	$(BIN)/python -m pytest
 
 # Without Python: neither the interpreter nor torch are built for sanitizers.
