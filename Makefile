@@ -42,7 +42,7 @@ demo: demo-model ## run the demo batch: answers, tokens/s, timeline; files go to
 	@$(BIN)/python examples/demo.py --model $(MODEL)
 
 # A file's tests stay together, so that what they share is made once.
-test: lint demo-model ## lint, then all tests
+test: lint test-sanitizers demo-model ## lint, fuzz the C++ code, then all tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-gpu: venv ## the tests that need a GPU (with a CUDA build of torch in .venv)
