@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 
 import torch
@@ -22,6 +23,10 @@ class RandomWeights:
         self._seed = seed
         self._device = weights.embed.device
         self._of_thread = threading.local()
+        # Pages are drawn in frames of the ring, which nothing is in yet: there may be no other memory left.
+        self._free_frames: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for frame in range(weights.pages.placement.num_ring_frames):
+            self._free_frames.put(frame)
 
     def fill_device(self) -> None:
         """All that stays on the device, resident pages included."""
@@ -47,10 +52,12 @@ class RandomWeights:
             if self._device.type == "cpu":
                 self._draw(home, layer, page)
                 continue
+            frame = self._free_frames.get()
             with torch.cuda.stream(self._stream()):
-                drawn = torch.empty_like(home, device=self._device)
+                drawn = self._weights.pages.frames[frame]
                 self._draw(drawn, layer, page)
-                home.copy_(drawn)
+                home.copy_(drawn)  # waits: the frame is free again afterwards
+            self._free_frames.put(frame)
 
     def _stream(self) -> torch.cuda.Stream:
         if not hasattr(self._of_thread, "stream"):

@@ -19,7 +19,9 @@ _WORKSPACE = GIB  # activations, logits, one checkpoint tensor per reader
 _MAX_SEQS = 256
 _MAX_STREAMED_SEQS = 2048  # a pass costs what its copies cost, however many ride on it
 _PREFILL_TOKENS = 2048
+_STREAMED_PREFILL_TOKENS = 8192  # so that a batch fills up within few passes
 _CHUNK_TOKENS = 512
+_STREAMED_CHUNK_TOKENS = 2048
 _PAGE_BYTES = 32 * MIB  # enough to saturate a link, small enough to let hidden states pass between
 _RING_LAYERS = 1.5  # pages of the next layer arrive while the experts of this one still read theirs
 
@@ -51,7 +53,8 @@ def default_policy(
             f"max_model_len={max_model_len} is more than the model's {spec.max_position} positions; lower it"
         )
     num_seqs = max_num_seqs or (_MAX_SEQS if memory.gpu is None else _MAX_STREAMED_SEQS)
-    rows = num_seqs + max(_PREFILL_TOKENS, length)
+    prefill = _PREFILL_TOKENS if memory.gpu is None else _STREAMED_PREFILL_TOKENS
+    rows = num_seqs + max(prefill, length)
     pages, resident, frames = _pages(spec, dtype_bytes, memory, rows)
     streamed = sum(spec.experts.num_experts * pages - r for r in resident)
     page_bytes = _expert_bytes(spec, dtype_bytes) // pages
@@ -71,8 +74,8 @@ def default_policy(
         micro_batch_size=max(1, num_seqs // 4),
         group_size=2**16,  # one sweep over the experts for the whole pass
         look_ahead=8,  # no attention waits for what the GPU does with an earlier one
-        prefill_tokens=max(_PREFILL_TOKENS, length),
-        chunk_tokens=_CHUNK_TOKENS,
+        prefill_tokens=max(prefill, length),
+        chunk_tokens=_CHUNK_TOKENS if memory.gpu is None else _STREAMED_CHUNK_TOKENS,
         pages_per_expert=pages,
         resident_pages=resident,
         num_frames=frames,

@@ -133,7 +133,9 @@ def _adjust(logits: Tensor, batch: SamplingBatch) -> Tensor:
     if batch.penalties:
         _penalize_(adjusted, batch.penalties)
     if batch.masked_rows is not None:
-        adjusted[batch.masked_rows, batch.masked_ids] = float("-inf")
+        # A Python number would be copied to the device, and the host wait for it.
+        never = torch.full((), float("-inf"), device=adjusted.device)
+        adjusted.index_put_((batch.masked_rows, batch.masked_ids), never)
     return adjusted
 
 
