@@ -25,7 +25,7 @@ import torch
 from moe_lightning import LLM
 from moe_lightning.memory.arena import HostArena
 from moe_lightning.models import registry
-from moe_lightning.pipeline.draw import to_svg
+from moe_lightning.pipeline.draw import to_chrome, to_svg
 from moe_lightning.pipeline.task import Lane, TaskKind
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.micro_batch import DecodeRow, Step
@@ -197,7 +197,8 @@ def main() -> None:
     add("--warmup", type=int, default=3)
     add("--recorded", type=int, default=3, help="passes at the end whose tasks are recorded")
     add("--json", type=Path)
-    add("--svg", type=Path)
+    add("--svg", type=Path, help="Gantt chart of a few layers")
+    add("--trace", type=Path, help="the same as Chrome and Perfetto JSON")
     args = parser.parse_args()
     if args.model in SHAPES:
         directory = Path(tempfile.mkdtemp())
@@ -205,9 +206,12 @@ def main() -> None:
         args.model = str(directory)
     result = measure(args)
     timeline = result.pop("timeline")
+    # A few layers from the middle: of a whole pass nobody would see a task.
+    window = timeline.window(timeline.start + 0.40 * timeline.span, timeline.start + 0.52 * timeline.span)
     if args.svg:
-        end = timeline.start + timeline.span * 0.2  # some layers: the whole pass would be a smear
-        args.svg.write_text(to_svg(timeline.window(timeline.start, end)), encoding="utf-8")
+        args.svg.write_text(to_svg(window), encoding="utf-8")
+    if args.trace:
+        args.trace.write_text(json.dumps(to_chrome(window)), encoding="utf-8")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(
