@@ -7,6 +7,11 @@ import shutil
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the tests that take longest, so that no process is left alone with them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("demo") is None)
+
+
 @pytest.fixture(scope="session")
 def checkpoint_of(tmp_path_factory):
     """Directory of a kind's float32 checkpoint; imported here, so that tests of planning stay free of torch."""

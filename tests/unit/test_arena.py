@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ def test_an_error_of_one_thread_stops_the_others_and_is_raised(small_slices):
 
     def fail(start, stop):
         seen.append(start)
+        time.sleep(0.01)  # long enough for the error to be noticed elsewhere
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
