@@ -16,6 +16,9 @@ def build(shape: PassShape) -> Schedule:
     builder = PassBuilder(shape)
     ahead = LookAhead(builder)
     ahead.launch(shape.look_ahead)
+    if len(shape.groups) == 1:
+        # The experts sweep once, so nothing else is due on the link until the first attention is done.
+        builder.load_pages(builder.pages_before(1))
     for layer in range(shape.num_layers):
         for j in range(shape.num_micro_batches):
             if j < shape.num_prefill:
