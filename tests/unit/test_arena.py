@@ -111,3 +111,11 @@ def test_one_refusal_leaves_nothing_locked_and_an_arena_that_works(small_slices,
     assert arena.refusal == "cudaHostRegister returns error 2"
     assert not locked
     arena.tensor[49] = 1
+
+
+def test_memory_of_a_preferred_node_is_memory_like_any_other():
+    arena = HostArena((50, 4096), torch.uint8)
+    arena.prepare(pin=False, node=0)
+    arena.tensor.fill_(7)
+    assert arena.tensor.sum() == 50 * 4096 * 7
+    pinning.prefer_node(arena.tensor, 1023)  # there is no such node, and that is no error

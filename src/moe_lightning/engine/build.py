@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,10 @@ import torch
 
 from moe_lightning.engine.worker import Worker
 from moe_lightning.errors import ConfigError
+from moe_lightning.hardware.gpu_memory import pci_bus_id
+from moe_lightning.hardware.numa import gpu_node
 from moe_lightning.memory import checkpoint
+from moe_lightning.memory.arena import HostArena, OnRows
 from moe_lightning.memory.dummy import RandomWeights
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.memory.layout import PageLayout, Placement
@@ -80,32 +84,38 @@ def make_executor(name: str, device: torch.device) -> Executor:
 def _fill(
     weights: Weights, kv: KVCache, tensors: checkpoint.Tensors | None, seed: int, progress: Progress
 ) -> None:
-    pin = weights.embed.is_cuda
-    num_threads = os.cpu_count() or 1
+    device = weights.embed.device
+    has_gpu = device.type == "cuda"
+    node = gpu_node(pci_bus_id(device.index)) if has_gpu else None
+
+    def bring_in(arena: HostArena, on_rows: OnRows | None = None) -> None:
+        arena.prepare(pin=has_gpu, num_threads=os.cpu_count() or 1, node=node, on_rows=on_rows)
+
     with ThreadPoolExecutor(2, thread_name_prefix="prepare") as background:
-        if tensors is not None:
-            arenas = (
-                (weights.pages.arena, kv.arena) if pin else ()
-            )  # without a GPU, memory comes as it is used
-            ready = [background.submit(arena.prepare, pin=pin, num_threads=num_threads) for arena in arenas]
-            checkpoint.load(tensors, weights, progress=progress)
+        # Without a GPU, memory comes as it is used.
+        ready = [background.submit(bring_in, kv.arena)] if has_gpu else []
+        if tensors is None:
+            random = RandomWeights(weights, seed)
+            random.fill_device()
+            bring_in(weights.pages.arena, _with_progress(random.fill_rows, weights, progress))
         else:
-            ready = [background.submit(kv.arena.prepare, pin=pin, num_threads=num_threads)] if pin else []
-            _fill_randomly(weights, seed, pin, num_threads, progress)
+            if has_gpu:
+                ready.append(background.submit(bring_in, weights.pages.arena))
+            checkpoint.load(tensors, weights, progress=progress)
         for future in ready:
             future.result()
 
 
-def _fill_randomly(weights: Weights, seed: int, pin: bool, num_threads: int, progress: Progress) -> None:
-    random = RandomWeights(weights, seed)
-    random.fill_device()
+def _with_progress(fill_rows: OnRows, weights: Weights, progress: Progress) -> OnRows:
+    """Fills rows of the streamed pages and counts them; the others are in place already."""
     total, page_bytes = weights.num_bytes, weights.pages.host[:1].nbytes
-    done = total - weights.pages.arena.num_bytes
+    done, mutex = total - weights.pages.arena.num_bytes, threading.Lock()
 
-    def fill_rows(start: int, stop: int) -> None:
+    def fill(start: int, stop: int) -> None:
         nonlocal done
-        random.fill_rows(start, stop)
-        done += (stop - start) * page_bytes
-        progress(done, total)
+        fill_rows(start, stop)
+        with mutex:
+            done += (stop - start) * page_bytes
+            progress(done, total)
 
-    weights.pages.arena.prepare(pin=pin, num_threads=num_threads, on_rows=fill_rows)
+    return fill

@@ -98,14 +98,23 @@ class HostArena:
         per_slice = max(step, _SLICE_BYTES // row_bytes // step * step)
         return [(start, min(start + per_slice, num_rows)) for start in range(0, num_rows, per_slice)]
 
-    def prepare(self, *, pin: bool, num_threads: int = 8, on_rows: OnRows | None = None) -> None:
-        """Bring all rows in and lock them; whatever is in them already stays.
+    def prepare(
+        self,
+        *,
+        pin: bool,
+        num_threads: int = 8,
+        node: int | None = None,
+        on_rows: OnRows | None = None,
+    ) -> None:
+        """Bring all rows in, from a memory node if one is given, and lock them; what is in them already stays.
 
         Each thread takes a slice, faults it in, locks it and calls `on_rows`: filling one slice overlaps with
         bringing in the others. Where the system refuses to lock memory nothing stays locked, `refusal` says why,
         and the arena works all the same, slower.
         """
         locked: list[int] = []
+        if node is not None:
+            pinning.prefer_node(self.tensor, node)
 
         def bring_in(bounds: tuple[int, int]) -> None:
             rows = self.tensor[bounds[0] : bounds[1]]
