@@ -8,18 +8,13 @@ import sys
 
 import pytest
 import torch
+from shapes import write_config
 
 from moe_lightning.memory.arena import HostArena
 from moe_lightning.memory.mapped import device_view
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
-MIXTRAL_2_LAYERS = {
-    "architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 2, "num_local_experts": 8,
-    "num_experts_per_tok": 2, "vocab_size": 32000, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
-}  # fmt: skip
 RUN = """
 import json, sys, threading, time
 import torch
@@ -49,8 +44,8 @@ print(json.dumps({"peak": peak, "resident": sum(p.resident_pages), "frames": p.n
 
 @pytest.mark.parametrize("gib", [6, 7, 16])
 def test_the_driver_reports_no_more_than_the_cap_and_most_of_it_is_used(gib, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_2_LAYERS))
-    command = [sys.executable, "-c", RUN, str(tmp_path), str(gib * 2**30)]
+    model = write_config(tmp_path, num_layers=2)
+    command = [sys.executable, "-c", RUN, str(model), str(gib * 2**30)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

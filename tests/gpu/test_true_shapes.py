@@ -1,0 +1,59 @@
+"""Layers of Mixtral's true shapes: lanes at once give the bits of one task after the other."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from shapes import write_config
+from test_cuda_executor import Delayed
+
+from moe_lightning import LLM, SamplingParams
+from moe_lightning.policy import Policy
+from moe_lightning.runtime.cuda_executor import CudaExecutor
+from moe_lightning.runtime.executor import SerialExecutor
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+NUM_LAYERS = 3
+NEW_TOKENS = 12
+
+
+def drawn_policy(number):
+    """Micro-batches, groups, residency and ring at random; the ring is as small as it may be in every third."""
+    draw = random.Random(number)
+    pages = draw.choice([2, 7, 14])
+    resident = tuple(draw.randint(0, 8 * pages) for _ in range(NUM_LAYERS))
+    smallest = 8 * pages - min(resident)
+    return Policy(
+        max_num_seqs=64, micro_batch_size=draw.choice([9, 22, 64]), group_size=draw.choice([1, 2, 100]),
+        look_ahead=draw.choice([0, 2, 100]), prefill_tokens=1024, chunk_tokens=draw.choice([200, 512]),
+        pages_per_expert=pages, resident_pages=resident,
+        num_frames=smallest + (0 if number % 3 == 0 else draw.randint(0, smallest)), num_blocks=640,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("mixtral"), NUM_LAYERS)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_executors_agree_over_many_passes_with_delays(number, model, monkeypatch):
+    llm = LLM(model, load_format="dummy", device="cuda", policy=drawn_policy(number), seed=number)
+    draw = random.Random(number)
+    prompts = [
+        [draw.randrange(3, 32000) for _ in range(draw.choice([1, 16, 17, 90, 250]))] for _ in range(60)
+    ]
+    params = SamplingParams(temperature=0.8, top_p=0.9, max_tokens=NEW_TOKENS, ignore_eos=True, seed=1)
+
+    def answers():
+        return [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+
+    worker = llm._worker
+    worker._executor = SerialExecutor(torch.cuda.synchronize)
+    expected = answers()
+    worker._executor = CudaExecutor(llm._device)
+    assert answers() == expected, "lanes at once"
+    monkeypatch.setattr(worker, "_wrap", lambda runner: Delayed(runner, draw, 3.0))
+    assert answers() == expected, "lanes at once, each late now and then"
