@@ -46,7 +46,8 @@ def run_ours(model: str) -> dict[str, Any]:
 
     llm = LLM(model, dtype="float32")
     ids = prompt_ids(model)
-    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    # As transformers' min_new_tokens: the end of a text is never chosen, not passed over.
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS)
     llm.generate([ids[0]], SamplingParams(max_tokens=2, temperature=0))  # warm-up
     start = time.perf_counter()
     outputs = llm.generate([{"prompt_token_ids": i} for i in ids], params)
