@@ -153,6 +153,7 @@ def test_both_ways_to_wait_for_the_cpu_give_the_same_tokens(waits_in_stream, mix
 def test_memory_that_cannot_be_locked_goes_through_staging(mixtral, prompts, answers):
     llm = cuda(mixtral)
     llm._worker._weights.pages.arena.is_pinned = False
+    llm._worker._kv.arena.is_pinned = False
     assert tokens_of(llm, prompts) == answers
     assert llm._worker._weights.pages._staging is not None
 

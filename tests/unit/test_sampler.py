@@ -373,3 +373,14 @@ def test_a_masked_token_is_no_fault_of_the_logits():
 def test_the_score_of_a_token_under_logits_that_are_not_finite_is_nan(bad):
     scores = prompt_logprobs(torch.tensor([[0.0, bad], [0.0, 1.0]]), torch.tensor([0, 0]), 1).logprobs
     assert scores.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_scores_of_rows_taken_a_few_at_a_time_are_those_of_all_at_once(k, monkeypatch):
+    logits, ids = torch.randn(11, 50), torch.randint(0, 50, (11,))
+    whole = sampler.score(logits, ids, k)
+    monkeypatch.setattr(sampler, "_SORTED_AT_ONCE", 150)
+    parts = sampler.score(logits, ids, k)
+    for name in ("token_ids", "logprobs", "ranks", "top_ids", "top_logprobs"):
+        a, b = getattr(whole, name), getattr(parts, name)
+        assert (a is None and b is None) or torch.equal(a, b)

@@ -44,6 +44,7 @@ class Batcher:
         self.num_preemptions = 0
         self._policy = policy
         self._max_num_seqs = policy.max_num_seqs
+        self._micro_batch_size = policy.micro_batch_size
         self._prefill_tokens = policy.prefill_tokens
         self._eos_token_ids = eos_token_ids
         self.allocator = BlockAllocator(policy.num_blocks)
@@ -98,6 +99,7 @@ class Batcher:
             return False
         self._max_num_seqs = max(1, min(self._max_num_seqs, len(self.running) or self._max_num_seqs) // 2)
         self._prefill_tokens = max(1, self._prefill_tokens // 2)
+        self._micro_batch_size = max(1, self._micro_batch_size // 2)
         return True
 
     def put_back(self) -> None:
@@ -166,7 +168,7 @@ class Batcher:
     def _decode_micro_batches(self, decoding: list[Sequence]) -> list[list[Sequence]]:
         if not decoding:
             return []
-        size = self._policy.micro_batch_size
+        size = self._micro_batch_size
         lengths = [s.num_tokens for s in decoding]
         groups = spread(lengths, -(-len(decoding) // size), size)
         return [[decoding[i] for i in sorted(group)] for group in groups if group]

@@ -104,6 +104,8 @@ def _fill(
             checkpoint.load(tensors, weights, progress=progress)
         for future in ready:
             future.result()
+    if has_gpu:  # weights came on other streams than passes run on
+        torch.cuda.synchronize()
 
 
 def _with_progress(fill_rows: OnRows, weights: Weights, progress: Progress) -> OnRows:

@@ -97,31 +97,34 @@ class Engine:
         if not self._batcher.has_work:
             return []
         batch = self._batcher.next()
+        reason, outputs = "", []
         try:
             outputs = self._worker.run(batch.step)
         except torch.OutOfMemoryError as error:
-            self._back_off(error)
-            return []
+            reason = str(error).splitlines()[0]
         except BaseException:
             self._batcher.put_back()
             raise
+        if reason:  # not before the error is gone: it holds what the failed task had allocated
+            self._back_off(reason)
+            return []
         self._take(batch, outputs)
         ended = {s.request.request_id for s in self._batcher.running if s.finish}
         self._batcher.retire()
         done = [r for r in ended if all(s.finish for s in self._unfinished[r])]
         return [self._finish(request_id) for request_id in sorted(done, key=self._order)]
 
-    def _back_off(self, error: torch.OutOfMemoryError) -> None:
+    def _back_off(self, reason: str) -> None:
         """Go on with smaller passes; what ran is computed again."""
         can_shrink = self._batcher.shrink()
         self._batcher.put_back()
         self._worker.give_back()
         if not can_shrink:
             raise DeviceError(
-                f"a pass of one sequence does not fit ({str(error).splitlines()[0]}); raise gpu_memory, or give a "
-                "policy with fewer resident_pages"
-            ) from error
-        _log.warning("a pass did not fit in GPU memory; going on with passes of half its size (%s)", error)
+                f"a pass of one sequence does not fit ({reason}); raise gpu_memory, or give a policy with fewer "
+                "resident_pages"
+            )
+        _log.warning("a pass did not fit in GPU memory; going on with passes of half its size (%s)", reason)
 
     def _order(self, request_id: str) -> int:
         return self._unfinished[request_id][0].order

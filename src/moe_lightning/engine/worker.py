@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -9,6 +10,7 @@ from functools import lru_cache
 import torch
 
 from moe_lightning.kernels.cpu_attention import CpuAttention
+from moe_lightning.kernels.reference import inverse_frequencies
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.memory.weights import Weights
 from moe_lightning.pipeline.baselines import SCHEDULES
@@ -39,6 +41,8 @@ class Worker:
         rows = policy.max_num_seqs + policy.prefill_tokens
         dtype = weights.embed.dtype
         self._buffers = PassBuffers.allocate(weights.spec, rows, policy.max_num_seqs, dtype, device)
+        inv_freq = inverse_frequencies(weights.spec.rope, weights.spec.attention.head_dim)
+        self._inv_freq = inv_freq.to(device)
         self._cpu_attention = CpuAttention(_attention_threads(device))
         self._ring_offset = 0
         self._is_preloaded = False
@@ -62,7 +66,13 @@ class Worker:
             self._weights.pages.place_ring(self._ring_offset)
         schedule = self._schedule(len(step.prefill), len(step.decode))
         runner = TaskRunner(
-            self._weights, self._kv, self._buffers, self._cpu_attention, batches, self._ring_offset
+            self._weights,
+            self._kv,
+            self._buffers,
+            self._cpu_attention,
+            self._inv_freq,
+            batches,
+            self._ring_offset,
         )
         # Until the pass is whole, nothing is known of the ring.
         offset, self._ring_offset, self._is_preloaded = self._ring_offset, 0, False
@@ -95,6 +105,7 @@ class Worker:
 
     def give_back(self) -> None:
         """Return memory that no tensor holds, so that what failed to fit may fit next time."""
+        gc.collect()
         if self._buffers.hidden.is_cuda:
             torch.cuda.empty_cache()
 

@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,9 +34,9 @@ def host_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return _tensor(_map(math.prod(shape) * dtype.itemsize), shape, dtype)
 
 
-def _map(num_bytes: int) -> mmap.mmap | None:
+def _map(num_bytes: int) -> npt.NDArray[np.uint8]:
     if num_bytes == 0:
-        return None
+        return np.empty(0, np.uint8)
     try:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
@@ -44,13 +46,13 @@ def _map(num_bytes: int) -> mmap.mmap | None:
     if num_bytes >= _HUGE_PAGE:
         with contextlib.suppress(OSError):  # kernels without huge pages refuse the advice
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
+    return np.frombuffer(memory, np.uint8)
 
 
-def _tensor(memory: mmap.mmap | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if memory is None:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+def _tensor(memory: npt.NDArray[np.uint8], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return (
+        torch.from_numpy(memory).view(dtype).view(shape) if len(memory) else torch.empty(shape, dtype=dtype)
+    )
 
 
 def device_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -74,8 +76,8 @@ class HostArena:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         num_bytes = math.prod(shape) * dtype.itemsize
-        self._memory = _map(num_bytes)
-        self.tensor = _tensor(self._memory, shape, dtype)
+        self._bytes = _map(num_bytes)
+        self.tensor = _tensor(self._bytes, shape, dtype)
         self.is_pinned = False
         self.refusal: str | None = None
 
@@ -120,15 +122,17 @@ class HostArena:
             rows = self.tensor[bounds[0] : bounds[1]]
             pinning.fault_in(rows)
             if pin and self.refusal is None:
-                self.refusal = pinning.lock(rows) or self.refusal
-                if self.refusal is None:
+                reason = pinning.lock(rows)
+                if reason is None:
                     locked.append(rows.data_ptr())
+                else:
+                    self.refusal = reason
             if on_rows:
                 on_rows(*bounds)
 
-        # The tensor keeps the mapping alive; unlocking has to come before unmapping.
-        if self._memory is not None:
-            weakref.finalize(self._memory, pinning.unlock, locked).atexit = False
+        # Unlocking has to come before unmapping: an array is gone before the mapping under it, a mapping that ends
+        # is unmapped before anybody hears of it.
+        weakref.finalize(self._bytes, pinning.unlock, locked).atexit = False
         try:
             _for_each(bring_in, self.slices(), num_threads)
         except BaseException:

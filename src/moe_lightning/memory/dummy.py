@@ -53,11 +53,13 @@ class RandomWeights:
                 self._draw(home, layer, page)
                 continue
             frame = self._free_frames.get()
-            with torch.cuda.stream(self._stream()):
-                drawn = self._weights.pages.frames[frame]
-                self._draw(drawn, layer, page)
-                home.copy_(drawn)  # waits: the frame is free again afterwards
-            self._free_frames.put(frame)
+            try:
+                with torch.cuda.stream(self._stream()):
+                    drawn = self._weights.pages.frames[frame]
+                    self._draw(drawn, layer, page)
+                    home.copy_(drawn)  # waits: the frame is free again afterwards
+            finally:
+                self._free_frames.put(frame)
 
     def _stream(self) -> torch.cuda.Stream:
         if not hasattr(self._of_thread, "stream"):

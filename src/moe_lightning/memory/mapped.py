@@ -31,4 +31,6 @@ def device_view(host: Tensor, device: torch.device) -> Tensor:
         host: contiguous, page-locked.
         device: the GPU.
     """
-    return torch.as_tensor(_Alias(host), device=device).view(host.dtype)
+    view = torch.as_tensor(_Alias(host), device=device).view(host.dtype)
+    assert view.data_ptr() == host.data_ptr(), "a copy, not the same memory"
+    return view

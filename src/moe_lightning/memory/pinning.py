@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import platform
@@ -52,6 +53,9 @@ def lock(rows: Tensor) -> str | None:
 
 
 def unlock(addresses: list[int]) -> None:
-    """Undo `lock` for tensors that began there; the list is empty afterwards."""
+    """Undo `lock` for tensors that began there, once no copy is under way; the list is empty afterwards."""
+    if addresses:
+        with contextlib.suppress(RuntimeError):  # a GPU that has failed copies no more
+            torch.cuda.synchronize()
     while addresses:
         torch.cuda.cudart().cudaHostUnregister(addresses.pop())

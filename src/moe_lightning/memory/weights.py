@@ -43,6 +43,7 @@ class PageStore:
         # Made once: each would cost a launcher microseconds at every copy.
         self._frames, self._rows = self.frames.unbind(0), self.host.unbind(0)
         self._staging: StagingRing | None = None
+        self._is_held = False
         # What each frame holds, so that a stale page is an error and never plausible text.
         self._content: list[tuple[int, int] | None] = [None] * placement.num_frames
         for layer, count in enumerate(placement.resident):
@@ -74,8 +75,15 @@ class PageStore:
         if self.frames.is_cuda and not self.arena.is_pinned:
             self._stage(layer, page, frame)
         else:
+            self._hold()
             self._frames[frame].copy_(self._rows[self.placement.host_row(layer, page)], non_blocking=True)
         self._content[frame] = (layer, page)
+
+    def _hold(self) -> None:
+        """When the frames are dropped, let no other tensor have their memory while copies are under way."""
+        if self.frames.is_cuda and not self._is_held:
+            self._is_held = True
+            self.frames.record_stream(torch.cuda.current_stream())
 
     def _stage(self, layer: int, page: int, frame: int) -> None:
         if self._staging is None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from moe_lightning.pipeline.task import BufferKind, Lane, Schedule, Task
+from moe_lightning.pipeline.task import BufferKind, Lane, Schedule, Task, TaskKind
 from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.runtime.executor import Runner
 from moe_lightning.runtime.stream_counter import StreamCounter
@@ -64,16 +64,24 @@ class CudaExecutor:
                 launch.all()
                 self._preloads = torch.cuda.Event()
                 self._preloads.record(self._streams[Lane.H2D])
-            except BaseException as error:
+                self._cpu.wait()
+                self._streams[Lane.GPU].synchronize()
+                self._streams[Lane.D2H].synchronize()
+            except BaseException as error:  # an interrupt too: nothing may still run when it leaves
                 launch.fail(error)
-            self._cpu.finish()
+                self._cpu.wait()
+        launch.forget_runner()
         if launch.error is not None:
             with suppress(RuntimeError):  # a GPU that has failed says so again
                 for stream in self._streams.values():
                     stream.synchronize()
-            raise launch.error
-        self._streams[Lane.GPU].synchronize()
-        self._streams[Lane.D2H].synchronize()
+            # The error's traceback holds this frame. If this frame held the error, what a task that ran out of
+            # memory had allocated would stay until the next collection of cycles.
+            failure, launch.error = launch.error, None
+            try:
+                raise failure
+            finally:
+                del failure
         return launch.timeline
 
 
@@ -102,7 +110,7 @@ class _Launch:
         record: bool,
     ) -> None:
         self._schedule = schedule
-        self._runner = runner
+        self._runner: Runner | None = runner
         self._streams = streams
         self._cpu = cpu
         self._preloads = preloads
@@ -132,6 +140,10 @@ class _Launch:
             else:
                 self._launch(index, task)
 
+    def forget_runner(self) -> None:
+        """Let go of the pass's tensors: the timeline may be kept for long."""
+        self._runner = None
+
     def fail(self, error: BaseException) -> None:
         """Launch nothing more; the first error counts."""
         self.error = self.error or error
@@ -144,7 +156,7 @@ class _Launch:
             try:
                 for event in events:
                     event.synchronize()
-                if self.error is None:
+                if self.error is None and self._runner is not None:
                     start = time.perf_counter()
                     self._runner.run(task)
                     self._times[index] = (start, time.perf_counter())
@@ -154,9 +166,13 @@ class _Launch:
         self._cpu_counts[index] = self._cpu.put(run)
 
     def _launch(self, index: int, task: Task) -> None:
+        assert self._runner is not None
         lane = task.lane
         stream = self._streams[lane]
         self._keep_short(lane)
+        if task.kind is TaskKind.SAMPLE:
+            # Random draws are many operations, more than a queue holds: none of them may wait for the CPU lane.
+            self._cpu.wait()
         for dep in self._schedule.deps[index]:
             count = self._cpu_counts.get(dep)
             if count is None:
@@ -223,23 +239,25 @@ class _CpuLane:
     def __init__(self, counter: StreamCounter) -> None:
         self.counter = counter
         self._num_put = 0
-        self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[int, Callable[[], None]]] = queue.SimpleQueue()
         threading.Thread(target=self._serve, name="lane-cpu", daemon=True).start()
 
     def put(self, run: Callable[[], None]) -> int:
         """Run it after all that was put before; the count that says it is done."""
-        self._queue.put(run)
+        # Counted first and carried along: an interrupt in between skips a number and shifts none.
         self._num_put += 1
-        return self._num_put
+        number = self._num_put
+        self._queue.put((number, run))
+        return number
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Wait for all that was put."""
-        self.counter.wait_here(self._num_put)
+        self.counter.wait_here(self.put(lambda: None))
 
     @torch.inference_mode()
     def _serve(self) -> None:
         while True:
-            run = self._queue.get()
+            number, run = self._queue.get()
             run()
             del run  # it holds the pass's tensors
-            self.counter.raise_()
+            self.counter.raise_to(number)

@@ -42,6 +42,7 @@ class TaskRunner:
         kv: KVCache,
         buffers: PassBuffers,
         cpu_attention: CpuAttention,
+        inv_freq: Tensor,
         micro_batches: Sequence[MicroBatch],
         ring_offset: int = 0,
     ) -> None:
@@ -52,8 +53,7 @@ class TaskRunner:
         self._cpu_attention = cpu_attention
         self._batches = micro_batches
         self._ring_offset = ring_offset
-        inv_freq = reference.inverse_frequencies(self._spec.rope, self._spec.attention.head_dim)
-        self._inv_freq = inv_freq.to(buffers.hidden.device)
+        self._inv_freq = inv_freq
         self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
         self._kv_stage: dict[int, Tensor] = {}
         self.outputs: dict[int, MicroBatchOutput] = {}
@@ -111,6 +111,9 @@ class TaskRunner:
     def _store_kv(self, task: Task) -> None:
         batch = self._batch(task)
         _, k, v = self._split(self._buffers.qkv[batch.rows])
+        if k.is_cuda and not self._kv.arena.is_pinned:  # then kernels cannot reach it, and the launcher waits
+            reference.store_kv(self._kv.layer(task.layer), k.cpu(), v.cpu(), batch.slots.cpu())
+            return
         reference.store_kv(self._kv.layer_on(k.device, task.layer), k, v, batch.slots.to(k.device))
 
     def _load_kv(self, task: Task) -> None:

@@ -101,6 +101,10 @@ def score(logits: Tensor, token_ids: Tensor, k: int) -> SampleOutput:
         token_ids: [R] int64.
         k: 0 for none; no more than V are given.
     """
+    at_once = max(1, _SORTED_AT_ONCE // logits.shape[1])
+    if len(logits) > at_once:
+        parts = zip(logits.split(at_once), token_ids.split(at_once), strict=True)
+        return _joined([score(some, ids, k) for some, ids in parts])
     logits = logits.float()
     log_sums = logits.logsumexp(dim=-1)
     log_sums = torch.where(
@@ -115,6 +119,16 @@ def score(logits: Tensor, token_ids: Tensor, k: int) -> SampleOutput:
     top_ids = _rank_keys(logits).topk(min(k, logits.shape[1]), dim=-1).indices
     top_logprobs = logits.gather(1, top_ids) - log_sums[:, None]
     return SampleOutput(token_ids, logprobs, ranks, top_ids, top_logprobs)
+
+
+def _joined(parts: list[SampleOutput]) -> SampleOutput:
+    def join(name: str) -> Tensor | None:
+        tensors = [getattr(part, name) for part in parts]
+        return None if tensors[0] is None else torch.cat(tensors)
+
+    token_ids = join("token_ids")
+    assert token_ids is not None
+    return SampleOutput(token_ids, *(join(name) for name in ("logprobs", "ranks", "top_ids", "top_logprobs")))
 
 
 def _rank_keys(logits: Tensor) -> Tensor:

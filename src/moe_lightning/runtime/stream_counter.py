@@ -35,13 +35,13 @@ class StreamCounter:
 
     @property
     def value(self) -> int:
-        """How often it was raised."""
+        """Where it stands."""
         return self._value
 
-    def raise_(self) -> None:
-        """Count one more; what was written before is seen by whoever waited for it."""
+    def raise_to(self, value: int) -> None:
+        """Count up to a value; what was written before is seen by whoever waited for it."""
         with self._raised:
-            self._value += 1
+            self._value = value
             self._words[0] = (self._value + 2**31) % 2**32 - 2**31  # as the 32 bits that the driver compares
             self._raised.notify_all()
 

@@ -42,9 +42,9 @@ class Uploader:
         if self._device.type == "cpu":
             return torch.from_numpy(array.copy() if array is values else array)
         start, end = self._used, self._used + array.nbytes
-        if end > self._host.num_bytes:
+        if end > self._host.nbytes:
             self.send()
-            self._make_room(max(2 * self._host.num_bytes, array.nbytes))
+            self._make_room(max(2 * self._host.nbytes, array.nbytes))
             start, end = 0, array.nbytes
         self._host_bytes[start:end] = array.reshape(-1).view(np.uint8)
         self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
@@ -53,7 +53,7 @@ class Uploader:
     def send(self) -> None:
         """Copy what was put since the last `clear`, on the current stream."""
         if self._used:
-            self._on_device[: self._used].copy_(self._host.tensor[: self._used], non_blocking=True)
+            self._on_device[: self._used].copy_(self._host[: self._used], non_blocking=True)
             self._sent.record()
 
     def clear(self) -> None:
@@ -63,10 +63,13 @@ class Uploader:
             self._used = 0
 
     def _make_room(self, capacity: int) -> None:
-        # Tensors given out before keep the old memory alive.
         capacity = -(-capacity // _ALIGNMENT) * _ALIGNMENT
-        self._host = HostArena((capacity,), torch.uint8)
-        self._host.prepare(pin=True)
-        self._host_bytes = self._host.tensor.numpy()
-        self._on_device = torch.empty(capacity, dtype=torch.uint8, device=self._device)
+        on_device = torch.empty(capacity, dtype=torch.uint8, device=self._device)
+        host = HostArena((1, capacity), torch.uint8)  # one row, so that it is locked as one piece
+        host.prepare(pin=True)
+        # Tensors given out before keep the device's old memory alive; the host's is read until it is sent.
+        if self._used:
+            self._sent.synchronize()
+        self._arena, self._host, self._on_device = host, host.tensor[0], on_device
+        self._host_bytes = self._host.numpy()
         self._used = 0
