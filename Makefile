@@ -41,9 +41,10 @@ demo-model: venv ## build the demo checkpoint and its dense reference in .cache 
 demo: demo-model ## run the demo batch: answers, tokens/s, timeline; files go to demo-output
 	@$(BIN)/python examples/demo.py --model $(MODEL)
 
-# A file's tests stay together, so that what they share is made once.
+# A file's tests stay together, so that what they share is made once. Each process computes on one thread: several
+# that wait for each other on fewer cores take ten times as long.
 test: lint test-sanitizers demo-model ## lint, fuzz the C++ code, then all tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-gpu: venv ## the tests that need a GPU (with a CUDA build of torch in .venv)
 	$(BIN)/python -m pytest -m gpu
