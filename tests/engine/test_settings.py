@@ -6,6 +6,7 @@ import inspect
 from dataclasses import fields
 
 import pytest
+import torch
 
 from checkpoints import load
 from moe_lightning import LLM, SamplingParams
@@ -79,3 +80,12 @@ def test_parameters_of_another_type_are_named(changes, message):
 def test_the_name_of_a_model_is_its_directorys(mixtral, monkeypatch):
     monkeypatch.chdir(mixtral)
     assert LLM(".").model_name == mixtral.name
+
+
+def test_a_policy_that_the_gpu_cannot_hold_is_an_error_with_a_remedy(mixtral, monkeypatch):
+    def refuse(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.27 GiB.\nmore")
+
+    monkeypatch.setattr("moe_lightning.engine.build.allocate", refuse)
+    with pytest.raises(ConfigError, match=r"7\.27 GiB.*lower gpu_memory.*fewer resident_pages"):
+        load(mixtral)

@@ -196,6 +196,30 @@ def test_after_an_error_in_a_lane_the_engine_goes_on_to_the_right_tokens(
     assert [found[number] for number in range(len(prompts))] == answers
 
 
+def test_out_of_memory_in_the_middle_of_a_pass_makes_passes_smaller_and_changes_no_token(
+    mixtral, prompts, answers, monkeypatch, caplog
+):
+    llm, num_passes = cuda(mixtral, num_frames=17), 0
+
+    class Hungry:
+        def __init__(self, runner):
+            self._runner = runner
+
+        def run(self, task):
+            if task.kind is TaskKind.EXPERTS and task.layer == 1:
+                torch.empty(2**50, dtype=torch.uint8, device="cuda")
+            self._runner.run(task)
+
+    def wrap(runner):
+        nonlocal num_passes
+        num_passes += 1
+        return Hungry(runner) if num_passes in (3, 4) else runner
+
+    monkeypatch.setattr(llm._worker, "_wrap", wrap)
+    assert tokens_of(llm, prompts) == answers
+    assert len(caplog.records) == 2, "each failure is told"
+
+
 def test_the_timeline_has_every_task_and_lanes_that_overlap(mixtral, prompts):
     llm = cuda(mixtral, num_frames=17)
     tokens_of(llm, prompts)

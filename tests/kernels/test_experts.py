@@ -10,8 +10,9 @@ import torch
 from moe_lightning.kernels import reference
 from moe_lightning.kernels.expert_config import ExpertsConfig, ExpertsShape, Tile, default_config, fit, select
 
-experts = pytest.importorskip("moe_lightning.kernels.experts")
-sorting = pytest.importorskip("moe_lightning.kernels.expert_sort")
+pytest.importorskip("triton")
+from moe_lightning.kernels import expert_sort as sorting
+from moe_lightning.kernels import experts
 
 _SMALL = ExpertsConfig(16, 2, Tile(16, 16, 4, 2), Tile(32, 16, 4, 2))
 _LOADS = {

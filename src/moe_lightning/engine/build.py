@@ -60,10 +60,16 @@ def build_worker(
     _check_schedule(policy.schedule, lanes)
     layout = PageLayout.of(spec, policy.pages_per_expert)
     placement = Placement(layout.pages_per_layer, policy.resident_pages, policy.num_frames)
-    weights = allocate(spec, layout, placement, dtype, device)
-    kv = KVCache(spec.num_layers, spec.attention, policy.num_blocks, policy.block_size, dtype)
-    _fill(weights, kv, tensors, seed, progress)
-    return Worker(weights, policy, kv, lanes, device)
+    try:
+        weights = allocate(spec, layout, placement, dtype, device)
+        kv = KVCache(spec.num_layers, spec.attention, policy.num_blocks, policy.block_size, dtype)
+        _fill(weights, kv, tensors, seed, progress)
+        return Worker(weights, policy, kv, lanes, device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the policy does not fit in GPU memory ({str(error).splitlines()[0]}); lower gpu_memory if other "
+            "processes hold some of it, or give a policy with fewer resident_pages"
+        ) from error
 
 
 def _check_schedule(name: str, executor: Executor) -> None:

@@ -24,11 +24,9 @@ def _rotate_kernel(
     pointers = qkv_ptr + row * row_stride + heads[:, None] * head_dim + dims[None, :]
     first = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(pointers + half, mask=inside, other=0.0).to(tl.float32)
-    # Each product is rounded before the sum, as the reference does.
-    out_first = (first * cos).to(dtype).to(tl.float32) - (second * sin).to(dtype).to(tl.float32)
-    out_second = (second * cos).to(dtype).to(tl.float32) + (first * sin).to(dtype).to(tl.float32)
-    tl.store(pointers, out_first.to(dtype), mask=inside)
-    tl.store(pointers + half, out_second.to(dtype), mask=inside)
+    # Rounded once; the reference rounds each product too.
+    tl.store(pointers, (first * cos - second * sin).to(dtype), mask=inside)
+    tl.store(pointers + half, (second * cos + first * sin).to(dtype), mask=inside)
 
 
 def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, num_rotated_heads: int) -> None:
