@@ -63,7 +63,7 @@ def test_text_of_a_small_pass_is_the_golden_one() -> None:
 def test_a_cell_shows_what_fills_most_of_it() -> None:
     sample = Record("sample mb0", TaskKind.SAMPLE, Lane.GPU, -1, (0,), 0.6, 1.0)
     t = Timeline("t", (experts(0.0, 0.6), sample, experts(1.0, 1.2), experts(2.9, 4.0)))
-    assert to_text(t, 4).splitlines()[1] == "GPU X..X"
+    assert to_text(t, 4).splitlines()[1] == "GPU  X..X"
 
 
 def test_text_without_a_cell_is_refused() -> None:
@@ -86,7 +86,7 @@ def test_a_trace_read_back_is_the_timeline(shape: PassShape) -> None:
 def test_a_trace_names_its_rows_and_keeps_what_is_told_about_the_run() -> None:
     trace = to_chrome(SMALL, {"gpu": "L4"})
     rows = [e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "thread_name"]
-    assert rows == ["GPU", "H2D", "D2H", "CPU"]
+    assert rows == ["GPU", "H2D", "BACK", "D2H", "CPU"]
     assert trace["otherData"] == {"gpu": "L4", "name": "cgopipe"}
 
 

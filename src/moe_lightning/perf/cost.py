@@ -81,7 +81,7 @@ def task_seconds(cost: Cost, task: Task, hardware: HardwareSpec, dtype: str) -> 
     elif task.lane is Lane.CPU:
         slowest = max(cost.flops / cpu.peak_flops(dtype), host_s)
     else:
-        link = hardware.h2d if task.lane is Lane.H2D else hardware.d2h
+        link = hardware.d2h if task.lane is Lane.D2H else hardware.h2d
         slowest = max(cost.link_bytes / link, device_s, host_s)
     return slowest + hardware.launch_s
 

@@ -26,7 +26,7 @@ class PassBuilder:
         self._pages = [(layer, page) for layer in layers for page in range(shape.streamed_pages[layer])]
         self._first_page = [sum(shape.streamed_pages[:layer]) for layer in layers]
         self._next_page = shape.pages_ahead if shape.preloaded else 0
-        self._groups_done = [0] * shape.num_layers
+        self._groups_done: list[set[int]] = [set() for _ in range(shape.num_layers)]
         self._group_of = {j: g for g, members in enumerate(shape.groups) for j in members}
 
     # What each task does to buffers.
@@ -52,10 +52,10 @@ class PassBuilder:
         host, kv, out = Buffer(B.HOST_QKV, j), self._kv(layer, j), Buffer(B.HOST_OUT, j)
         self._add(TaskKind.ATTENTION, Lane.CPU, layer, (j,), (host, kv), (kv, out))
 
-    def load_hidden(self, layer: int, j: int) -> None:
+    def load_hidden(self, layer: int, j: int, lane: Lane = Lane.H2D) -> None:
         """The attention output back to the GPU."""
         host, out = Buffer(B.HOST_OUT, j), Buffer(B.ATTENTION_OUT, j)
-        self._add(TaskKind.LOAD_HIDDEN, Lane.H2D, layer, (j,), (host,), (out,))
+        self._add(TaskKind.LOAD_HIDDEN, lane, layer, (j,), (host,), (out,))
 
     def prefill_attention(self, layer: int, j: int) -> None:
         """Causal attention of a chunk over itself and the chunks before it."""
@@ -91,7 +91,7 @@ class PassBuilder:
             for page in range(self.pages_before(layer), self.pages_before(layer + 1))
         )
         self._add(TaskKind.EXPERTS, Lane.GPU, layer, members, hidden + inputs + frames, hidden)
-        self._groups_done[layer] += 1
+        self._groups_done[layer].add(group)
 
     def sample(self, j: int) -> None:
         """Final norm, head and sampling."""
@@ -125,13 +125,13 @@ class PassBuilder:
         return before < 0 or self._is_layer_done(self._pages[before][0])
 
     def _is_layer_done(self, layer: int) -> bool:
-        return self._groups_done[layer] == len(self.shape.groups)
+        return len(self._groups_done[layer]) == len(self.shape.groups)
 
     # Reading the state.
 
     def is_group_done(self, layer: int, j: int) -> bool:
         """Whether the experts of the layer are launched for j."""
-        return self._groups_done[layer] > self._group_of[j]
+        return self._group_of[j] in self._groups_done[layer]
 
     def group_ending_at(self, j: int) -> int | None:
         """The group whose last member is j."""

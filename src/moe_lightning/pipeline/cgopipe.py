@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 from moe_lightning.pipeline.builder import PassBuilder
-from moe_lightning.pipeline.task import PassShape, Schedule
+from moe_lightning.pipeline.task import Lane, PassShape, Schedule
 
 
 def build(shape: PassShape) -> Schedule:
     """The pass in CGOPipe's launch order.
 
     With groups of one micro-batch, a look-ahead of two and as many pages as micro-batches it is Algorithm 1.
-    Larger groups sweep a layer's experts once for several micro-batches; prefill chunks come first in each
-    layer, so that the GPU has work while the CPU attends to the first decode micro-batches.
+    Larger groups sweep a layer's experts once for several micro-batches. Prompts fill the GPU's time while the CPU
+    attends: their attention comes before that of the decode micro-batches is awaited, and their experts after the
+    decode sequences have left for the next layer's attention.
     """
     builder = PassBuilder(shape)
     ahead = LookAhead(builder)
     ahead.launch(shape.look_ahead)
-    if len(shape.groups) == 1:
+    if shape.num_decode <= shape.group_size:
         # The experts sweep once, so nothing else is due on the link until the first attention is done.
         builder.load_pages(builder.pages_before(1))
+    chunks, decode = range(shape.num_prefill), range(shape.num_prefill, shape.num_micro_batches)
     for layer in range(shape.num_layers):
-        for j in range(shape.num_micro_batches):
-            if j < shape.num_prefill:
-                prefill(builder, layer, j)
-            else:
-                ahead.launch(ahead.position(layer, j) + 1)
-                builder.load_hidden(layer, j)
+        for j in chunks:
+            prefill(builder, layer, j)
+            builder.load_pages(pages_due(builder, layer, j))
+            builder.post_attention(layer, j)
+        for j in decode:
+            ahead.launch(ahead.position(layer, j) + 1)
+            builder.load_hidden(layer, j, Lane.BACK)
             builder.load_pages(pages_due(builder, layer, j))
             builder.post_attention(layer, j)
             close_group(builder, layer, j)
-            if j >= shape.num_prefill:
-                ahead.launch(ahead.position(layer, j) + 1 + shape.look_ahead)
+            ahead.launch(ahead.position(layer, j) + 1 + shape.look_ahead)
+        for j in chunks:
+            close_group(builder, layer, j)
     return builder.finish("cgopipe")
 
 

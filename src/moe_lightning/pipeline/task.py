@@ -12,7 +12,8 @@ class Lane(StrEnum):
     """A resource that runs one task at a time, in launch order."""
 
     GPU = "gpu"
-    H2D = "h2d"
+    H2D = "h2d"  # pages, and what the baselines copy beside them
+    BACK = "back"  # attention outputs back to the GPU, which need not queue behind pages
     D2H = "d2h"
     CPU = "cpu"
 
@@ -110,9 +111,17 @@ class PassShape:
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Micro-batches of each experts group, in order."""
+        """Micro-batches of each experts group; none has chunks and decode micro-batches.
+
+        So decode sequences can go on to their next attention before the experts sweep for the prompts.
+        """
         n, g = self.num_micro_batches, self.group_size
-        return tuple(tuple(range(start, min(start + g, n))) for start in range(0, n, g))
+        parts = (range(self.num_prefill), range(self.num_prefill, n))
+        return tuple(
+            tuple(range(start, min(start + g, part.stop)))
+            for part in parts
+            for start in range(part.start, part.stop, g)
+        )
 
     @property
     def pages_ahead(self) -> int:

@@ -38,7 +38,7 @@ def to_text(timeline: Timeline, width: int = 100) -> str:
     """
     if width < 1:
         raise ConfigError(f"a timeline of width {width} shows nothing; give 1 or more")
-    rows = [f"{lane.upper():3} {_row(timeline, lane, width)}" for lane in Lane]
+    rows = [f"{lane.upper():4} {_row(timeline, lane, width)}" for lane in Lane]
     present = {record.kind for record in timeline.records}
     legend = [f"{letter} {kind}" for kind, letter in LETTERS.items() if kind in present]
     shares = [f"{lane.upper()} {share:.0%}" for lane, share in timeline.utilization().items()]

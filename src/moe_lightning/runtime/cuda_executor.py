@@ -19,13 +19,13 @@ from moe_lightning.runtime.stream_counter import StreamCounter
 
 # Tasks launched but not done on a lane. Drivers queue about a thousand operations of a stream; a launch beyond that
 # blocks inside the driver, where it may hold what the CPU lane needs to go on. A GPU task is some ten operations.
-_IN_FLIGHT = {Lane.GPU: 48, Lane.H2D: 256, Lane.D2H: 256}
+_IN_FLIGHT = {Lane.GPU: 48, Lane.H2D: 256, Lane.D2H: 256, Lane.BACK: 256}
 _CHECK_EVERY = 16
 _SWITCH_S = 1e-4
 
 
 class CudaExecutor:
-    """Runs GPU, H2D and D2H lanes on streams and the CPU lane on a thread, all at once.
+    """Runs the CPU lane on a thread and each other lane on a stream, all at once.
 
     The caller's thread launches every task in launch order, in which a task comes after all that it waits for: so
     each event is recorded before anything waits for it. Streams wait for each other by events and for the CPU lane
