@@ -14,7 +14,8 @@ class Policy:
         micro_batch_size: sequences in a decode micro-batch (mu).
         group_size: micro-batches that share one sweep over a layer's experts.
         look_ahead: decode micro-batches whose attention is launched ahead of the one in post-attention.
-        prefill_tokens: prompt tokens that one pass admits at most; at least the longest prompt.
+        prefill_tokens: prompt tokens that a pass has room for beside `max_num_seqs` decoding sequences; at least
+            the longest prompt. While fewer decode, more prompts are admitted.
         chunk_tokens: prompt tokens in one prefill micro-batch.
         pages_per_expert: slices of an expert's intermediate dimension; divides it.
         resident_pages: pages of each layer that stay on the GPU (r_w, in pages).

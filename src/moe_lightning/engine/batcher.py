@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from moe_lightning.engine.balance import spread
+from moe_lightning.engine.forecast import AnswerLengths, Forecast
 from moe_lightning.engine.sequence import Sequence
 from moe_lightning.memory.blocks import BlockAllocator, num_blocks_for
 from moe_lightning.policy import Policy
@@ -32,10 +33,11 @@ class Batch:
 class Batcher:
     """Continuous batching: every pass advances all running sequences and fills free memory with new prompts.
 
-    Admission is optimistic: a sequence gets the blocks its tokens need now, not those it may need. When blocks
-    run out, the youngest running sequences give theirs back and wait at the head of the queue; their tokens
-    are computed again later. The oldest sequence is never put back while a younger one runs and any one
-    sequence fits in memory alone, so the queue always moves.
+    A sequence gets the blocks its tokens need now, not those it may need. It is admitted if, as far as can be
+    foreseen, all that run will have room until they end; answers are expected to be as long, measured by what
+    they may be, as those before them were. When blocks run out all the same, the youngest running sequences give
+    theirs back and wait at the head of the queue; their tokens are computed again later. The oldest sequence is
+    never put back while a younger one runs and any one sequence fits in memory alone, so the queue always moves.
     """
 
     def __init__(self, policy: Policy, eos_token_ids: Collection[int]) -> None:
@@ -48,6 +50,7 @@ class Batcher:
         self._prefill_tokens = policy.prefill_tokens
         self._eos_token_ids = eos_token_ids
         self.allocator = BlockAllocator(policy.num_blocks)
+        self._answer_lengths = AnswerLengths()
 
     @property
     def has_work(self) -> bool:
@@ -83,6 +86,7 @@ class Batcher:
         for sequence in self.running:
             if sequence.finish:
                 self._release(sequence)
+                self._answer_lengths.count(len(sequence.output_ids), sequence.max_new_tokens)
         self.running = [s for s in self.running if not s.finish]
 
     def remove(self, request_ids: Collection[str]) -> None:
@@ -144,7 +148,11 @@ class Batcher:
 
     def _admit(self) -> list[Sequence]:
         admitted: list[Sequence] = []
-        tokens_left = self._prefill_tokens
+        if not self.waiting or len(self.running) >= self._max_num_seqs:
+            return admitted
+        # Rows that no decoding sequence needs are free for prompts: so a batch fills up in few passes.
+        tokens_left = self._max_num_seqs + self._prefill_tokens - len(self.running)
+        forecast = self._forecast()
         while self.waiting and len(self.running) + len(admitted) < self._max_num_seqs:
             sequence = self.waiting[0]
             needed = self._num_blocks(sequence.num_tokens)
@@ -156,11 +164,24 @@ class Batcher:
             is_too_long = admitted and sequence.num_tokens > tokens_left
             if is_too_long or needed + reserve > self.allocator.num_free:
                 break
+            if not forecast.take(sequence.num_tokens, self._remaining(sequence)) and running:
+                break
             self.waiting.popleft()
             sequence.blocks = self.allocator.allocate(needed)
             tokens_left -= sequence.num_tokens
             admitted.append(sequence)
         return admitted
+
+    def _forecast(self) -> Forecast:
+        running = self.running
+        remaining = [self._remaining(s) for s in running]
+        return Forecast(
+            self._policy.num_blocks, self._policy.block_size, [s.num_tokens for s in running], remaining,
+            horizon=max([*remaining, self._remaining(self.waiting[0])]),
+        )  # fmt: skip
+
+    def _remaining(self, sequence: Sequence) -> int:
+        return self._answer_lengths.remaining(len(sequence.output_ids), sequence.max_new_tokens)
 
     def _num_blocks(self, num_tokens: int) -> int:
         return num_blocks_for(num_tokens, self._policy.block_size)

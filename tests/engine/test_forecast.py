@@ -1,0 +1,54 @@
+"""Admission looks ahead: what it lets in has room until it ends."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_batcher import Run, policy_of
+
+from moe_lightning.engine.forecast import AnswerLengths, Forecast
+
+lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 25)), max_size=8)
+
+
+@given(lengths, st.tuples(st.integers(1, 40), st.integers(1, 25)), st.integers(1, 30), st.integers(1, 8))
+def test_a_sequence_is_taken_if_and_only_if_all_fit_at_all_times(running, new, num_blocks, block_size):
+    def demand(sequences, time):
+        return sum(-(-(held + time) // block_size) for held, left in sequences if left >= time)
+
+    held, left = [r[0] for r in running], [r[1] for r in running]
+    forecast = Forecast(num_blocks, block_size, held, left, horizon=25)
+    fits = all(demand([*running, new], time) <= num_blocks for time in range(26))
+    assert forecast.take(*new) == fits
+
+
+def test_answers_are_expected_to_be_as_long_as_they_may_be_until_some_were_shorter():
+    lengths = AnswerLengths()
+    assert lengths.remaining(0, 100) == 100
+    for _ in range(100):
+        lengths.count(25, 100)
+    assert 25 <= lengths.remaining(0, 100) <= 27
+    assert 15 <= lengths.remaining(10, 100) <= 17
+    assert lengths.remaining(99, 100) == 1, "it will not end before its next token"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=20))
+def test_answers_of_full_length_are_never_put_back(arrivals):
+    run = Run(policy_of(max_num_seqs=16, num_blocks=12, block_size=4), longest=32)
+    for num_prompt, num_new in arrivals:
+        run.arrive(num_prompt, num_new)
+    while run.batcher.has_work:
+        run.run_pass()
+    assert run.batcher.num_preemptions == 0
+
+
+def test_room_that_old_sequences_will_leave_is_used():
+    """Held back for its full length at once, the third would wait until another ends."""
+    run = Run(policy_of(max_num_seqs=16, num_blocks=10, block_size=4, prefill_tokens=64), longest=32)
+    old = [run.arrive(4, 12) for _ in range(2)]
+    for _ in range(9):
+        run.run_pass()
+    young = run.arrive(4, 12)
+    run.run_pass()
+    assert run.batcher.running == [*old, young]
