@@ -9,7 +9,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from moe_lightning import __version__
-from moe_lightning.cli import bench, doctor, run_batch, trace, verify
+from moe_lightning.cli import bench, doctor, plan, run_batch, trace, verify
 from moe_lightning.errors import MoELightningError
 
 _DESCRIPTION = """\
@@ -34,6 +34,7 @@ examples:
 
 _VERBS = (
     (run_batch, "run-batch"),
+    (plan, "plan"),
     (trace, "trace"),
     (verify, "verify"),
     (bench, "bench"),

@@ -125,7 +125,7 @@ def _store_kv(work: PassWork, task: Task) -> Cost:
 
 
 def _load_kv(work: PassWork, task: Task) -> Cost:
-    """The new token's own K and V are on the GPU already."""
+    """The new token's own K and V are on the GPU already; what whole blocks hold beyond them is not counted."""
     return _copy(work, (_context(work, task) - _tokens(work, task)) * 2 * work.spec.attention.kv_size)
 
 

@@ -1,0 +1,157 @@
+"""The verb `plan`: the policy for a model on a machine, and what it is predicted to do."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moe_lightning.cli.flags import positive_count
+from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
+from moe_lightning.hardware.presets import preset
+from moe_lightning.hardware.spec import HardwareSpec
+from moe_lightning.models.registry import resolve
+from moe_lightning.models.spec import ModelSpec
+from moe_lightning.units import GIB, parse_bytes
+
+SUMMARY = "find how a model would run on a machine, before anything is downloaded"
+DESCRIPTION = (
+    "Finds the policy for a model on a machine from the model's config.json or name alone, and says what it is "
+    "predicted to do. `--plot` draws the machine's rooflines with the model's operators on them."
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a cost model says: for people, for programs, and the micro-batch size for the drawing."""
+
+    text: str
+    values: dict[str, Any]
+    micro_batch_size: int
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """Add the verb's flags."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="checkpoint, config.json or a name such as mixtral-8x7b")
+    add(
+        "--cost-model",
+        choices=tuple(_COST_MODELS),
+        default="ours",
+        help="ours simulates the schedule; paper is the closed form of arXiv 2411.11217 (default: ours)",
+    )
+    add("--hardware", default="l4", metavar="NAME", help="machine, such as t4, l4, h100-sxm (default: l4)")
+    add(
+        "--gpu-memory",
+        type=_size,
+        metavar="SIZE",
+        help="GPU memory, such as 16GiB (default: all of the machine's)",
+    )
+    add("--host-memory", type=_size, metavar="SIZE", help="host memory (default: all of the machine's)")
+    add(
+        "--cpu-mem-bdw", type=_rate, metavar="GIB/S", help="bandwidth of host memory (default: the machine's)"
+    )
+    add(
+        "--avg-prompt-len",
+        type=positive_count,
+        default=77,
+        metavar="N",
+        help="tokens of a prompt (default: 77)",
+    )
+    add("--gen-len", type=positive_count, default=32, metavar="N", help="tokens of an answer (default: 32)")
+    add("--json", action="store_true", help="print JSON instead of text")
+    add("--plot", type=Path, metavar="FILE", help="draw the rooflines (.svg or .png); needs matplotlib")
+
+
+def run(args: Namespace) -> int:
+    """Print the plan, and draw it where that was asked for.
+
+    Raises:
+        ConfigError: a value cannot be used, or the drawing cannot be made.
+        NoFeasiblePolicyError: the model does not fit the machine.
+    """
+    if args.plot:  # what cannot be drawn is said before the search
+        from moe_lightning.perf.roofline_plot import check_plot_path
+
+        check_plot_path(args.plot)
+    spec, hardware = resolve(args.model), machine(args)
+    answer = _COST_MODELS[args.cost_model](spec, hardware, args)
+    if args.plot:
+        _plot(args, spec, hardware, answer.micro_batch_size)
+    print(json.dumps(answer.values, indent=1) if args.json else answer.text)
+    return 0
+
+
+def machine(args: Namespace) -> HardwareSpec:
+    """The named machine with the sizes and rates that were given.
+
+    Raises:
+        ConfigError: no machine is named so.
+    """
+    hardware = preset(args.hardware)
+    gpu, cpu = hardware.gpu, hardware.cpu
+    gpu = replace(gpu, memory_bytes=args.gpu_memory or gpu.memory_bytes)
+    cpu = replace(
+        cpu,
+        memory_bytes=args.host_memory or cpu.memory_bytes,
+        bandwidth=args.cpu_mem_bdw * GIB if args.cpu_mem_bdw else cpu.bandwidth,
+    )
+    return replace(hardware, gpu=gpu, cpu=cpu)
+
+
+def _plan_ours(spec: ModelSpec, hardware: HardwareSpec, args: Namespace) -> Answer:
+    raise ConfigError("--cost-model ours is not there yet; only --cost-model paper is")
+
+
+def _plan_paper(spec: ModelSpec, hardware: HardwareSpec, args: Namespace) -> Answer:
+    from moe_lightning.perf.paper_model import PaperMachine, PaperWorkload, plan_paper
+    from moe_lightning.perf.paper_report import format_plan
+
+    workload = PaperWorkload(args.avg_prompt_len, args.gen_len)
+    try:
+        plan = plan_paper(spec, PaperMachine.of(hardware), workload)
+    except NoFeasiblePolicyError as e:
+        remedy = "Raise --gpu-memory or --host-memory, lower --avg-prompt-len, or name a larger --hardware"
+        raise NoFeasiblePolicyError(e.problem, remedy) from e
+    return Answer(format_plan(plan), plan.to_json(), plan.ubs)
+
+
+_COST_MODELS: dict[str, Callable[[ModelSpec, HardwareSpec, Namespace], Answer]] = {
+    "ours": _plan_ours,
+    "paper": _plan_paper,
+}
+
+
+def _plot(args: Namespace, spec: ModelSpec, hardware: HardwareSpec, micro_batch_size: int) -> None:
+    from moe_lightning.perf.roofline import gpu_over_host
+    from moe_lightning.perf.roofline_plot import chart_of, draw_roofline
+
+    dtype = "float16" if "bfloat16" not in hardware.gpu.flops else spec.dtype
+    title = f"{args.model} on {hardware.gpu.name}, {dtype}"
+    draw_roofline(args.plot, chart_of(spec, gpu_over_host(hardware, dtype), dtype, title, micro_batch_size))
+    print(f"wrote {args.plot}", file=sys.stderr)
+
+
+def _size(text: str) -> int:
+    try:
+        size = parse_bytes(text)
+    except ConfigError as e:
+        raise ArgumentTypeError(str(e)) from e
+    if size < 1:
+        raise ArgumentTypeError(f"{text!r} leaves nothing to run in; give a size such as 16GiB")
+    return size
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise ArgumentTypeError(f"{text!r} is no bandwidth; give GiB/s above 0, such as 76")
+    return rate

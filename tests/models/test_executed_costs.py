@@ -1,0 +1,320 @@
+"""What `perf.cost` counts for a task is what the task does, for every family and kind of task.
+
+FLOPs are PyTorch's own count of the operations that run. Of attention it sees nothing in C++, and masked products
+elsewhere; so attention is counted over `Seen.attend`, each token against the keys that it sees and no others, and
+what that gives must be the task's result. Bytes are those of the tensors that a task reads, writes and copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from checkpoints import tiny_policy
+from moe_lightning.engine.build import build_worker
+from moe_lightning.models.hf_config import HFConfig
+from moe_lightning.models.registry import ARCHITECTURES, spec_from_config
+from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.cost import Cost, PassWork, task_cost
+from moe_lightning.pipeline.task import BufferKind, Task, TaskKind
+from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step
+from moe_lightning.runtime.runner import TaskRunner
+from moe_lightning.runtime.sampling_batch import RowSampling
+
+_SIZES = {
+    "num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 70, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {"sliding_window": 5},
+    "MixtralForCausalLM": {"num_local_experts": 5, "num_experts_per_tok": 2},
+}
+PAGES = 2
+ROW = RowSampling(temperature=0.0)
+# Two prompts, of 6 tokens and of 7 in two chunks, and five sequences that decode.
+STEP = Step(
+    prefill=(
+        (PrefillPiece(range(3, 9), 0, [0, 1], ROW), PrefillPiece(range(9, 12), 0, [2, 3])),
+        (PrefillPiece(range(12, 16), 3, [2, 3], ROW),),
+    ),
+    decode=(
+        (DecodeRow(5, 4, [4, 5], ROW), DecodeRow(6, 9, [6, 7, 8], ROW), DecodeRow(7, 12, [9, 10, 11, 12], ROW)),
+        (DecodeRow(8, 0, [13], ROW), DecodeRow(9, 20, [14, 15, 16, 17, 18, 19], ROW)),
+    ),
+)  # fmt: skip
+POSITIONS = ((*range(6), *range(3)), (3, 4, 5, 6), (4, 9, 12), (0, 20))
+SAMPLED = (1, 1, 3, 2)
+ATTENTION = (TaskKind.ATTENTION, TaskKind.GPU_ATTENTION, TaskKind.PREFILL_ATTENTION)
+COPIES = (TaskKind.OFFLOAD_QKV, TaskKind.LOAD_HIDDEN, TaskKind.LOAD_PAGE, TaskKind.STORE_KV)
+
+
+def spec_of(architecture: str) -> ModelSpec:
+    values = {"architectures": [architecture], **_SIZES, **CONFIGS[architecture]}
+    return spec_from_config(HFConfig(values, architecture))
+
+
+def work_of(spec: ModelSpec, dtype: str) -> PassWork:
+    window = spec.attention.sliding_window or 10**9
+    context = tuple(sum(min(position + 1, window) for position in mine) for mine in POSITIONS)
+    return PassWork(spec, dtype, PAGES, tuple(map(len, POSITIONS)), context, SAMPLED)
+
+
+# -- counting what runs ------------------------------------------------------------------------------------
+
+
+class Moved(TorchDispatchMode):
+    """Bytes that copies and writes by index move, out of or into the tensors that a pass keeps."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self.num_bytes += args[1].nbytes
+        elif func is torch.ops.aten.index_put_.default:
+            self.num_bytes += args[2].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def _addmm_flops(_out, a, b, *args, **kwargs) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def counter() -> FlopCounterMode:
+    # PyTorch's table has addmm and not addmm_.
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops})
+
+
+@dataclass
+class Seen:
+    """Keys and values of the tokens that one token sees: those of earlier ones, then its own."""
+
+    query: torch.Tensor  # [num_heads, D]
+    cached: list[torch.Tensor]  # keys [n - 1, num_kv_heads, D], then values
+    own: list[torch.Tensor]  # key [1, num_kv_heads, D], then value
+
+    def attend(self) -> torch.Tensor:
+        keys, values = (
+            torch.cat(pair).transpose(0, 1).float() for pair in zip(self.cached, self.own, strict=True)
+        )
+        queries = self.query.view(len(keys), -1, self.query.shape[-1]).float()
+        scores = torch.bmm(queries, keys.transpose(1, 2)) * self.query.shape[-1] ** -0.5
+        return torch.bmm(scores.softmax(-1), values).flatten()
+
+
+@dataclass
+class Observed:
+    """What one task did."""
+
+    task: Task
+    cost: Cost
+    note: dict[str, int] = field(default_factory=dict)
+
+
+class Watching:
+    """A runner that counts what each task of another one does."""
+
+    def __init__(self, runner: TaskRunner, log: list[Observed]) -> None:
+        self._runner, self._log = runner, log
+        self._logits: list[tuple[torch.Tensor, torch.Tensor]] = []
+        compute = runner._logits
+
+        def logits(hidden):
+            found = compute(hidden)
+            self._logits.append((hidden, found))
+            return found
+
+        runner._logits = logits
+
+    def run(self, task: Task) -> None:
+        seen = list(self._seen(task)) if task.kind in ATTENTION else []
+        with counter() as flops, Moved() as moved:
+            self._runner.run(task)
+        counted = flops.get_total_flops()
+        if seen:
+            with counter() as flops:
+                found = torch.stack([one.attend() for one in seen])
+            counted = flops.get_total_flops()
+            out = self._tensor(task.writes[-1].kind, task.micro_batches[0])
+            tolerance = 1e-4 if out.dtype == torch.float32 else 3e-2
+            torch.testing.assert_close(out.float(), found, rtol=tolerance, atol=tolerance)
+        self._log.append(self._observe(task, counted, moved.num_bytes, seen))
+
+    def _observe(self, task: Task, flops: int, moved: int, seen: list[Seen]) -> Observed:
+        if task.kind in COPIES:
+            return Observed(task, Cost(flops, moved, moved, moved))
+        if task.kind is TaskKind.LOAD_KV:
+            staged = self._runner._kv_stage[task.writes[0].index].nbytes
+            needed = sum(t.nbytes for one in self._seen(task) for t in one.cached)
+            return Observed(task, Cost(flops, needed, needed, needed), {"staged": staged})
+        if task.kind in ATTENTION:
+            return self._attention(task, flops, seen)
+        if task.kind is TaskKind.EXPERTS:
+            return self._experts(task, flops)
+        used = self._weights(task)
+        if task.kind is TaskKind.SAMPLE:  # not all rows are sampled: those that were, and their logits
+            touched = sum(t.nbytes for pair in self._logits for t in pair)
+            self._logits.clear()
+        else:
+            kinds = (BufferKind.HIDDEN, BufferKind.QKV, BufferKind.ATTENTION_OUT, BufferKind.EXPERTS_IN)
+            touched = self._bytes(task, *kinds)
+        return Observed(task, Cost(flops, touched + sum(t.nbytes for t in used)))
+
+    def _weights(self, task: Task) -> list[torch.Tensor]:
+        weights = self._runner._weights
+        layer = weights.layers[task.layer]
+        match task.kind:
+            case TaskKind.EMBED:
+                return [weights.embed[self._runner._batches[task.micro_batches[0]].token_ids]]
+            case TaskKind.PRE_ATTENTION:
+                return [layer.input_norm, layer.qkv]
+            case TaskKind.POST_ATTENTION:
+                return [layer.o, layer.post_norm, *([] if layer.router is None else [layer.router])]
+            case _:
+                return [weights.final_norm, weights.lm_head]
+
+    def _attention(self, task: Task, flops: int, seen: list[Seen]) -> Observed:
+        cached = sum(t.nbytes for one in seen for t in one.cached)
+        appended = sum(t.nbytes for one in seen for t in one.own)
+        rows = self._bytes(task, BufferKind.HOST_QKV, BufferKind.HOST_OUT, BufferKind.ATTENTION_OUT)
+        own = self._tensor(BufferKind.QKV, task.micro_batches[0]).nbytes  # earlier chunks' are left out
+        if task.kind is TaskKind.ATTENTION:
+            return Observed(task, Cost(flops, host_bytes=rows + cached + appended))
+        return Observed(
+            task, Cost(flops, rows + own + (cached if task.kind is TaskKind.GPU_ATTENTION else 0))
+        )
+
+    def _experts(self, task: Task, flops: int) -> Observed:
+        ids = torch.cat(
+            [self._runner._buffers.topk_ids[self._runner._batches[j].rows] for j in task.micro_batches]
+        )
+        pages = self._runner._weights.pages
+        reached = len(ids.unique())
+        weights = reached * pages.layout.pages_per_expert * pages.frames[0].nbytes
+        rows = self._bytes(task, BufferKind.HIDDEN, BufferKind.EXPERTS_IN)
+        return Observed(task, Cost(flops, rows + weights), {"reached": reached, "weights": weights})
+
+    def _bytes(self, task: Task, *kinds: BufferKind) -> int:
+        """Of the buffers that the task reads and of those that it writes, each as often as it is named."""
+        named = [b for b in (*task.reads, *task.writes) if b.kind in kinds]
+        return sum(self._tensor(b.kind, b.index).nbytes for b in named)
+
+    def _tensor(self, kind: BufferKind, j: int) -> torch.Tensor:
+        batch, whole = self._runner._batches[j], getattr(self._runner._buffers, kind.value)
+        return whole[batch.host_rows if kind.value.startswith("host") else batch.rows]
+
+    def _seen(self, task: Task) -> Iterator[Seen]:
+        j = task.micro_batches[0]
+        batch = self._runner._batches[j]
+        window = self._runner._spec.attention.sliding_window or 10**9
+        if batch.prefill is not None:
+            q, k, v = self._runner._split(self._runner._buffers.qkv)
+            for first, start, end in batch.prefill.segments:
+                for row in range(start, end):
+                    earlier = slice(max(first, row - window + 1), row)
+                    yield Seen(q[row], [k[earlier], v[earlier]], [k[row : row + 1], v[row : row + 1]])
+            return
+        on_host = task.kind is TaskKind.ATTENTION
+        q, k, v = self._runner._split(self._tensor(BufferKind.HOST_QKV if on_host else BufferKind.QKV, j))
+        kv, size = self._runner._kv.layer(task.layer), self._runner._kv.block_size
+        for row, (table, length) in enumerate(
+            zip(batch.block_tables, batch.context_lens.tolist(), strict=True)
+        ):
+            earlier = torch.arange(max(0, length - window), length - 1)
+            blocks, offsets = table[earlier // size], earlier % size
+            cached = [kv[blocks, which, :, offsets] for which in (0, 1)]
+            yield Seen(q[row], cached, [k[row : row + 1], v[row : row + 1]])
+
+
+def observe(architecture: str, dtype: str, schedule: str) -> list[Observed]:
+    """What each task of one pass did."""
+    torch.manual_seed(0)
+    spec = spec_of(architecture)
+    pages = spec.experts.num_experts * PAGES
+    policy = tiny_policy(
+        schedule=schedule,
+        group_size=3,  # three micro-batches, then one of so few tokens that they cannot reach every expert
+        pages_per_expert=PAGES,
+        resident_pages=(1, 0, pages),
+        num_frames=3 * pages,
+        block_size=4,
+    )
+    cpu = torch.device("cpu")
+    worker = build_worker(spec, policy, getattr(torch, dtype), cpu, tensors=None, executor="serial")
+    worker._kv.arena.tensor.normal_()  # the context of the sequences that decode
+    log: list[Observed] = []
+    worker._wrap = lambda runner: Watching(runner, log)
+    worker.run(STEP)
+    return log
+
+
+# -- the comparison ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (a, d, s) for a in ARCHITECTURES for d in ("float32", "bfloat16") for s in ("cgopipe", "flexgen")
+    ],
+    ids="-".join,
+)
+def observed(request) -> tuple[list[Observed], PassWork]:
+    architecture, dtype, schedule = request.param
+    return observe(architecture, dtype, schedule), work_of(spec_of(architecture), dtype)
+
+
+def test_every_family_has_a_tiny_config() -> None:
+    assert CONFIGS.keys() == ARCHITECTURES.keys()
+
+
+def test_the_two_schedules_have_every_kind_of_task() -> None:
+    kinds = {
+        o.task.kind
+        for schedule in ("cgopipe", "flexgen")
+        for o in observe("LlamaForCausalLM", "float32", schedule)
+    }
+    assert kinds == set(TaskKind)
+
+
+def test_flops_are_those_that_run(observed) -> None:
+    log, work = observed
+    for one in log:
+        assert task_cost(one.task, work).flops == one.cost.flops, one.task
+
+
+def test_bytes_are_those_of_the_tensors_that_a_task_touches(observed) -> None:
+    log, work = observed
+    for one in log:
+        counted, touched = task_cost(one.task, work), one.cost
+        if one.task.kind is TaskKind.EXPERTS:
+            continue
+        assert (counted.device_bytes, counted.host_bytes, counted.link_bytes) == (
+            touched.device_bytes, touched.host_bytes, touched.link_bytes,
+        ), one.task  # fmt: skip
+
+
+def test_experts_bytes_are_those_touched_up_to_experts_that_no_token_happens_to_choose(observed) -> None:
+    log, work = observed
+    experts = [one for one in log if one.task.kind is TaskKind.EXPERTS]
+    assert experts
+    exact = 0
+    for one in experts:
+        tokens = sum(work.tokens[j] for j in one.task.micro_batches)
+        most = min(work.spec.experts.num_experts, work.spec.experts.top_k * tokens)
+        beyond = (most - one.note["reached"]) * one.note["weights"] // one.note["reached"]
+        assert task_cost(one.task, work).device_bytes == one.cost.device_bytes + beyond
+        exact += beyond == 0
+    assert exact >= len(experts) / 2
+
+
+def test_loading_kv_copies_whole_blocks_and_never_less_than_is_counted(observed) -> None:
+    log, work = observed
+    for one in (o for o in log if o.task.kind is TaskKind.LOAD_KV):
+        assert task_cost(one.task, work).link_bytes <= one.note["staged"]

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moe_lightning
+from moe_lightning.cli.main import main
+from moe_lightning.models.known import KNOWN_MODELS
+from moe_lightning.units import GIB
+
+PAPER = ["plan", "mixtral-8x7b", "--cost-model", "paper"]
+
+
+def planned(capsys: pytest.CaptureFixture[str], *flags: str, base: list[str] = PAPER) -> dict[str, float]:
+    assert main([*base, *flags, "--json"]) == 0
+    values: dict[str, float] = json.loads(capsys.readouterr().out)
+    return values
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The message of a command that ends with status 2 and prints nothing else."""
+    try:
+        status = main(argv)
+    except SystemExit as e:  # argparse
+        status = e.code
+    captured = capsys.readouterr()
+    assert status == 2 and captured.out == ""
+    return captured.err
+
+
+# -- answers -----------------------------------------------------------------------------------------------
+
+
+def test_the_papers_machine_gets_the_policy_that_its_artifact_prints(capsys) -> None:
+    assert main([*PAPER, "--hardware", "paper-s2"]) == 0
+    text = capsys.readouterr().out
+    for figure in (
+        "324, 14",
+        "0.055884688",
+        "20.640 of 21.600 GiB",
+        "147.282 of 147.432 GiB",
+        "944.66 token/s",
+    ):
+        assert figure in text
+
+
+def test_json_is_an_object_of_the_artifacts_keys(capsys) -> None:
+    values = planned(capsys, "--hardware", "paper-s2")
+    assert (values["ubs"], values["n_ub"], values["eg"]) == (324, 14, 8)
+    assert set(values) == {
+        "ubs", "n_ub", "wg", "wc", "cg", "cc", "eg", "ctog_s", "gpu_T_s", "cpu_T_s", "T_s", "decode_throughput",
+        "gpu_peak_gib", "cpu_peak_gib",
+    }  # fmt: skip
+
+
+def test_prompts_of_77_tokens_and_answers_of_32_on_an_l4_are_the_default(capsys) -> None:
+    said = ["--hardware", "l4", "--avg-prompt-len", "77", "--gen-len", "32"]
+    assert planned(capsys, *said) == planned(capsys)
+    assert planned(capsys, "--gen-len", "64") != planned(capsys)
+    assert planned(capsys, "--avg-prompt-len", "78") != planned(capsys)
+
+
+def test_memory_flags_replace_the_machines_memory(capsys) -> None:
+    values = planned(capsys, "--gpu-memory", "16GiB", "--host-memory", "150GiB")
+    assert values["gpu_peak_gib"] <= 0.86 * 16 + 1e-6
+    assert values["cpu_peak_gib"] <= 0.80 * 150 + 1e-6
+    assert planned(capsys, "--gpu-memory", "24GiB", "--host-memory", "192GiB") == planned(capsys)
+
+
+def test_the_bandwidth_of_host_memory_is_given_in_gib_as_to_the_artifact(capsys) -> None:
+    assert planned(capsys, "--cpu-mem-bdw", "76") == planned(capsys)
+    slow = planned(capsys, "--cpu-mem-bdw", "1")
+    # 2 bytes x (2 x 4096 + 2 x 109 x 1024) a sequence, at 1 GiB/s.
+    assert slow["cpu_T_s"] == pytest.approx(slow["ubs"] * slow["n_ub"] * 2 * (8192 + 2 * 109 * 1024) / GIB)
+    assert slow["T_s"] == pytest.approx(32 * slow["cpu_T_s"])
+
+
+def test_a_name_a_config_file_and_a_checkpoint_directory_give_one_plan(tmp_path: Path, capsys) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(KNOWN_MODELS["mixtral-8x7b"]))
+    by_name = planned(capsys)
+    for model in (config, tmp_path):
+        assert planned(capsys, base=["plan", str(model), "--cost-model", "paper"]) == by_name
+
+
+@pytest.mark.parametrize("name", ["roof.svg", "roof.png"])
+def test_the_rooflines_are_drawn_beside_the_answer(name: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / name
+    assert main([*PAPER, "--hardware", "t4", "--plot", str(path), "--json"]) == 0
+    captured = capsys.readouterr()
+    values = json.loads(captured.out)
+    assert captured.err == f"wrote {path}\n"
+    if path.suffix == ".svg":
+        text = path.read_text()
+        assert "mixtral-8x7b on NVIDIA T4, float16" in text and f"n={values['ubs']}" in text
+
+
+def test_planning_starts_without_torch_and_without_matplotlib_unless_it_draws(tmp_path: Path) -> None:
+    for name in (
+        "torch",
+        "transformers",
+        "matplotlib",
+    ):  # one that cannot be imported stands in for a slow one
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from moe_lightning.cli.main import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(moe_lightning.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *PAPER], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "token/s" in done.stdout
+
+
+# -- refusals ----------------------------------------------------------------------------------------------
+
+
+def test_the_cost_model_that_is_not_there_yet_says_which_is(capsys) -> None:
+    assert "only --cost-model paper" in refused(capsys, "plan", "mixtral-8x7b")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--hardware", "l5"), "no hardware is named 'l5'; known are t4, l4"),
+        (("--hardware", "rtx4900"), "did you mean rtx-4090"),
+        (("--gpu-memory=-5GiB",), "--gpu-memory: '-5GiB' is not a size; write 16GiB"),
+        (("--gpu-memory", "0"), "--gpu-memory: '0' leaves nothing to run in; give a size such as 16GiB"),
+        (("--host-memory", "lots"), "--host-memory: 'lots' is not a size"),
+        (("--cpu-mem-bdw", "0"), "--cpu-mem-bdw: '0' is no bandwidth; give GiB/s above 0"),
+        (("--cpu-mem-bdw=-76",), "--cpu-mem-bdw: '-76' is no bandwidth"),
+        (("--cpu-mem-bdw", "nan"), "--cpu-mem-bdw: 'nan' is no bandwidth"),
+        (("--cpu-mem-bdw", "inf"), "--cpu-mem-bdw: 'inf' is no bandwidth"),
+        (("--cpu-mem-bdw", "fast"), "--cpu-mem-bdw: 'fast' is no bandwidth"),
+        (("--gen-len", "0"), "--gen-len: '0' is too small; give at least 1"),
+        (
+            ("--gen-len", "1"),
+            "gen_len=1: the paper's model rates what comes after the first token; give 2 or more",
+        ),
+        (("--avg-prompt-len", "0"), "--avg-prompt-len: '0' is too small"),
+        (("--avg-prompt-len", "12.5"), "--avg-prompt-len: '12.5' is not a whole count"),
+        (("--cost-model", "guess"), "invalid choice: 'guess'"),
+        (("--plot", "roof.pdf"), "cannot draw roof.pdf: its name ends in '.pdf'; use .svg or .png"),
+        (("--plot", "/no/such/roof.svg"), "cannot write /no/such/roof.svg: No such file or directory"),
+    ],
+)
+def test_a_bad_value_is_refused_with_the_value_and_a_remedy(
+    flags: tuple[str, ...], message: str, capsys
+) -> None:
+    assert message in refused(capsys, *PAPER, *flags)
+
+
+def test_an_unknown_model_is_refused_with_near_names(capsys) -> None:
+    message = refused(capsys, "plan", "mixtral-8x7", "--cost-model", "paper")
+    assert "did you mean mixtral-8x7b" in message
+
+
+def test_a_model_that_does_not_fit_is_refused_with_flags_that_plan_has(capsys) -> None:
+    message = refused(capsys, *PAPER, "--gpu-memory", "8GiB")
+    assert "needs 7.8 GiB of GPU memory" in message and "Raise --gpu-memory" in message
+    message = refused(capsys, *PAPER, "--host-memory", "64GiB")
+    assert "of host memory" in message and "--host-memory" in message
+
+
+def test_what_cannot_be_drawn_is_said_before_the_search(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    message = refused(capsys, "plan", "no-such-model", "--plot", "roof.svg")
+    assert "pip install 'moe-lightning[plot]'" in message and "no-such-model" not in message
