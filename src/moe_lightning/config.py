@@ -66,7 +66,7 @@ class EngineConfig:
     )
     host_memory: int | None = _setting(
         None,
-        "host memory for weights and KV, such as 100GiB; default: 80 % of what is free",
+        "host memory for weights and KV, such as 100GiB; default: 97 % of what is free, 80 % on device cpu",
         parse=parse_bytes,
     )
     device: str = _setting(

@@ -61,6 +61,15 @@ class Batcher:
         """Queue a new sequence."""
         self.waiting.append(sequence)
 
+    def adopt(self, sequence: Sequence) -> bool:
+        """Count a sequence as running whose KV somebody has put in place; False if it finds no room."""
+        needed = self._num_blocks(sequence.num_tokens)
+        if needed > self.allocator.num_free:
+            return False
+        sequence.blocks = self.allocator.allocate(needed)
+        self.running.append(sequence)
+        return True
+
     def next(self) -> Batch:
         """The next pass; the new prompts are counted as running from now on."""
         preempted = self._reserve()

@@ -81,6 +81,20 @@ class Engine:
         for sequence in sequences:
             self._batcher.add(sequence)
 
+    def adopt(self, request: Request, output_ids: list[int]) -> bool:
+        """Take in a request as if it had been running: its KV is taken for computed. For measurements.
+
+        Returns:
+            False if the cache has no room for it.
+        """
+        sequence = Sequence(request, 0, self._num_arrived, self._max_model_len, self._tokenizer)
+        sequence.output_ids = output_ids
+        if not self._batcher.adopt(sequence):
+            return False
+        self._num_arrived += 1
+        self._unfinished[request.request_id] = [sequence]
+        return True
+
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now with what it has; None if it is not known (any more)."""
         sequences = self._unfinished.get(request_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,30 +11,40 @@ from moe_lightning.config import EngineConfig
 from moe_lightning.engine.gpu_budget import cap_gpu_memory
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.host import available_memory
+from moe_lightning.hardware.presets import preset, preset_of_card
+from moe_lightning.hardware.spec import HardwareSpec
 from moe_lightning.memory.layout import PageLayout, Placement
 from moe_lightning.models import registry
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.default_policy import Memory, default_policy, load_policy
+from moe_lightning.perf.planner import Prediction, search
+from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy
+from moe_lightning.units import GIB
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model will run; `max_model_len` is the longest sequence that the policy can hold."""
+    """How a model will run; `max_model_len` is the longest sequence that the policy can hold.
+
+    `prediction` says what the policy should reach, where it was searched for.
+    """
 
     spec: ModelSpec
     device: torch.device
     dtype: torch.dtype
     policy: Policy
     max_model_len: int
+    prediction: Prediction | None = None
 
 
-def make_plan(config: EngineConfig, policy: Policy | None = None) -> Plan:
+def make_plan(config: EngineConfig, policy: Policy | None = None, workload: Workload | None = None) -> Plan:
     """The plan of an engine's settings; no weights are read, and the model need not be downloaded.
 
     Args:
         config: the settings.
         policy: instead of the one that the settings lead to.
+        workload: what will be computed: on a GPU the policy is the one that should be fastest for it.
 
     Raises:
         ConfigError, UnsupportedModelError, NoFeasiblePolicyError: the model cannot run as asked.
@@ -46,13 +56,43 @@ def make_plan(config: EngineConfig, policy: Policy | None = None) -> Plan:
         _check_pages(policy, spec)
         length = min(config.max_model_len or spec.max_position, policy.num_blocks * policy.block_size)
         return Plan(spec, device, dtype, policy, min(length, policy.prefill_tokens))
-    memory = Memory(config.host_memory or int(0.8 * available_memory()), gpu)
-    policy, length = default_policy(spec, dtype.itemsize, memory, config.max_model_len, config.max_num_seqs)
+    memory = Memory(config.host_memory or usable_host_memory(device), gpu)
+    prediction = None
+    if workload is not None and device.type == "cuda":
+        planned = search(
+            spec, str(dtype).removeprefix("torch."), memory, this_machine(device), workload,
+            max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
+        )  # fmt: skip
+        policy, prediction = planned.policy, planned.prediction
+        length = min(policy.prefill_tokens, policy.num_blocks * policy.block_size)
+    else:
+        policy, length = default_policy(
+            spec, dtype.itemsize, memory, config.max_model_len, config.max_num_seqs
+        )
     if config.policy:
         policy = load_policy(config.policy, policy)
         length = min(length, policy.prefill_tokens, policy.num_blocks * policy.block_size)
         _check_pages(policy, spec)
-    return Plan(spec, device, dtype, policy, length)
+    return Plan(spec, device, dtype, policy, length, prediction)
+
+
+def usable_host_memory(device: torch.device) -> int:
+    """Bytes for weights and KV, of which a job that streams turns each GiB into speed."""
+    free = available_memory()
+    return int(0.8 * free) if device.type == "cpu" else free - max(3 * GIB, int(0.03 * free))
+
+
+def this_machine(device: torch.device) -> HardwareSpec:
+    """Rates of the preset that is like this machine's GPU, as far as they are reached while all lanes work."""
+    known = preset_of_card(torch.cuda.get_device_name(device)) or preset("l4")
+    # Of a preset's peaks, what measured runs reached: attention of the memory's rate, copies, matrix products.
+    gpu = replace(
+        known.gpu,
+        bandwidth=0.8 * known.gpu.bandwidth,
+        flops={dtype: 0.65 * rate for dtype, rate in known.gpu.flops.items()},
+    )
+    cpu = replace(known.cpu, bandwidth=0.65 * known.cpu.bandwidth)
+    return replace(known, gpu=gpu, cpu=cpu, h2d=0.97 * known.h2d, d2h=0.97 * known.d2h)
 
 
 def _check_pages(policy: Policy, spec: ModelSpec) -> None:

@@ -146,6 +146,14 @@ _ALIASES = {
 }  # fmt: skip
 
 
+def preset_of_card(card: str) -> HardwareSpec | None:
+    """The preset of the GPU that a driver calls so, such as ``NVIDIA H100 80GB HBM3``; None for an unknown one."""
+    words = card.lower().replace("-", " ").split()
+    joined = ["-".join(words[i : i + n]) for n in (2, 1) for i in range(len(words))]
+    key = next((_ALIASES.get(w, w) for w in joined if _ALIASES.get(w, w) in PRESETS), None)
+    return None if key is None else PRESETS[key]
+
+
 def preset(name: str) -> HardwareSpec:
     """The machine of a name such as `l4`; case does not matter.
 

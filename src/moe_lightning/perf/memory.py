@@ -7,7 +7,14 @@ from moe_lightning.units import MIB
 
 EXPERTS_AT_ONCE = 8192  # tokens: enough that reading the weights costs nothing beside the arithmetic
 _HEAD_ROWS = 512  # rows of logits that exist at once
+_ENGINE = 512 * MIB  # requests, step arrays, readers of a checkpoint
 _SMALL = 64 * MIB  # token ids, positions, tables, what the allocator rounds up
+
+
+def host_buffer_bytes(spec: ModelSpec, dtype_bytes: int, num_seqs: int) -> int:
+    """Bytes of host memory for the rows of decoding sequences, and what the engine keeps of requests."""
+    a = spec.attention
+    return num_seqs * (a.qkv_size + a.q_size) * dtype_bytes + _ENGINE
 
 
 def activation_bytes(spec: ModelSpec, dtype_bytes: int, num_rows: int) -> int:

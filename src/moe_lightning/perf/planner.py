@@ -1,0 +1,268 @@
+"""The policy that should be fastest on a machine: searched against the simulated schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+
+from moe_lightning.errors import ConfigError, NoFeasiblePolicyError, ScheduleError
+from moe_lightning.hardware.spec import HardwareSpec
+from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.cost import DTYPE_BYTES
+from moe_lightning.perf.default_policy import Memory, pages_per_expert
+from moe_lightning.perf.memory import activation_bytes, host_buffer_bytes
+from moe_lightning.perf.predict import predict
+from moe_lightning.perf.workload import Workload
+from moe_lightning.pipeline.task import Lane, PassShape
+from moe_lightning.policy import Policy
+from moe_lightning.units import format_bytes
+
+_BLOCK_SIZE = 16
+_CHUNK_TOKENS = 2048
+_FULL = 0.98  # of the blocks are in use on average: some wait for the next tokens of those that run
+# What is tried, the middle first: streamed layers that the ring holds, decode micro-batches, how many times the
+# prompt tokens of a steady pass a pass has room for.
+_RINGS = (1.5, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0)
+_MICRO_BATCHES = (8, 4, 12, 16)
+_PREFILLS = (2.0, 1.25, 1.5, 3.0, 4.0)
+_SHORT, _LONG = 4, 8  # layers simulated; a pass takes a constant and so much a layer
+_HOST_S, _HOST_SEQ_S = 3e-3, 6e-6  # between two passes, and for each sequence
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a policy should reach.
+
+    Attributes:
+        pass_s: seconds of a pass while KV memory is full.
+        lane_s: seconds that each lane works in it.
+        num_seqs: that decode in it.
+        prefill_tokens: of prompts in it.
+        tokens_per_s: generated, while KV memory is full.
+        job_tokens_per_s: generated, from the first pass to the last.
+        job_s: seconds of the whole job; None if it has no end.
+    """
+
+    pass_s: float
+    lane_s: dict[str, float]
+    num_seqs: int
+    prefill_tokens: int
+    tokens_per_s: float
+    job_tokens_per_s: float
+    job_s: float | None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A policy and what it should reach."""
+
+    policy: Policy
+    prediction: Prediction
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    ring: float
+    micro_batches: int
+    prefill: float
+
+
+def search(
+    spec: ModelSpec,
+    dtype: str,
+    memory: Memory,
+    hardware: HardwareSpec,
+    workload: Workload,
+    *,
+    max_model_len: int | None = None,
+    max_num_seqs: int | None = None,
+) -> Planned:
+    """The policy that finishes the workload first, of all that fit.
+
+    One choice is varied at a time until none of them helps.
+
+    Args:
+        spec: the model.
+        dtype: of weights, activations and KV.
+        memory: what may be used; there is a GPU.
+        hardware: rates as achieved while all lanes work.
+        workload: what is to be computed.
+        max_model_len: tokens of the longest sequence; default: the workload's.
+        max_num_seqs: sequences that may decode at once; default: as many as fit.
+
+    Raises:
+        NoFeasiblePolicyError: nothing fits.
+    """
+    problem = _Problem(spec, dtype, memory, hardware, workload, max_model_len, max_num_seqs)
+    best = _Candidate(_RINGS[0], _MICRO_BATCHES[0], _PREFILLS[0])
+    for _ in range(2):
+        best = max((replace(best, ring=ring) for ring in _RINGS), key=problem.value)
+        best = max((replace(best, prefill=prefill) for prefill in _PREFILLS), key=problem.value)
+        best = max((replace(best, micro_batches=count) for count in _MICRO_BATCHES), key=problem.value)
+    found = problem.solve(best)
+    if found is None:
+        raise problem.explain()
+    return found
+
+
+class _Problem:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dtype: str,
+        memory: Memory,
+        hardware: HardwareSpec,
+        workload: Workload,
+        max_model_len: int | None,
+        max_num_seqs: int | None,
+    ) -> None:
+        assert memory.gpu is not None
+        if max_model_len and max_model_len > spec.max_position:
+            raise ConfigError(
+                f"max_model_len={max_model_len} is more than the model's {spec.max_position} positions; lower it"
+            )
+        self._spec, self._dtype, self._dtype_bytes = spec, dtype, DTYPE_BYTES[dtype]
+        dtype_bytes = self._dtype_bytes
+        self._gpu, self._host = memory.gpu, memory.host
+        self._hardware, self._workload = hardware, workload
+        self._length = max_model_len or min(workload.longest, spec.max_position)
+        most = min(x for x in (max_num_seqs, workload.num_requests, 2**20) if x)
+        self._most_seqs = most
+        self._pages = pages_per_expert(spec, dtype_bytes)
+        self._per_layer = spec.experts.num_experts * self._pages
+        expert_bytes = 3 * spec.hidden_size * spec.experts.intermediate_size * dtype_bytes
+        self._page_bytes = expert_bytes // self._pages
+        self._others = (
+            spec.num_parameters * dtype_bytes - expert_bytes * spec.experts.num_experts * spec.num_layers
+        )
+        self._block_bytes = spec.kv_bytes_per_token(dtype_bytes) * _BLOCK_SIZE
+        self._found: dict[_Candidate, Planned | None] = {}
+
+    def value(self, candidate: _Candidate) -> float:
+        found = self.solve(candidate)
+        return found.prediction.job_tokens_per_s if found else 0.0
+
+    def solve(self, candidate: _Candidate) -> Planned | None:
+        if candidate not in self._found:
+            policy = self._policy(candidate)
+            self._found[candidate] = None if policy is None else self._predicted(policy)
+        return self._found[candidate]
+
+    def explain(self) -> NoFeasiblePolicyError:
+        spec, rows = self._spec, 1 + self._length
+        gpu = (
+            self._others
+            + activation_bytes(spec, self._dtype_bytes, rows)
+            + self._per_layer * self._page_bytes
+        )
+        streamed = self._per_layer * spec.num_layers * self._page_bytes
+        host = streamed - max(0, self._gpu - gpu) + self._blocks_of_longest() * self._block_bytes
+        return NoFeasiblePolicyError(
+            f"{spec.architecture} needs {format_bytes(gpu)} of GPU memory to stream one layer at a time, of which "
+            f"{format_bytes(self._gpu)} are allowed, and {format_bytes(host)} of host memory for weights and one "
+            f"sequence of {self._length} tokens, of which there are {format_bytes(self._host)}",
+            "Lower max_model_len, or allow more memory",
+        )
+
+    def _blocks_of_longest(self) -> int:
+        return -(-self._length // _BLOCK_SIZE)
+
+    def _policy(self, candidate: _Candidate) -> Policy | None:
+        """The largest batch that the candidate's way of using memory has room for."""
+        least, most = 0, self._most_seqs
+        while least < most:  # more sequences need more activations, and those push pages out to the host
+            middle = (least + most + 1) // 2
+            least, most = (middle, most) if self._sized(candidate, middle) else (least, middle - 1)
+        return self._sized(candidate, least) if least else None
+
+    def _sized(self, candidate: _Candidate, num_seqs: int) -> Policy | None:
+        """The policy with a batch of that size, if memory holds it."""
+        spec, work, size = self._spec, self._workload, ceil(num_seqs / candidate.micro_batches)
+        steady = num_seqs * work.mean_prompt / work.gen_len
+        prefill = max(self._length, ceil(candidate.prefill * steady))
+        resident = self._resident(num_seqs + prefill, candidate.ring)
+        if resident is None:
+            return None
+        streamed = [self._per_layer - r for r in resident]
+        free = self._host - sum(streamed) * self._page_bytes
+        blocks = (free - host_buffer_bytes(spec, self._dtype_bytes, num_seqs)) // self._block_bytes
+        if blocks < max(self._blocks_of_longest(), num_seqs * work.mean_blocks(_BLOCK_SIZE) / _FULL):
+            return None
+        return Policy(
+            max_num_seqs=num_seqs, micro_batch_size=size, group_size=2**16, look_ahead=2 * candidate.micro_batches,
+            prefill_tokens=prefill, chunk_tokens=min(_CHUNK_TOKENS, prefill), pages_per_expert=self._pages,
+            resident_pages=resident, num_frames=sum(resident) + ceil(candidate.ring * max(streamed)),
+            num_blocks=min(blocks, self._most_seqs * self._blocks_of_longest()), block_size=_BLOCK_SIZE,
+        )  # fmt: skip
+
+    def _resident(self, rows: int, ring: float) -> tuple[int, ...] | None:
+        """Pages of each layer that stay on the GPU beside a ring of so many streamed layers."""
+        layers, per_layer = self._spec.num_layers, self._per_layer
+        room = self._gpu - self._others - activation_bytes(self._spec, self._dtype_bytes, rows)
+        frames = room // self._page_bytes
+
+        def fits(total: int) -> bool:
+            return (
+                total + (ceil(ring * (per_layer - total // layers)) if total < per_layer * layers else 0)
+                <= frames
+            )
+
+        if not fits(0):
+            return None
+        least, most = 0, per_layer * layers
+        while least < most:
+            middle = (least + most + 1) // 2
+            least, most = (middle, most) if fits(middle) else (least, middle - 1)
+        return tuple(least // layers + (layer < least % layers) for layer in range(layers))
+
+    def _predicted(self, policy: Policy) -> Planned | None:
+        work, n = self._workload, policy.max_num_seqs
+        steady = round(n * work.mean_prompt / work.gen_len)
+        try:
+            pass_s, lane_s = self._pass_seconds(policy, n, steady)
+            ramp_rows = min(n + policy.prefill_tokens, round(n * work.mean_prompt))
+            ramp_s, _ = self._pass_seconds(policy, 0, ramp_rows)
+        except ScheduleError:
+            return None
+        ramp = n * work.mean_prompt / (n + policy.prefill_tokens)
+        requests = work.num_requests or 2 * n
+        job_s = ramp * max(ramp_s, pass_s / 2) + requests * work.gen_len / n * pass_s
+        return Planned(
+            policy,
+            Prediction(
+                pass_s, lane_s, n, steady, n / pass_s, requests * work.gen_len / job_s,
+                job_s if work.num_requests else None,
+            ),
+        )  # fmt: skip
+
+    def _pass_seconds(self, policy: Policy, decode: int, prefill: int) -> tuple[float, dict[str, float]]:
+        """Of a pass in the middle of many, and the seconds of each lane."""
+        short, long = (self._simulated(policy, decode, prefill, layers) for layers in (_SHORT, _LONG))
+        layers = self._spec.num_layers
+
+        def at_full_depth(a: float, b: float) -> float:
+            return b + (b - a) / (_LONG - _SHORT) * (layers - _LONG)
+
+        lanes = {lane.value: at_full_depth(short[1][lane], long[1][lane]) for lane in Lane}
+        between = _HOST_S + _HOST_SEQ_S * decode
+        return max(lanes["h2d"], at_full_depth(short[0], long[0]) + between), lanes
+
+    def _simulated(
+        self, policy: Policy, decode: int, prefill: int, layers: int
+    ) -> tuple[float, dict[Lane, float]]:
+        """Seconds until the last token of a pass of fewer layers, and those that each lane works."""
+        chunks = [policy.chunk_tokens] * (prefill // policy.chunk_tokens)
+        chunks += [prefill % policy.chunk_tokens] if prefill % policy.chunk_tokens else []
+        groups = [policy.micro_batch_size] * (decode // policy.micro_batch_size)
+        groups += [decode % policy.micro_batch_size] if decode % policy.micro_batch_size else []
+        streamed = tuple(self._per_layer - r for r in policy.resident_pages[:layers])
+        shape = PassShape(
+            layers, len(chunks), len(groups), policy.group_size, policy.look_ahead, streamed,
+            policy.num_frames - sum(policy.resident_pages), preloaded=True,
+        )  # fmt: skip
+        timeline = predict(
+            replace(self._spec, num_layers=layers), shape, chunks + groups, self._workload.mean_context(),
+            self._hardware, pages_per_expert=self._pages, dtype=self._dtype,
+        )  # fmt: skip
+        end = max((r.end for r in timeline.records if r.lane is not Lane.H2D), default=timeline.end)
+        return end - timeline.start, timeline.busy_seconds()
