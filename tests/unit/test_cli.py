@@ -179,7 +179,7 @@ def test_every_setting_is_in_the_help_of_run_batch(capsys: pytest.CaptureFixture
     for name in VALUES:
         assert "--" + name.replace("_", "-") in text
     text = " ".join(text.split())
-    assert "80 % of what is free" in text
+    assert "97 % of what is free" in text
     assert "planner" not in text, "there is none"
 
 
