@@ -191,7 +191,7 @@ class _Problem:
         return Policy(
             max_num_seqs=num_seqs, micro_batch_size=size, group_size=2**16, look_ahead=2 * candidate.micro_batches,
             prefill_tokens=prefill, chunk_tokens=min(_CHUNK_TOKENS, prefill), pages_per_expert=self._pages,
-            resident_pages=resident, num_frames=sum(resident) + ceil(candidate.ring * max(streamed)),
+            resident_pages=resident, num_frames=ceil(candidate.ring * max(streamed)),
             num_blocks=min(blocks, self._most_seqs * self._blocks_of_longest()), block_size=_BLOCK_SIZE,
         )  # fmt: skip
 
@@ -258,7 +258,7 @@ class _Problem:
         streamed = tuple(self._per_layer - r for r in policy.resident_pages[:layers])
         shape = PassShape(
             layers, len(chunks), len(groups), policy.group_size, policy.look_ahead, streamed,
-            policy.num_frames - sum(policy.resident_pages), preloaded=True,
+            policy.num_frames, preloaded=True,
         )  # fmt: skip
         timeline = predict(
             replace(self._spec, num_layers=layers), shape, chunks + groups, self._workload.mean_context(),
