@@ -16,7 +16,7 @@ def plain_copy_rate(page_bytes: int, seconds: float = 1.0) -> float:
         page_bytes: of each copy.
         seconds: to measure for.
     """
-    arena = HostArena((64, page_bytes), torch.uint8)
+    arena = HostArena((16, page_bytes), torch.uint8)
     arena.prepare(pin=True)
     frames = torch.empty((4, page_bytes), dtype=torch.uint8, device="cuda")
     copied, start = 0, 0.0
@@ -24,7 +24,7 @@ def plain_copy_rate(page_bytes: int, seconds: float = 1.0) -> float:
         if number == 16:
             torch.cuda.synchronize()
             copied, start = 0, time.perf_counter()
-        frames[number % 4].copy_(arena.tensor[number % 64], non_blocking=True)
+        frames[number % 4].copy_(arena.tensor[number % 16], non_blocking=True)
         copied += page_bytes
         if number % 32 == 31:
             torch.cuda.synchronize()

@@ -64,7 +64,7 @@ def make_plan(config: EngineConfig, policy: Policy | None = None, workload: Work
             max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
         )  # fmt: skip
         policy, prediction = planned.policy, planned.prediction
-        length = min(policy.prefill_tokens, policy.num_blocks * policy.block_size)
+        length = min(spec.max_position, policy.prefill_tokens, policy.num_blocks * policy.block_size)
     else:
         policy, length = default_policy(
             spec, dtype.itemsize, memory, config.max_model_len, config.max_num_seqs

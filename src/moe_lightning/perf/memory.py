@@ -6,7 +6,7 @@ from moe_lightning.models.spec import ModelSpec
 from moe_lightning.units import MIB
 
 EXPERTS_AT_ONCE = 8192  # tokens: enough that reading the weights costs nothing beside the arithmetic
-_HEAD_ROWS = 512  # rows of logits that exist at once
+HEAD_ROWS = 512  # rows of logits that exist at once: of a vocabulary of 128 k, 256 MiB in float32
 _ENGINE = 512 * MIB  # requests, step arrays, readers of a checkpoint
 _SMALL = 64 * MIB  # token ids, positions, tables, what the allocator rounds up
 
@@ -24,5 +24,5 @@ def activation_bytes(spec: ModelSpec, dtype_bytes: int, num_rows: int) -> int:
     workspace = (
         min(num_rows, EXPERTS_AT_ONCE) * e.top_k * dtype_bytes * (spec.hidden_size + e.intermediate_size)
     )
-    logits = _HEAD_ROWS * spec.vocab_size * (dtype_bytes + 8)  # as computed, in float32, and a copy to change
+    logits = HEAD_ROWS * spec.vocab_size * (dtype_bytes + 8)  # as computed, in float32, and a copy to change
     return num_rows * per_row + workspace + logits + _SMALL

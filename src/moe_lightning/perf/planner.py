@@ -10,7 +10,7 @@ from moe_lightning.hardware.spec import HardwareSpec
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.cost import DTYPE_BYTES
 from moe_lightning.perf.default_policy import Memory, pages_per_expert
-from moe_lightning.perf.memory import activation_bytes, host_buffer_bytes
+from moe_lightning.perf.memory import HEAD_ROWS, activation_bytes, host_buffer_bytes
 from moe_lightning.perf.predict import predict
 from moe_lightning.perf.workload import Workload
 from moe_lightning.pipeline.task import Lane, PassShape
@@ -177,7 +177,8 @@ class _Problem:
 
     def _sized(self, candidate: _Candidate, num_seqs: int) -> Policy | None:
         """The policy with a batch of that size, if memory holds it."""
-        spec, work, size = self._spec, self._workload, ceil(num_seqs / candidate.micro_batches)
+        spec, work = self._spec, self._workload
+        size = min(HEAD_ROWS, ceil(num_seqs / candidate.micro_batches))
         steady = num_seqs * work.mean_prompt / work.gen_len
         prefill = max(self._length, ceil(candidate.prefill * steady))
         resident = self._resident(num_seqs + prefill, candidate.ring)
@@ -189,7 +190,7 @@ class _Problem:
         if blocks < max(self._blocks_of_longest(), num_seqs * work.mean_blocks(_BLOCK_SIZE) / _FULL):
             return None
         return Policy(
-            max_num_seqs=num_seqs, micro_batch_size=size, group_size=2**16, look_ahead=2 * candidate.micro_batches,
+            max_num_seqs=num_seqs, micro_batch_size=size, group_size=2**16, look_ahead=2 * ceil(num_seqs / size),
             prefill_tokens=prefill, chunk_tokens=min(_CHUNK_TOKENS, prefill), pages_per_expert=self._pages,
             resident_pages=resident, num_frames=ceil(candidate.ring * max(streamed)),
             num_blocks=min(blocks, self._most_seqs * self._blocks_of_longest()), block_size=_BLOCK_SIZE,

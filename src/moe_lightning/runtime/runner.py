@@ -13,12 +13,11 @@ from moe_lightning.kernels import ops, reference
 from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.memory.weights import Weights
+from moe_lightning.perf.memory import HEAD_ROWS
 from moe_lightning.pipeline.task import BufferKind, Task, TaskKind
 from moe_lightning.runtime.buffers import PassBuffers
 from moe_lightning.runtime.micro_batch import MicroBatch
 from moe_lightning.runtime.sampler import SampleOutput, prompt_logprobs, sample
-
-_HEAD_ROWS = 512  # rows of logits computed at once: a vocabulary of 128 k makes 256 MiB of them in float32
 
 
 class MicroBatchOutput(NamedTuple):
@@ -177,8 +176,8 @@ class TaskRunner:
         scored = [
             prompt_logprobs(self._logits(hidden[rows]), ids, batch.num_prompt_logprobs)
             for rows, ids in zip(
-                torch.split(batch.score_rows, _HEAD_ROWS),
-                torch.split(batch.score_ids, _HEAD_ROWS),
+                torch.split(batch.score_rows, HEAD_ROWS),
+                torch.split(batch.score_ids, HEAD_ROWS),
                 strict=True,
             )
             if len(rows)
