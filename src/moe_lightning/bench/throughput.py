@@ -24,7 +24,6 @@ from moe_lightning.perf.workload import Workload
 from moe_lightning.units import GIB
 
 _WARM_UP = 4  # passes: kernels are compiled, clocks rise
-_FILL_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -200,9 +199,9 @@ def _begin_midway(llm: LLM, source: Iterator[Request], workload: Workload) -> No
 
 
 def _fill_kv(llm: LLM) -> None:
-    """Numbers of about 1 in all of the cache: what nobody computed must not be zeros, or not a number."""
+    """Fill the cache with some weights' numbers: zeros might be faster than what a model computes."""
     arena = llm._worker._kv.arena.tensor.view(-1)
-    some = torch.randn(_FILL_BYTES // arena.element_size(), device=llm._device).to(arena.dtype)
+    some = llm._worker._weights.pages.frames[0]
     for start in range(0, len(arena), len(some)):
         piece = arena[start : start + len(some)]
         piece.copy_(some[: len(piece)], non_blocking=True)

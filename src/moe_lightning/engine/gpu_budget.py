@@ -13,6 +13,10 @@ _KERNELS = 256 * MIB  # modules that are loaded later, as kernels are first call
 _FREE_SHARE = 0.95  # of what is free, without a limit from the user
 
 
+# What a limit leaves to tensors, as first measured: kernels loaded since then have room set aside already.
+_budgets: dict[tuple[torch.device, int], int] = {}
+
+
 def cap_gpu_memory(device: torch.device, allowed: int | None) -> int:
     """Bytes that tensors may take; from now on the allocator refuses more.
 
@@ -23,6 +27,10 @@ def cap_gpu_memory(device: torch.device, allowed: int | None) -> int:
     Raises:
         NoFeasiblePolicyError: nothing would be left.
     """
+    if allowed is not None and (device, allowed) in _budgets:
+        budget = _budgets[device, allowed]
+        _let_tensors_take(budget, device)
+        return budget
     torch.zeros((64, 64), device=device) @ torch.zeros(
         (64, 64), device=device
     )  # creates context and cuBLAS handle
@@ -30,6 +38,7 @@ def cap_gpu_memory(device: torch.device, allowed: int | None) -> int:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     context = context_bytes(device)
+    is_given = allowed is not None
     if allowed is None:
         allowed = int(_FREE_SHARE * free) + context
     budget = min(allowed, total) - context - _KERNELS
@@ -38,8 +47,15 @@ def cap_gpu_memory(device: torch.device, allowed: int | None) -> int:
             f"gpu_memory={format_bytes(allowed)} leaves nothing beside the driver's context "
             f"({format_bytes(context)}) and kernels ({format_bytes(_KERNELS)}); raise gpu_memory"
         )
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    if is_given:
+        _budgets[device, allowed] = budget
+    _let_tensors_take(budget, device)
     return budget
+
+
+def _let_tensors_take(budget: int, device: torch.device) -> None:
+    _, total = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
 
 
 def context_bytes(device: torch.device) -> int:
