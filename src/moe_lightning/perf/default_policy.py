@@ -149,7 +149,7 @@ def _pages(spec: ModelSpec, dtype_bytes: int, memory: Memory, rows: int) -> tupl
     if memory.gpu is None:
         return 1, (num_experts,) * layers, 0
     expert_bytes = _expert_bytes(spec, dtype_bytes)
-    pages = _pages_per_expert(spec.experts.intermediate_size, expert_bytes)
+    pages = pages_per_expert(spec.experts.intermediate_size, expert_bytes)
     per_layer = num_experts * pages
     fixed = _all_bytes(spec, dtype_bytes) - expert_bytes * num_experts * layers
     activations = activation_bytes(spec, dtype_bytes, rows)
@@ -169,7 +169,7 @@ def _pages(spec: ModelSpec, dtype_bytes: int, memory: Memory, rows: int) -> tupl
     return pages, (resident,) * layers, frames - resident * layers
 
 
-def _pages_per_expert(intermediate_size: int, expert_bytes: int) -> int:
+def pages_per_expert(intermediate_size: int, expert_bytes: int) -> int:
     """The fewest equal slices that are no larger than a page should be."""
     for pages in range(1, intermediate_size + 1):
         if intermediate_size % pages == 0 and expert_bytes // pages <= _PAGE_BYTES:
