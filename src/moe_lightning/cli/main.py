@@ -9,7 +9,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from moe_lightning import __version__
-from moe_lightning.cli import bench, doctor, run_batch, trace, verify
+from moe_lightning.cli import bench, doctor, profile, run_batch, trace, verify
 from moe_lightning.errors import MoELightningError
 
 _DESCRIPTION = """\
@@ -36,6 +36,7 @@ _VERBS = (
     (run_batch, "run-batch"),
     (trace, "trace"),
     (verify, "verify"),
+    (profile, "profile"),
     (bench, "bench"),
     (doctor, "doctor"),
 )
