@@ -19,7 +19,7 @@ from moe_lightning.units import GIB, KIB, MIB
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
 SHAPE = ModelShape("small", 1024, 512, 8, 2, 2, 8, 2, 128, 4096)
 SMALL = Effort(
-    point_s=0.01, host_bytes=512 * MIB, gpu_bytes=GIB, call_bytes=16 * MIB, pool_bytes=64 * MIB,
+    point_s=0.01, gpu_point_s=0.005, host_bytes=512 * MIB, gpu_bytes=GIB, call_bytes=16 * MIB, pool_bytes=64 * MIB,
     copy_sizes=(64 * KIB, MIB, 16 * MIB), hop_sizes=(64 * KIB, MIB), contexts=(64, 500), num_seqs=(1, 64),
     geometries=((8, 2, 128),), tokens=(1, 64, 512), rows=(1, 64), prompts=(64, 500), gpu_product=2048,
     cpu_products=(256,), chain=24,

@@ -12,7 +12,8 @@ class Effort:
     """Sizes, repetitions and bounds of a profile.
 
     Attributes:
-        point_s: seconds of repeating one measurement.
+        point_s: seconds of repeating one measurement of the host or the link.
+        gpu_point_s: the same of the GPU, which varies less.
         host_bytes: memory that K and V, copies and reads take, page-locked where there is a GPU; half of it is
             enough where nothing is copied.
         gpu_bytes: GPU memory that tensors take at most.
@@ -34,6 +35,7 @@ class Effort:
     """
 
     point_s: float = 0.2
+    gpu_point_s: float = 0.08
     host_bytes: int = 2 * GIB
     gpu_bytes: int = 4 * GIB
     call_bytes: int = 256 * MIB

@@ -31,7 +31,7 @@ def memory_rate(effort: Effort) -> float:
     """Bytes/s of a copy within the GPU's memory, read plus written."""
     source = torch.empty(effort.gpu_bytes // 8, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds_of([lambda: target.copy_(source)], effort.point_s)
+    return 2 * source.numel() / seconds_of([lambda: target.copy_(source)], effort.gpu_point_s)
 
 
 def product_flops(dtype: torch.dtype, effort: Effort) -> float:
@@ -39,7 +39,7 @@ def product_flops(dtype: torch.dtype, effort: Effort) -> float:
     size = effort.gpu_product
     a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2.0 * size**3 / seconds_of([lambda: torch.mm(a, b, out=out)], effort.point_s)
+    return 2.0 * size**3 / seconds_of([lambda: torch.mm(a, b, out=out)], effort.gpu_point_s)
 
 
 class ExpertsBench:
@@ -67,14 +67,14 @@ class ExpertsBench:
         """Compile the kernels of all points, several at once: one by one takes most of a first profile."""
         calls = [self._calls(num_tokens)[0] for num_tokens in self._tokens]
         calls[0]()  # what all share, such as the driver's own helpers
-        with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1)) as threads:
+        with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1), initializer=_bind_context) as threads:
             for done in [threads.submit(call) for call in calls[1:]]:
                 done.result()
         torch.cuda.synchronize()
 
     def measure(self) -> ExpertsProfile:
         """Seconds by tokens."""
-        seconds = [seconds_of(self._calls(count), self._effort.point_s) for count in self._tokens]
+        seconds = [seconds_of(self._calls(count), self._effort.gpu_point_s) for count in self._tokens]
         return ExpertsProfile(self._shape, _name(self._dtype), TimeCurve(self._tokens, tuple(seconds)))
 
     def _calls(self, num_tokens: int) -> list[Callable[[], object]]:
@@ -110,6 +110,11 @@ class ExpertsBench:
         return tuple(fitting)
 
 
+def _bind_context() -> None:
+    """Give a thread the GPU's context, which Triton's first launch expects to be there."""
+    torch.zeros(1, device="cuda")
+
+
 def dense(shape: ModelShape, dtype: torch.dtype, effort: Effort) -> list[DenseProfile]:
     """Projections of queries, keys and values, of the attention's output, and the head."""
     matrices = {
@@ -139,7 +144,7 @@ def _product_times(
     for rows in counts:
         x = torch.randn(rows, inputs, device="cuda", dtype=dtype)
         out = torch.empty(rows, outputs, device="cuda", dtype=dtype)
-        seconds.append(seconds_of([_product(x, w, out) for w in weights], effort.point_s))
+        seconds.append(seconds_of([_product(x, w, out) for w in weights], effort.gpu_point_s))
     return TimeCurve(counts, tuple(seconds))
 
 
@@ -163,7 +168,7 @@ def _prefill_rate(shape: ModelShape, length: int, dtype: torch.dtype, effort: Ef
     segments = [Segment(start, start, start + length) for start in range(0, count * length, length)]
     plan = PrefillPlan.of(segments, _put)
     out = torch.empty(count * length, shape.q_size, device="cuda", dtype=dtype)
-    seconds = seconds_of([lambda: ops.prefill_attention(q, k, v, plan, None, out)], effort.point_s)
+    seconds = seconds_of([lambda: ops.prefill_attention(q, k, v, plan, None, out)], effort.gpu_point_s)
     pairs = count * length * (length + 1) / 2
     return 4.0 * pairs * shape.q_size / seconds
 
