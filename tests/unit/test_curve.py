@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lightning.errors import ConfigError
@@ -27,12 +27,14 @@ def rate_curves(draw: st.DrawFn) -> RateCurve:
     return RateCurve(tuple(sizes), tuple(draw(POSITIVE) for _ in sizes))
 
 
+@settings(deadline=None)
 @given(time_curves(), st.floats(0, 1e10), st.floats(0, 1e10))
 def test_more_work_never_takes_less_time(curve: TimeCurve, a: float, b: float) -> None:
     low, high = sorted((a, b))
     assert curve.seconds_at(low) <= curve.seconds_at(high) * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(time_curves())
 def test_a_point_that_no_larger_size_contradicts_is_met(curve: TimeCurve) -> None:
     for number, (size, seconds) in enumerate(zip(curve.sizes, curve.seconds, strict=True)):
@@ -41,12 +43,14 @@ def test_a_point_that_no_larger_size_contradicts_is_met(curve: TimeCurve) -> Non
         assert curve.seconds_at(size) <= seconds * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(time_curves(), st.floats(1, 1e3))
 def test_beyond_the_last_point_its_rate_holds(curve: TimeCurve, factor: float) -> None:
     last = curve.sizes[-1]
     assert math.isclose(curve.seconds_at(last * factor), curve.seconds[-1] * factor, rel_tol=1e-9)
 
 
+@settings(deadline=None)
 @given(time_curves(), st.floats(0, 1))
 def test_below_the_first_point_lie_a_fixed_cost_and_a_share_of_the_rest(
     curve: TimeCurve, share: float
@@ -57,6 +61,7 @@ def test_below_the_first_point_lie_a_fixed_cost_and_a_share_of_the_rest(
     assert math.isclose(curve.seconds_at(curve.sizes[0] * share), expected, rel_tol=1e-9, abs_tol=1e-18)
 
 
+@settings(deadline=None)
 @given(
     st.floats(1e-7, 1e-3), st.floats(1e6, 1e12), SIZES.filter(lambda sizes: len(sizes) > 1), st.floats(0, 1)
 )
@@ -68,6 +73,7 @@ def test_a_fixed_cost_beside_a_rate_is_found_again(
     assert math.isclose(curve.seconds_at(size), fixed + size / rate, rel_tol=1e-3)
 
 
+@settings(deadline=None)
 @given(time_curves(), st.data())
 def test_between_two_rising_points_seconds_and_rate_are_between_theirs(
     curve: TimeCurve, data: st.DataObject
@@ -82,11 +88,13 @@ def test_between_two_rising_points_seconds_and_rate_are_between_theirs(
     assert min(rates) * (1 - 1e-9) <= rising.rate_at(size) <= max(rates) * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(rate_curves(), st.floats(1e-3, 1e10))
 def test_a_rate_is_never_beyond_those_that_were_measured(curve: RateCurve, size: float) -> None:
     assert min(curve.rates) * (1 - 1e-9) <= curve.rate_at(size) <= max(curve.rates) * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(rate_curves())
 def test_a_rate_curve_meets_its_points_and_stays_beyond_them(curve: RateCurve) -> None:
     for size, rate in zip(curve.sizes, curve.rates, strict=True):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lightning.errors import ConfigError
@@ -141,6 +141,7 @@ def test_measured_experts_take_what_was_measured() -> None:
     assert found.seconds(QWEN, 8192) == pytest.approx(1.4e-3)
 
 
+@settings(deadline=None)
 @given(st.sampled_from([64, 300, 8192, 20000]), st.sampled_from([2, 4]))
 def test_experts_that_are_larger_take_longer_in_proportion_to_their_flops(tokens: int, factor: int) -> None:
     wide = replace(MIXTRAL, intermediate_size=MIXTRAL.intermediate_size * factor)
