@@ -9,7 +9,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from moe_lightning import __version__
-from moe_lightning.cli import bench, doctor, plan, run_batch, trace, verify
+from moe_lightning.cli import bench, doctor, plan, profile, run_batch, trace, verify
 from moe_lightning.errors import MoELightningError
 
 _DESCRIPTION = """\
@@ -37,6 +37,7 @@ _VERBS = (
     (plan, "plan"),
     (trace, "trace"),
     (verify, "verify"),
+    (profile, "profile"),
     (bench, "bench"),
     (doctor, "doctor"),
 )

@@ -43,7 +43,7 @@ class Worker:
         self._buffers = PassBuffers.allocate(weights.spec, rows, policy.max_num_seqs, dtype, device)
         inv_freq = inverse_frequencies(weights.spec.rope, weights.spec.attention.head_dim)
         self._inv_freq = inv_freq.to(device)
-        self._cpu_attention = CpuAttention(_attention_threads(device))
+        self._cpu_attention = CpuAttention(attention_threads(device))
         self._ring_offset = 0
         self._is_preloaded = False
         self._timeline: Callable[[], Timeline] | None = None
@@ -127,7 +127,7 @@ class Worker:
         return _build(self._policy.schedule, shape)
 
 
-def _attention_threads(device: torch.device) -> int:
+def attention_threads(device: torch.device) -> int:
     """All cores, but for one that launches and one that waits for the GPU where there is one."""
     cores = len(os.sched_getaffinity(0))
     return cores if device.type == "cpu" else max(1, cores - 2)

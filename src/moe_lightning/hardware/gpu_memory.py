@@ -1,4 +1,4 @@
-"""What the driver says about GPU memory, through its management library."""
+"""What the driver says of itself and of GPU memory, through its management library."""
 
 from __future__ import annotations
 
@@ -37,6 +37,14 @@ def _device(address: str) -> ctypes.c_void_p | None:
         return None
     failed = library.nvmlDeviceGetHandleByPciBusId_v2(address.encode(), ctypes.byref(handle))
     return None if failed else handle
+
+
+def driver_version() -> str:
+    """Such as ``570.86.15``; empty without a driver."""
+    library, text = _library(), ctypes.create_string_buffer(96)
+    if library is None or library.nvmlSystemGetDriverVersion(text, len(text)):
+        return ""
+    return text.value.decode()
 
 
 def pci_bus_id(index: int) -> str:

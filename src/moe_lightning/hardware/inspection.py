@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import tempfile
 import time
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from moe_lightning.hardware.host import available_memory
+from moe_lightning.hardware.host import available_memory, cpu_name
 from moe_lightning.units import GIB, MIB, format_bytes
 
 _DISK_BYTES = 512 * MIB
@@ -39,7 +38,7 @@ class Finding:
 
 def host_findings(root: Path = Path("/")) -> Iterator[Finding]:
     """CPU, memory, huge pages, locking limit and NUMA nodes, as the files under `root` say."""
-    yield Finding("cpu", f"{_cpu_name(root)}, {len(os.sched_getaffinity(0))} cores for this process")
+    yield Finding("cpu", f"{cpu_name(root)}, {len(os.sched_getaffinity(0))} cores for this process")
     yield _memory()
     yield _huge_pages(root)
     yield _lock_limit()
@@ -78,15 +77,6 @@ def disk_read_rate(directory: Path) -> float:
         for offset in range(0, _DISK_BYTES, _CHUNK):
             os.pread(file.fileno(), _CHUNK, offset)
         return _DISK_BYTES / (time.perf_counter() - start)
-
-
-def _cpu_name(root: Path) -> str:
-    try:
-        lines = (root / "proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _memory() -> Finding:

@@ -1,0 +1,391 @@
+"""What a machine was measured to do while its lanes run at once.
+
+Plain values, read from and written to JSON. A model or geometry that was not measured takes the numbers of the
+nearest one that was, scaled by what the work depends on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
+
+from moe_lightning.errors import ConfigError
+from moe_lightning.hardware.curve import RateCurve, TimeCurve
+from moe_lightning.hardware.machine import Machine
+from moe_lightning.hardware.spec import DeviceSpec, HardwareSpec
+from moe_lightning.hardware.strict_json import decode
+
+PROFILE_VERSION = 1
+_OTHER_DTYPE = 100.0  # farther than any shape
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model that its kernels' times depend on; `name` is for people."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    pages_per_expert: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @property
+    def q_size(self) -> int:
+        """Width of the query projection."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def qkv_size(self) -> int:
+        """Width of query, key and value together."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def experts_met(self, num_tokens: float) -> float:
+        """Experts that tokens meet, if each chooses at random: those whose weights are read."""
+        missed: float = (1.0 - self.top_k / self.num_experts) ** num_tokens
+        return self.num_experts * (1.0 - missed)
+
+    def is_like(self, other: ModelShape) -> bool:
+        """Whether kernels take the same times: all but the name, and the pages that the GPU alone knows."""
+        return replace(self, name=other.name, pages_per_expert=other.pages_per_expert) == other
+
+    @property
+    def experts_flops_per_token(self) -> float:
+        """FLOPs of a token's visits to its experts in one layer."""
+        return 6.0 * self.top_k * self.hidden_size * self.intermediate_size
+
+
+@dataclass(frozen=True)
+class AttentionProfile:
+    """Decode attention on the CPU: a call takes `call` and the bytes of K and V that it reads at `rate`.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: heads of keys and values.
+        head_dim: elements of each.
+        dtype: of K and V.
+        rate: bytes of K and V a second by tokens that a sequence holds, nothing beside it.
+        rate_under_copies: the same while copies to the GPU run at the link's rate.
+        call: seconds of a call by sequences, when each holds its new token alone.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    rate: RateCurve
+    rate_under_copies: RateCurve | None
+    call: TimeCurve
+
+    def seconds(self, num_seqs: int, context: float, kv_bytes: float, *, under_copies: bool) -> float:
+        """Seconds of a call over sequences of a mean context that reads so many bytes."""
+        rate = self.rate_under_copies if under_copies and self.rate_under_copies else self.rate
+        return self.call.seconds_at(num_seqs) + kv_bytes / rate.rate_at(context)
+
+
+@dataclass(frozen=True)
+class ExpertsProfile:
+    """One sweep over a layer's experts: seconds by tokens."""
+
+    shape: ModelShape
+    dtype: str
+    times: TimeCurve
+
+    def seconds(self, shape: ModelShape, num_tokens: float) -> float:
+        """Seconds of a sweep of any shape, at the FLOP/s that these have with as many rows for each expert."""
+        mine = self.shape
+        rows = num_tokens * shape.top_k / shape.num_experts
+        tokens = rows * mine.num_experts / mine.top_k
+        flops = shape.experts_flops_per_token * num_tokens / (mine.experts_flops_per_token * tokens)
+        return self.times.seconds_at(tokens) * flops
+
+
+@dataclass(frozen=True)
+class DenseProfile:
+    """A product of rows with a matrix [outputs, inputs]: seconds by rows."""
+
+    name: str
+    inputs: int
+    outputs: int
+    dtype: str
+    times: TimeCurve
+
+    def seconds(self, inputs: int, outputs: int, rows: float) -> float:
+        """Seconds of a product with a matrix of any size, at this one's rates."""
+        return self.times.seconds_at(rows) * (inputs * outputs) / (self.inputs * self.outputs)
+
+
+@dataclass(frozen=True)
+class PrefillProfile:
+    """Causal attention on the GPU: FLOP/s of its two products by tokens of a prompt."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    rate: RateCurve
+
+    def seconds(self, prompt_len: float, flops: float) -> float:
+        """Seconds for so many FLOPs over prompts of a length."""
+        return flops / self.rate.rate_at(prompt_len)
+
+
+@dataclass(frozen=True)
+class HostProfile:
+    """The CPU and its memory.
+
+    Attributes:
+        read: bytes/s that the attention's threads read.
+        read_under_copies: the same while copies to the GPU run.
+        flops: FLOP/s of a large product by dtype.
+        attention: by geometry.
+        experts: on the CPU; only where there is no GPU.
+    """
+
+    read: float
+    read_under_copies: float | None
+    flops: dict[str, float] = field(hash=False)
+    attention: tuple[AttentionProfile, ...]
+    experts: tuple[ExpertsProfile, ...]
+
+    def attention_like(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str
+    ) -> AttentionProfile:
+        """The measured geometry nearest to this one: queries per KV head and head dimension count."""
+
+        def distance(a: AttentionProfile) -> float:
+            groups = _apart(a.num_heads / a.num_kv_heads, num_heads / num_kv_heads)
+            return groups + _apart(a.head_dim, head_dim) + _OTHER_DTYPE * (a.dtype != dtype)
+
+        return _nearest(self.attention, distance, "CPU attention")
+
+    def experts_like(self, shape: ModelShape, dtype: str) -> ExpertsProfile:
+        """The measured experts nearest to these."""
+        return _experts_like(self.experts, shape, dtype)
+
+
+@dataclass(frozen=True)
+class LinkProfile:
+    """Copies between host and GPU memory.
+
+    Attributes:
+        is_pinned: host memory could be page-locked; else all of this is through the driver's own buffer.
+        h2d: seconds of a copy by bytes, one behind the other.
+        d2h: the same the other way.
+        h2d_beside_d2h: bytes/s to the GPU while copies run both ways.
+        d2h_beside_h2d: bytes/s from the GPU meanwhile.
+        h2d_under_attention: bytes/s to the GPU while the CPU attends.
+    """
+
+    is_pinned: bool
+    h2d: TimeCurve
+    d2h: TimeCurve
+    h2d_beside_d2h: float
+    d2h_beside_h2d: float
+    h2d_under_attention: float
+
+
+@dataclass(frozen=True)
+class LaneProfile:
+    """What the executor adds to work, measured with tasks that do next to nothing.
+
+    Attributes:
+        gpu_launch_s: the launcher's seconds for a GPU task of one kernel.
+        gpu_kernel_launch_s: for each further kernel of a task.
+        h2d_launch_s: for a copy to the GPU.
+        d2h_launch_s: for a copy to the host.
+        cpu_launch_s: for a CPU task, its lane's thread included.
+        gpu_gap_s: from the start of a GPU task to that of the next, all launched long before.
+        h2d_gap_s: the same of copies to the GPU.
+        d2h_gap_s: the same of copies to the host.
+        stream_handover_s: from a task's start on a stream to the start of one on another stream that waits for it.
+        cpu_round_trip_s: from the start of a copy to the host, through a CPU task that waits for it, to the start
+            of the copy back that waits for that.
+        h2d_hop: seconds by bytes from the start of a copy to the GPU to that of a GPU task that waits for it.
+        d2h_hop: the same of a copy to the host.
+    """
+
+    gpu_launch_s: float
+    gpu_kernel_launch_s: float
+    h2d_launch_s: float
+    d2h_launch_s: float
+    cpu_launch_s: float
+    gpu_gap_s: float
+    h2d_gap_s: float
+    d2h_gap_s: float
+    stream_handover_s: float
+    cpu_round_trip_s: float
+    h2d_hop: TimeCurve
+    d2h_hop: TimeCurve
+
+    @property
+    def mean_handover_s(self) -> float:
+        """Mean over the four hops of a micro-batch's way through a layer: GPU, D2H, CPU, H2D, GPU."""
+        return (2 * self.stream_handover_s + self.cpu_round_trip_s) / 4
+
+
+@dataclass(frozen=True)
+class GpuProfile:
+    """The GPU, its link and the lanes.
+
+    Attributes:
+        memory: bytes/s of a large copy within its memory, read plus written.
+        flops: FLOP/s of a large product by dtype.
+        experts: through the page table.
+        dense: projections and heads.
+        prefill: attention of prompts.
+        link: copies.
+        lanes: launching and handing over.
+    """
+
+    memory: float
+    flops: dict[str, float] = field(hash=False)
+    experts: tuple[ExpertsProfile, ...]
+    dense: tuple[DenseProfile, ...]
+    prefill: tuple[PrefillProfile, ...]
+    link: LinkProfile
+    lanes: LaneProfile
+
+    def experts_like(self, shape: ModelShape, dtype: str) -> ExpertsProfile:
+        """The measured experts nearest to these."""
+        return _experts_like(self.experts, shape, dtype)
+
+    def dense_like(self, inputs: int, outputs: int, dtype: str) -> DenseProfile:
+        """The measured product nearest to this one."""
+
+        def distance(d: DenseProfile) -> float:
+            sizes = _apart(d.inputs, inputs) + _apart(d.outputs, outputs)
+            return sizes + _OTHER_DTYPE * (d.dtype != dtype)
+
+        return _nearest(self.dense, distance, "dense products")
+
+    def prefill_like(self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> PrefillProfile:
+        """The measured geometry nearest to this one."""
+
+        def distance(p: PrefillProfile) -> float:
+            heads = _apart(p.num_heads, num_heads) + _apart(p.num_kv_heads, num_kv_heads)
+            return heads + 2 * _apart(p.head_dim, head_dim) + _OTHER_DTYPE * (p.dtype != dtype)
+
+        return _nearest(self.prefill, distance, "prefill attention")
+
+
+@dataclass(frozen=True)
+class DiskProfile:
+    """A disk's sequential reads, past the page cache."""
+
+    path: str
+    read: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A machine and what it was measured to do.
+
+    Attributes:
+        machine: on which these numbers hold.
+        created: when, in ISO format.
+        took_s: seconds of measuring.
+        host: CPU and memory.
+        gpu: None where there is none.
+        disk: None where none was asked for.
+    """
+
+    machine: Machine
+    created: str
+    took_s: float
+    host: HostProfile
+    gpu: GpuProfile | None = None
+    disk: DiskProfile | None = None
+
+    def __post_init__(self) -> None:
+        if (self.gpu is None) != (self.machine.gpu is None):
+            raise ConfigError("gpu and machine.gpu must be there both or neither")
+        if "float32" not in self.host.flops:
+            raise ConfigError(
+                f"host.flops has {', '.join(self.host.flops) or 'nothing'}; it must have float32"
+            )
+
+    @property
+    def shapes(self) -> tuple[ModelShape, ...]:
+        """The models whose experts were measured."""
+        experts = self.gpu.experts if self.gpu else self.host.experts
+        return tuple(dict.fromkeys(e.shape for e in experts))
+
+    def has(self, shape: ModelShape) -> bool:
+        """Whether a model was measured."""
+        return any(shape.is_like(mine) for mine in self.shapes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, read back by `from_json`."""
+        return {"version": PROFILE_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: Any, source: str = "profile") -> Profile:
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: the values are no profile, or of another version; the message names `source` and the value.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source} holds no JSON object; {REMEDY}")
+        version = values.get("version")
+        if type(version) is not int or version != PROFILE_VERSION:
+            raise ConfigError(f"{source}: version is {version!r}, not {PROFILE_VERSION}; {REMEDY}")
+        rest = {name: value for name, value in values.items() if name != "version"}
+        try:
+            return decode(cls, rest)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}; {REMEDY}") from error
+
+    def hardware_spec(self) -> HardwareSpec:
+        """The machine as its datasheets would describe it, with what was measured in place of peaks.
+
+        Raises:
+            ConfigError: it has no GPU.
+        """
+        if self.gpu is None or self.machine.gpu is None:
+            raise ConfigError(
+                f"this profile is of a machine without a GPU ({self.machine.cpu}); profile one that has a GPU, or "
+                "name a preset such as l4"
+            )
+        g, m, h, source = self.gpu, self.machine, self.host, f"measured {self.created}"
+        # The attention kernel computes in float32 whatever the dtype of K and V.
+        cpu_flops = dict.fromkeys(("bfloat16", "float16", "float32"), h.flops["float32"])
+        return HardwareSpec(
+            DeviceSpec(self.machine.gpu.name, self.machine.gpu.memory_bytes, g.memory, g.flops),
+            DeviceSpec(m.cpu, m.host_memory_bytes, h.read_under_copies or h.read, cpu_flops, m.cores),
+            g.link.h2d.rate_at(g.link.h2d.sizes[-1]),
+            g.link.d2h.rate_at(g.link.d2h.sizes[-1]),
+            g.lanes.mean_handover_s,
+            tuple(f"{part}: {source}" for part in ("GPU", "host", "link")),
+        )
+
+
+REMEDY = "give a file that `moe-lightning profile --json PATH` of this version wrote"
+
+
+def _experts_like(experts: tuple[ExpertsProfile, ...], shape: ModelShape, dtype: str) -> ExpertsProfile:
+    def distance(e: ExpertsProfile) -> float:
+        names = ("hidden_size", "intermediate_size", "num_experts", "top_k")
+        sizes = sum(_apart(getattr(e.shape, name), getattr(shape, name)) for name in names)
+        return sizes + _OTHER_DTYPE * (e.dtype != dtype)
+
+    return _nearest(experts, distance, "experts")
+
+
+def _apart(a: float, b: float) -> float:
+    return abs(math.log(a / b))
+
+
+def _nearest(candidates: Iterable[_T], distance: Callable[[_T], float], what: str) -> _T:
+    found = min(candidates, key=distance, default=None)
+    if found is None:
+        raise ConfigError(f"this profile has no measurement of {what}; measure again on the machine itself")
+    return found

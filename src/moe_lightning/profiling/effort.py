@@ -1,0 +1,58 @@
+"""How much is measured, in how much memory and how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_lightning.units import GIB, KIB, MIB
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Sizes, repetitions and bounds of a profile.
+
+    Attributes:
+        point_s: seconds of repeating one measurement of the host or the link.
+        gpu_point_s: the same of the GPU, which varies less.
+        host_bytes: memory that K and V, copies and reads take, page-locked where there is a GPU; half of it is
+            enough where nothing is copied.
+        gpu_bytes: GPU memory that tensors take at most.
+        call_bytes: K and V that one call of attention reads; far more than caches hold.
+        pool_bytes: weights of experts; layers that are larger use frames again, which caches do not notice.
+        copy_sizes: bytes of a copy.
+        hop_sizes: bytes of hidden states on their way.
+        contexts: tokens that a sequence holds.
+        num_seqs: sequences of a call.
+        geometries: query heads, KV heads, head dimension.
+        tokens: of a sweep over experts.
+        cpu_tokens: the same on a CPU.
+        rows: of a dense product.
+        prompts: tokens of a prompt.
+        gpu_product: rows and columns of the matrices whose product gives a GPU's FLOP/s.
+        cpu_products: the same for the CPU, until one takes too long.
+        cpu_experts_s: seconds for the experts of one model and dtype on a CPU; beyond, larger batches are left out.
+        chain: tasks of one lane in a schedule that measures lanes.
+    """
+
+    point_s: float = 0.2
+    gpu_point_s: float = 0.08
+    host_bytes: int = 2 * GIB
+    gpu_bytes: int = 4 * GIB
+    call_bytes: int = 256 * MIB
+    pool_bytes: int = GIB
+    copy_sizes: tuple[int, ...] = (64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
+    hop_sizes: tuple[int, ...] = (64 * KIB, 256 * KIB, MIB)
+    contexts: tuple[int, ...] = (64, 128, 512, 2048)
+    num_seqs: tuple[int, ...] = (1, 16, 128, 1024, 4096)
+    geometries: tuple[tuple[int, int, int], ...] = ((32, 32, 128), (32, 8, 128), (32, 4, 128))
+    tokens: tuple[int, ...] = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    cpu_tokens: tuple[int, ...] = (1, 16, 64, 256, 1024, 4096)
+    rows: tuple[int, ...] = (1, 16, 64, 256, 512, 2048)
+    prompts: tuple[int, ...] = (64, 256, 1024, 4096)
+    gpu_product: int = 8192
+    cpu_products: tuple[int, ...] = (512, 1024, 2048, 4096)
+    cpu_experts_s: float = 3.0
+    chain: int = 40
+
+
+FULL = Effort()

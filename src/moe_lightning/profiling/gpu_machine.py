@@ -1,0 +1,135 @@
+"""Measures a machine with a GPU: CPU and link at work at once, then the GPU's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from moe_lightning.bench.machine import require_gpu
+from moe_lightning.engine.gpu_budget import cap_gpu_memory
+from moe_lightning.engine.worker import attention_threads
+from moe_lightning.errors import ConfigError
+from moe_lightning.hardware.profile import GpuProfile, HostProfile, LaneProfile, LinkProfile, ModelShape
+from moe_lightning.kernels.cpu_attention import CpuAttention
+from moe_lightning.profiling import gpu, host
+from moe_lightning.profiling.arena import HostMemory
+from moe_lightning.profiling.attention import AttentionBench
+from moe_lightning.profiling.effort import Effort
+from moe_lightning.profiling.lanes import LanesBench
+from moe_lightning.profiling.link import Copies, Link
+from moe_lightning.profiling.steps import Report, Steps
+from moe_lightning.units import MIB, format_bytes
+
+_HOST_DTYPES = (torch.bfloat16, torch.float32)
+_GPU_DTYPES = (torch.float16, torch.float32)  # beside the one that it computes models in
+_PAGE = 16 * MIB  # bytes of the copies beside attention: about a page of weights
+_LEAST = 512 * MIB
+_MOST_OF_BUDGET = 0.8
+
+
+def measure_gpu_machine(
+    shapes: Sequence[ModelShape], effort: Effort, gpu_memory: int | None, report: Report
+) -> tuple[HostProfile, GpuProfile]:
+    """Link, CPU attention beside copies, lanes, and the kernels of each shape.
+
+    Raises:
+        ConfigError: there is too little memory, or no Triton.
+    """
+    dtype = require_gpu()
+    steps = Steps(9 + len(effort.geometries) + 4 * len(shapes), report)
+    with _within_budget(effort, gpu_memory) as effort:
+        found_host, link = _host_and_link(effort, dtype, steps)
+        steps.begin("launching and handing over")
+        lanes = LanesBench(effort).measure()
+        torch.cuda.empty_cache()
+        return found_host, _kernels(shapes, effort, dtype, link, lanes, steps)
+
+
+@contextmanager
+def _within_budget(effort: Effort, gpu_memory: int | None) -> Iterator[Effort]:
+    """The effort that fits what may be used; more is refused by torch's allocator meanwhile."""
+    device = torch.device("cuda", 0)
+    budget = min(cap_gpu_memory(device, gpu_memory), effort.gpu_bytes)
+    try:
+        if budget < min(_LEAST, effort.gpu_bytes):
+            raise ConfigError(
+                f"{format_bytes(budget)} of GPU memory is left beside the driver's own; measuring takes "
+                f"{format_bytes(_LEAST)} at least. Raise --gpu-memory, or end other programs on the GPU"
+            )
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+        size = effort.gpu_product
+        while 3 * 4 * size**2 > _MOST_OF_BUDGET * budget:
+            size //= 2
+        pool = min(effort.pool_bytes, budget // 4)
+        yield replace(effort, gpu_bytes=budget, pool_bytes=pool, gpu_product=size)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"measuring needs more than {format_bytes(budget)} of GPU memory; raise --gpu-memory, or measure a "
+            "smaller --model"
+        ) from error
+    finally:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def _host_and_link(effort: Effort, dtype: torch.dtype, steps: Steps) -> tuple[HostProfile, LinkProfile]:
+    steps.begin("host memory")
+    memory = HostMemory(effort, has_gpu=True)
+    memory.fill(dtype)
+    kernel = CpuAttention(attention_threads(torch.device("cuda")))
+    link = Link(memory.copied, effort)
+    steps.begin("copies to the GPU")
+    h2d = link.to_gpu()
+    steps.begin("copies from the GPU")
+    d2h = link.from_gpu()
+    steps.begin("copies both ways")
+    both = link.both_ways()
+    steps.begin("reading host memory")
+    copies = None
+    read, read_beside = host.read_rate(kernel, memory.read, effort), None
+    if memory.is_pinned:
+        copies = Copies(link, min(_PAGE, max(effort.copy_sizes)), h2d.best_rate)
+        with copies:
+            read_beside = host.read_rate(kernel, memory.read, effort, copies.keep_up)
+        copies.rates.clear()  # of a plain read: attention is what runs beside copies
+    steps.begin("CPU products")
+    flops = {host.name_of(d): host.product_flops(d, effort) for d in _HOST_DTYPES}
+    attention = []
+    for geometry in effort.geometries:
+        steps.begin(f"CPU attention beside copies, {host.describe(geometry)}")
+        attention.append(AttentionBench(kernel, memory.read, geometry, dtype, effort).measure(copies))
+    under = (copies.median_rate if copies else None) or h2d.best_rate
+    found = HostProfile(read, read_beside, flops, tuple(attention), ())
+    return found, LinkProfile(memory.is_pinned, h2d, d2h, *both, under)
+
+
+def _kernels(
+    shapes: Sequence[ModelShape],
+    effort: Effort,
+    dtype: torch.dtype,
+    link: LinkProfile,
+    lanes: LaneProfile,
+    steps: Steps,
+) -> GpuProfile:
+    steps.begin("GPU memory")
+    memory = gpu.memory_rate(effort)
+    steps.begin("GPU products")
+    flops = {host.name_of(d): gpu.product_flops(d, effort) for d in dict.fromkeys((dtype, *_GPU_DTYPES))}
+    experts, dense, prefill = [], [], []
+    for shape in shapes:
+        steps.begin(f"compiling experts of {shape.name}")
+        bench = gpu.ExpertsBench(shape, dtype, effort)
+        bench.compile()
+        steps.begin(f"experts of {shape.name}")
+        experts.append(bench.measure())
+        del bench
+        torch.cuda.empty_cache()
+        steps.begin(f"products of {shape.name}")
+        dense += gpu.dense(shape, dtype, effort)
+        steps.begin(f"prefill attention of {shape.name}")
+        prefill.append(gpu.prefill(shape, dtype, effort))
+    return GpuProfile(memory, flops, tuple(experts), tuple(dense), tuple(prefill), link, lanes)

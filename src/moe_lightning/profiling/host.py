@@ -1,0 +1,88 @@
+"""Measures the CPU: its memory, its products, and experts as a machine without a GPU computes them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moe_lightning.hardware.curve import TimeCurve
+from moe_lightning.hardware.profile import ExpertsProfile, ModelShape
+from moe_lightning.kernels import reference
+from moe_lightning.kernels.cpu_attention import CpuAttention
+from moe_lightning.profiling.arena import fill
+from moe_lightning.profiling.effort import Effort
+from moe_lightning.profiling.timing import median_seconds
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(geometry: tuple[int, int, int]) -> str:
+    """A geometry of attention in words."""
+    num_heads, num_kv_heads, head_dim = geometry
+    return f"{num_heads} heads on {num_kv_heads} of {head_dim}"
+
+
+def read_rate(
+    kernel: CpuAttention, memory: Tensor, effort: Effort, before: Callable[[], object] = lambda: None
+) -> float:
+    """Bytes/s of the attention's threads reading memory [bytes]."""
+    size = max(1, min(effort.call_bytes, memory.nbytes // 3))
+    parts = memory[: memory.nbytes // size * size].view(-1, size)
+    seconds = median_seconds(lambda turn: kernel.read(parts[turn % len(parts)]), effort.point_s, before)
+    return size / seconds
+
+
+def product_flops(dtype: torch.dtype, effort: Effort) -> float:
+    """FLOP/s of the fastest of some square products."""
+    best = 0.0
+    for size in effort.cpu_products:
+        seconds = _product_seconds(size, dtype)
+        best = max(best, 2.0 * size**3 / seconds)
+        if 8 * 4 * seconds > effort.cpu_experts_s:  # what the next one would take
+            break
+    return best
+
+
+def _product_seconds(size: int, dtype: torch.dtype) -> float:
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return median_seconds(lambda _: torch.mm(a, b, out=out), 0.0)
+
+
+@torch.inference_mode()
+def experts(shape: ModelShape, dtype: torch.dtype, effort: Effort) -> ExpertsProfile:
+    """Sweeps over a layer's experts, until larger batches would take too long.
+
+    A CPU computes the experts one after the other. So one is measured, with as many rows as it has on average, and
+    counts as often as the tokens are expected to meet one.
+    """
+    shape = replace(shape, pages_per_expert=1)
+    elements = 3 * shape.hidden_size * shape.intermediate_size
+    pool = torch.empty(max(1, effort.pool_bytes // (elements * dtype.itemsize)), elements, dtype=dtype)
+    fill(pool.flatten(), shape.hidden_size**-0.5)
+    points: dict[int, float] = {}
+    begin = time.perf_counter()
+    for num_tokens in effort.cpu_tokens:
+        met = shape.experts_met(num_tokens)
+        rows = max(1, round(num_tokens * shape.top_k / met))
+        turn_s = _expert_seconds(rows, shape.hidden_size, pool, effort)
+        points[num_tokens] = met * turn_s
+        if time.perf_counter() - begin + 4 * turn_s > effort.cpu_experts_s:
+            break
+    return ExpertsProfile(shape, name_of(dtype), TimeCurve(tuple(points), tuple(points.values())))
+
+
+def _expert_seconds(rows: int, hidden_size: int, pool: Tensor, effort: Effort) -> float:
+    """Of one expert, each turn another one of the pool."""
+    x = torch.randn(rows, hidden_size).to(pool.dtype)
+    ids, weights = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1)
+    return median_seconds(
+        lambda turn: reference.experts(x, ids, weights, [pool[turn % len(pool)]], 1), effort.point_s
+    )
