@@ -169,8 +169,9 @@ def _pages(spec: ModelSpec, dtype_bytes: int, memory: Memory, rows: int) -> tupl
     return pages, (resident,) * layers, frames - resident * layers
 
 
-def pages_per_expert(intermediate_size: int, expert_bytes: int) -> int:
-    """The fewest equal slices that are no larger than a page should be."""
+def pages_per_expert(spec: ModelSpec, dtype_bytes: int) -> int:
+    """The fewest equal slices of an expert that are no larger than a page should be."""
+    intermediate_size, expert_bytes = spec.experts.intermediate_size, _expert_bytes(spec, dtype_bytes)
     for pages in range(1, intermediate_size + 1):
         if intermediate_size % pages == 0 and expert_bytes // pages <= _PAGE_BYTES:
             return pages
