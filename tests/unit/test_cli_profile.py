@@ -29,7 +29,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("moe_lightning.profiling.measure.measure", measure)
-    monkeypatch.setattr("moe_lightning.profiling.identity.this_machine", lambda: MACHINE)
+    monkeypatch.setattr("moe_lightning.engine.identity.this_machine", lambda: MACHINE)
     monkeypatch.setattr(
         "moe_lightning.profiling.measure.measure_disk", lambda path: DiskProfile(str(path), 2e9)
     )
@@ -59,9 +59,7 @@ def test_refresh_measures_again_and_keeps_the_disk(measured, capsys):
 
 def test_a_change_of_the_machine_is_told_and_measured(measured, monkeypatch, capsys):
     main(["profile"])
-    monkeypatch.setattr(
-        "moe_lightning.profiling.identity.this_machine", lambda: replace(MACHINE, torch="9.9")
-    )
+    monkeypatch.setattr("moe_lightning.engine.identity.this_machine", lambda: replace(MACHINE, torch="9.9"))
     main(["profile"])
     assert "torch was 2.11.0 and is 9.9" in capsys.readouterr().err
     assert len(measured) == 2

@@ -15,6 +15,7 @@ from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.limit import hardware_limit
 from moe_lightning.perf.memory import activation_bytes, host_buffer_bytes
 from moe_lightning.perf.planner import search
+from moe_lightning.perf.rates import DatasheetRates
 from moe_lightning.perf.workload import Workload
 from moe_lightning.units import GIB
 
@@ -40,7 +41,7 @@ def host_bytes(policy):
 @pytest.mark.parametrize("gpu", [10, 16, 24, 48])
 @pytest.mark.parametrize("host", [96, 120, 250])
 def test_the_plan_fits_both_memories_and_leaves_little_of_them(gpu, host):
-    planned = search(MIXTRAL, "bfloat16", Memory(host * GIB, gpu * GIB), H100, WORK)
+    planned = search(MIXTRAL, "bfloat16", Memory(host * GIB, gpu * GIB), DatasheetRates(H100), WORK)
     policy = planned.policy
     assert policy.pages_per_expert == 14
     assert 0.99 * gpu * GIB < gpu_bytes(policy) <= gpu * GIB
@@ -52,14 +53,14 @@ def test_the_plan_fits_both_memories_and_leaves_little_of_them(gpu, host):
 
 
 def test_a_model_that_fits_on_the_gpu_streams_nothing():
-    policy = search(MIXTRAL, "bfloat16", Memory(64 * GIB, 120 * GIB), H100, WORK).policy
+    policy = search(MIXTRAL, "bfloat16", Memory(64 * GIB, 120 * GIB), DatasheetRates(H100), WORK).policy
     assert policy.resident_pages == (112,) * 32
     assert policy.num_frames == 0
 
 
 def test_a_batch_is_no_larger_than_the_work():
     work = replace(WORK, num_requests=40)
-    planned = search(MIXTRAL, "bfloat16", Memory(120 * GIB, 24 * GIB), H100, work)
+    planned = search(MIXTRAL, "bfloat16", Memory(120 * GIB, 24 * GIB), DatasheetRates(H100), work)
     assert planned.policy.max_num_seqs <= 40
     assert planned.prediction.job_s is not None
     assert planned.prediction.job_tokens_per_s == pytest.approx(40 * 32 / planned.prediction.job_s)
@@ -85,8 +86,8 @@ def test_better_hardware_is_never_predicted_slower(gpu, better):
         memory = replace(memory, gpu=memory.gpu + 4 * GIB)
     else:
         memory = replace(memory, host=memory.host + 16 * GIB)
-    before = search(MIXTRAL, "bfloat16", Memory(110 * GIB, gpu * GIB), H100, WORK).prediction
-    after = search(MIXTRAL, "bfloat16", memory, hardware, WORK).prediction
+    before = search(MIXTRAL, "bfloat16", Memory(110 * GIB, gpu * GIB), DatasheetRates(H100), WORK).prediction
+    after = search(MIXTRAL, "bfloat16", memory, DatasheetRates(hardware), WORK).prediction
     # A search that varies one choice at a time may miss a little.
     assert after.job_tokens_per_s >= 0.995 * before.job_tokens_per_s
 
@@ -94,12 +95,14 @@ def test_better_hardware_is_never_predicted_slower(gpu, better):
 @pytest.mark.parametrize("memory", [Memory(110 * GIB, 5 * GIB), Memory(60 * GIB, 16 * GIB)])
 def test_what_cannot_fit_says_what_it_needs(memory):
     with pytest.raises(NoFeasiblePolicyError, match=r"of GPU memory .* of host memory .*allow more memory"):
-        search(MIXTRAL, "bfloat16", memory, H100, WORK)
+        search(MIXTRAL, "bfloat16", memory, DatasheetRates(H100), WORK)
 
 
 def test_a_length_that_the_model_cannot_have_is_refused():
     with pytest.raises(ConfigError, match="max_model_len=40000"):
-        search(MIXTRAL, "bfloat16", Memory(110 * GIB, 24 * GIB), H100, WORK, max_model_len=40000)
+        search(
+            MIXTRAL, "bfloat16", Memory(110 * GIB, 24 * GIB), DatasheetRates(H100), WORK, max_model_len=40000
+        )
 
 
 def test_the_hardware_limit_is_the_one_on_paper():

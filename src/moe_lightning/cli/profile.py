@@ -68,8 +68,8 @@ def run(args: Namespace) -> int:
 
 
 def _cached_or_measured(args: Namespace, shapes: list[ModelShape], path: Path) -> Profile:
+    from moe_lightning.engine.identity import this_machine
     from moe_lightning.hardware.profile_cache import read_cache
-    from moe_lightning.profiling.identity import this_machine
     from moe_lightning.profiling.measure import measure_disk
 
     cached, reason = read_cache(path, this_machine())

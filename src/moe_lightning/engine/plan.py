@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from moe_lightning.config import EngineConfig
 from moe_lightning.engine.gpu_budget import cap_gpu_memory
+from moe_lightning.engine.identity import this_machine
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.host import available_memory
 from moe_lightning.hardware.presets import preset, preset_of_card
-from moe_lightning.hardware.spec import HardwareSpec
+from moe_lightning.hardware.profile_cache import cache_path, read_cache
 from moe_lightning.memory.layout import PageLayout, Placement
 from moe_lightning.models import registry
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.default_policy import Memory, default_policy, load_policy
 from moe_lightning.perf.planner import Prediction, search
+from moe_lightning.perf.rates import DatasheetRates, MeasuredRates, Rates
 from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy
 from moe_lightning.units import GIB
@@ -60,7 +62,7 @@ def make_plan(config: EngineConfig, policy: Policy | None = None, workload: Work
     prediction = None
     if workload is not None and device.type == "cuda":
         planned = search(
-            spec, str(dtype).removeprefix("torch."), memory, this_machine(device), workload,
+            spec, str(dtype).removeprefix("torch."), memory, measured_rates(device), workload,
             max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
         )  # fmt: skip
         policy, prediction = planned.policy, planned.prediction
@@ -82,17 +84,12 @@ def usable_host_memory(device: torch.device) -> int:
     return int(0.8 * free) if device.type == "cpu" else free - max(3 * GIB, int(0.03 * free))
 
 
-def this_machine(device: torch.device) -> HardwareSpec:
-    """Rates of the preset that is like this machine's GPU, as far as they are reached while all lanes work."""
-    known = preset_of_card(torch.cuda.get_device_name(device)) or preset("l4")
-    # Of a preset's peaks, what measured runs reached: attention of the memory's rate, copies, matrix products.
-    gpu = replace(
-        known.gpu,
-        bandwidth=0.8 * known.gpu.bandwidth,
-        flops={dtype: 0.65 * rate for dtype, rate in known.gpu.flops.items()},
-    )
-    cpu = replace(known.cpu, bandwidth=0.65 * known.cpu.bandwidth)
-    return replace(known, gpu=gpu, cpu=cpu, h2d=0.97 * known.h2d, d2h=0.97 * known.d2h)
+def measured_rates(device: torch.device) -> Rates:
+    """What was measured here, if `profile` has; else what usually is reached of a like GPU's datasheet."""
+    found, _ = read_cache(cache_path(), this_machine())
+    if found is not None and found.gpu is not None:
+        return MeasuredRates(found)
+    return DatasheetRates(preset_of_card(torch.cuda.get_device_name(device)) or preset("l4"))
 
 
 def _check_pages(policy: Policy, spec: ModelSpec) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moe_lightning.errors import ConfigError
 
@@ -56,3 +56,9 @@ class HardwareSpec:
     d2h: float
     launch_s: float
     sources: tuple[str, ...]
+
+    def scaled(self, host_memory: float, flops: float, memory: float) -> HardwareSpec:
+        """The machine with shares of its host memory's, its GPU's FLOP/s and its GPU memory's rates."""
+        products = {dtype: flops * rate for dtype, rate in self.gpu.flops.items()}
+        gpu = replace(self.gpu, bandwidth=memory * self.gpu.bandwidth, flops=products)
+        return replace(self, gpu=gpu, cpu=replace(self.cpu, bandwidth=host_memory * self.cpu.bandwidth))

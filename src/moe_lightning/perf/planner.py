@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from moe_lightning.errors import ConfigError, NoFeasiblePolicyError, ScheduleError
-from moe_lightning.hardware.spec import HardwareSpec
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.cost import DTYPE_BYTES
 from moe_lightning.perf.default_policy import Memory, pages_per_expert
 from moe_lightning.perf.memory import HEAD_ROWS, activation_bytes, host_buffer_bytes
 from moe_lightning.perf.predict import predict
+from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload
 from moe_lightning.pipeline.task import Lane, PassShape
 from moe_lightning.policy import Policy
@@ -71,7 +71,7 @@ def search(
     spec: ModelSpec,
     dtype: str,
     memory: Memory,
-    hardware: HardwareSpec,
+    rates: Rates,
     workload: Workload,
     *,
     max_model_len: int | None = None,
@@ -85,7 +85,7 @@ def search(
         spec: the model.
         dtype: of weights, activations and KV.
         memory: what may be used; there is a GPU.
-        hardware: rates as achieved while all lanes work.
+        rates: of the machine.
         workload: what is to be computed.
         max_model_len: tokens of the longest sequence; default: the workload's.
         max_num_seqs: sequences that may decode at once; default: as many as fit.
@@ -93,7 +93,7 @@ def search(
     Raises:
         NoFeasiblePolicyError: nothing fits.
     """
-    problem = _Problem(spec, dtype, memory, hardware, workload, max_model_len, max_num_seqs)
+    problem = _Problem(spec, dtype, memory, rates, workload, max_model_len, max_num_seqs)
     best = _Candidate(_RINGS[0], _MICRO_BATCHES[0], _PREFILLS[0])
     for _ in range(2):
         best = max((replace(best, ring=ring) for ring in _RINGS), key=problem.value)
@@ -111,7 +111,7 @@ class _Problem:
         spec: ModelSpec,
         dtype: str,
         memory: Memory,
-        hardware: HardwareSpec,
+        rates: Rates,
         workload: Workload,
         max_model_len: int | None,
         max_num_seqs: int | None,
@@ -124,7 +124,7 @@ class _Problem:
         self._spec, self._dtype, self._dtype_bytes = spec, dtype, DTYPE_BYTES[dtype]
         dtype_bytes = self._dtype_bytes
         self._gpu, self._host = memory.gpu, memory.host
-        self._hardware, self._workload = hardware, workload
+        self._rates, self._workload = rates, workload
         self._length = max_model_len or min(workload.longest, spec.max_position)
         most = min(x for x in (max_num_seqs, workload.num_requests, 2**20) if x)
         self._most_seqs = most
@@ -263,7 +263,8 @@ class _Problem:
         )  # fmt: skip
         timeline = predict(
             replace(self._spec, num_layers=layers), shape, chunks + groups, self._workload.mean_context(),
-            self._hardware, pages_per_expert=self._pages, dtype=self._dtype,
+            self._rates, pages_per_expert=self._pages, dtype=self._dtype,
+            prompt_len=self._workload.mean_prompt,
         )  # fmt: skip
         end = max((r.end for r in timeline.records if r.lane is not Lane.H2D), default=timeline.end)
         return end - timeline.start, timeline.busy_seconds()

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.spec import HardwareSpec
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.cost import PassWork, task_cost, task_seconds
+from moe_lightning.perf.cost import PassWork
+from moe_lightning.perf.rates import DatasheetRates, Rates
 from moe_lightning.pipeline.baselines import SCHEDULES
 from moe_lightning.pipeline.simulate import simulate
-from moe_lightning.pipeline.task import PassShape, Task
+from moe_lightning.pipeline.task import PassShape
 from moe_lightning.pipeline.timeline import Timeline
 
 
@@ -19,11 +20,12 @@ def predict(
     shape: PassShape,
     tokens: Sequence[int],
     mean_context: float,
-    hardware: HardwareSpec,
+    hardware: HardwareSpec | Rates,
     *,
     pages_per_expert: int,
     dtype: str | None = None,
     schedule: str = "cgopipe",
+    prompt_len: float | None = None,
 ) -> Timeline:
     """The timeline of a pass whose decode sequences are about equally long and whose chunks are whole prompts.
 
@@ -32,10 +34,11 @@ def predict(
         shape: the pass; its layers are the model's.
         tokens: of each micro-batch, prefill first: those of the prompt, or one for each sequence.
         mean_context: tokens that a decode sequence holds on average, the new one among them.
-        hardware: where it would run.
+        hardware: where it would run: at the peaks of a specification, or at rates.
         pages_per_expert: slices of an expert's intermediate dimension.
         dtype: of weights, activations and KV; default: the checkpoint's.
         schedule: name of the builder.
+        prompt_len: tokens of each prompt in a chunk; default: a chunk is one prompt.
 
     Raises:
         ConfigError: the values do not describe one pass of this model, or the machine has no rate for the dtype.
@@ -45,20 +48,25 @@ def predict(
     window = spec.attention.sliding_window
     keys = min(mean_context, window or mean_context)
     n = shape.num_prefill
-    context = [_causal_pairs(count, window) for count in tokens[:n]]
+    prompts = [max(1.0, count / prompt_len) if prompt_len else 1.0 for count in tokens[:n]]
+    context = [
+        round(number * _causal_pairs(round(count / number), window))
+        for count, number in zip(tokens, prompts, strict=False)
+    ]
     context += [round(count * keys) for count in tokens[n:]]
-    rows = (1,) * n + tuple(tokens[n:])  # a prompt's last token is sampled from, and each decode token
+    # A prompt's last token is sampled from, and each decode token.
+    rows = tuple(round(number) for number in prompts) + tuple(tokens[n:])
     work = PassWork(spec, dtype or spec.dtype, pages_per_expert, tuple(tokens), tuple(context), rows)
     return predict_pass(work, shape, hardware, schedule)
 
 
 def predict_pass(
-    work: PassWork, shape: PassShape, hardware: HardwareSpec, schedule: str = "cgopipe"
+    work: PassWork, shape: PassShape, hardware: HardwareSpec | Rates, schedule: str = "cgopipe"
 ) -> Timeline:
-    """The timeline of a pass of known work, each task as fast as if its lane had memory and link to itself.
+    """The timeline of a pass of known work.
 
-    Where attention and copies read host memory at once, each is given all of its bandwidth: predictions err to the
-    fast side.
+    With a specification each task is as fast as if its lane had memory and link to itself: where attention and
+    copies read host memory at once, each is given all of its bandwidth, and predictions err to the fast side.
 
     Raises:
         ConfigError: shape and work are of different passes, there is no such schedule, or no rate for the dtype.
@@ -66,10 +74,9 @@ def predict_pass(
     """
     _check(work, shape, schedule)
 
-    def seconds(task: Task) -> float:
-        return task_seconds(task_cost(task, work), task, hardware, work.dtype)
-
-    return simulate(SCHEDULES[schedule](shape), seconds)
+    if isinstance(hardware, HardwareSpec):
+        hardware = DatasheetRates(hardware, attention=1.0, products=1.0, memory=1.0)
+    return simulate(SCHEDULES[schedule](shape), hardware.seconds(work))
 
 
 def _causal_pairs(count: int, window: int | None) -> int:

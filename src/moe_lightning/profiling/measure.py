@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
+from moe_lightning.engine.identity import this_machine
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.inspection import disk_read_rate
 from moe_lightning.hardware.profile import DiskProfile, ModelShape, Profile
 from moe_lightning.profiling.cpu_machine import measure_cpu_machine
 from moe_lightning.profiling.effort import Effort
-from moe_lightning.profiling.identity import this_machine
 from moe_lightning.profiling.steps import Report
 from moe_lightning.runtime.device_errors import explain
 

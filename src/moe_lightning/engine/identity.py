@@ -26,8 +26,8 @@ def this_machine() -> Machine:
         threads=torch.get_num_threads(),
         isa=CpuAttention(1).isa,
         host_memory_bytes=total_memory(),
-        kernels=f"{moe_lightning.__version__}+{kernels_digest()}",
-        torch=torch.__version__,
+        kernels=f"{moe_lightning.version('moe-lightning')}+{kernels_digest()}",
+        torch=torch.version("moe-lightning"),
         gpu=_gpu() if torch.cuda.is_available() else None,
     )
 

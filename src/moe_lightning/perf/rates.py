@@ -1,0 +1,152 @@
+"""How long each task of a pass takes: from datasheets, or from what a machine was measured to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from moe_lightning.errors import ConfigError
+from moe_lightning.hardware.profile import GpuProfile, Profile
+from moe_lightning.hardware.spec import HardwareSpec
+from moe_lightning.perf.cost import DTYPE_BYTES, PassWork, task_cost, task_seconds
+from moe_lightning.perf.shape import shape_of
+from moe_lightning.pipeline.task import Task, TaskKind
+
+
+class Rates(Protocol):
+    """A machine as the simulation sees it."""
+
+    def seconds(self, work: PassWork) -> Callable[[Task], float]:
+        """A function that says how long each task of such a pass takes while the other lanes work."""
+
+    @property
+    def h2d(self) -> float:
+        """Bytes/s of large copies to the GPU with nothing beside them."""
+
+
+@dataclass(frozen=True)
+class DatasheetRates:
+    """Peaks times a share that is usually reached.
+
+    Attributes:
+        hardware: the machine.
+        attention: share of host memory's rate that CPU attention reads at.
+        products: share of the GPU's FLOP/s that products reach.
+        memory: share of the GPU memory's rate.
+    """
+
+    hardware: HardwareSpec
+    attention: float = 0.65
+    products: float = 0.65
+    memory: float = 0.8
+
+    @property
+    def h2d(self) -> float:
+        """Bytes/s of large copies to the GPU."""
+        return self.hardware.h2d
+
+    def seconds(self, work: PassWork) -> Callable[[Task], float]:
+        """Each task as slow as the slowest resource that it uses, and a launch."""
+        machine = self.hardware.scaled(self.attention, self.products, self.memory)
+        return lambda task: task_seconds(task_cost(task, work), task, machine, work.dtype)
+
+
+@dataclass(frozen=True)
+class MeasuredRates:
+    """A profile's curves, at the sizes that tasks have.
+
+    Raises:
+        ConfigError: the profile is of a machine without a GPU.
+    """
+
+    profile: Profile
+
+    def __post_init__(self) -> None:
+        if self.profile.gpu is None:
+            raise ConfigError(
+                f"the profile is of a machine without a GPU ({self.profile.machine.cpu}); plan with one of a "
+                "machine that has a GPU, or name a preset such as l4"
+            )
+
+    @property
+    def _gpu(self) -> GpuProfile:
+        assert self.profile.gpu is not None
+        return self.profile.gpu
+
+    @property
+    def h2d(self) -> float:
+        """Bytes/s of large copies to the GPU."""
+        return self._gpu.link.h2d.rate_at(self._gpu.link.h2d.sizes[-1])
+
+    def seconds(self, work: PassWork) -> Callable[[Task], float]:
+        """Curves of the shapes nearest to the model's."""
+        return _Measured(self.profile, self._gpu, work).of
+
+
+class _Measured:
+    def __init__(self, profile: Profile, gpu: GpuProfile, work: PassWork) -> None:
+        self._gpu, self._work = gpu, work
+        spec, a, dtype = work.spec, work.spec.attention, work.dtype
+        self._size = DTYPE_BYTES[dtype]
+        self._shape = shape_of(spec, "", self._size)
+        self._attention = profile.host.attention_like(a.num_heads, a.num_kv_heads, a.head_dim, dtype)
+        self._experts = gpu.experts_like(self._shape, dtype)
+        self._qkv = gpu.dense_like(spec.hidden_size, a.qkv_size, dtype)
+        self._output = gpu.dense_like(a.q_size, spec.hidden_size, dtype)
+        self._head = gpu.dense_like(spec.hidden_size, spec.vocab_size, dtype)
+        self._prefill = gpu.prefill_like(a.num_heads, a.num_kv_heads, a.head_dim, dtype)
+        # Pages come while the CPU attends; how fast small copies are beside it was measured with pages alone.
+        h2d = gpu.link.h2d
+        self._slowed = h2d.rate_at(h2d.sizes[-1]) / gpu.link.h2d_under_attention
+
+    def of(self, task: Task) -> float:
+        work, lanes = self._work, self._gpu.lanes
+        spec, a = work.spec, work.spec.attention
+        tokens = sum(work.tokens[j] for j in task.micro_batches)
+        cost = task_cost(task, work)
+        match task.kind:
+            case TaskKind.ATTENTION:
+                context = sum(work.context_tokens[j] for j in task.micro_batches)
+                kv_bytes = context * 2 * a.kv_size * self._size
+                mean = context / max(tokens, 1)
+                return (
+                    self._attention.seconds(tokens, mean, kv_bytes, under_copies=True) + self._between_lanes
+                )
+            case TaskKind.LOAD_PAGE:
+                return max(self._gpu.link.h2d.seconds_at(cost.link_bytes) * self._slowed, lanes.h2d_gap_s)
+            case TaskKind.LOAD_HIDDEN | TaskKind.LOAD_KV:
+                return self._gpu.link.h2d.seconds_at(cost.link_bytes) * self._slowed
+            case TaskKind.OFFLOAD_QKV | TaskKind.STORE_KV:
+                return self._gpu.link.d2h.seconds_at(cost.link_bytes)
+        moved = self._moved(task, tokens) / self._gpu.memory + lanes.gpu_gap_s
+        match task.kind:
+            case TaskKind.PRE_ATTENTION:
+                return self._qkv.seconds(spec.hidden_size, a.qkv_size, tokens) + moved
+            case TaskKind.POST_ATTENTION:
+                return self._output.seconds(a.q_size, spec.hidden_size, tokens) + moved
+            case TaskKind.PREFILL_ATTENTION:
+                mean = work.context_tokens[task.micro_batches[0]] * 2 / max(tokens, 1)
+                return self._prefill.seconds(max(mean, 1.0), cost.flops) + moved
+            case TaskKind.EXPERTS:
+                return self._experts.seconds(self._shape, tokens) + moved
+            case TaskKind.SAMPLE:
+                rows = sum(work.sampled_rows[j] for j in task.micro_batches)
+                return self._head.seconds(spec.hidden_size, spec.vocab_size, max(rows, 1)) + moved
+        return cost.device_bytes / self._gpu.memory + lanes.gpu_gap_s
+
+    @property
+    def _between_lanes(self) -> float:
+        """From the copy of queries to attention and on to the copy of its outputs."""
+        return self._gpu.lanes.cpu_round_trip_s / 2
+
+    def _moved(self, task: Task, tokens: int) -> float:
+        """Bytes that the small kernels of a task read and write in GPU memory: norms, rotation, copies, logits."""
+        spec, a, work = self._work.spec, self._work.spec.attention, self._work
+        rows = sum(work.sampled_rows[j] for j in task.micro_batches)
+        elements = {
+            TaskKind.PRE_ATTENTION: tokens * (2 * spec.hidden_size + 2 * a.qkv_size),
+            TaskKind.POST_ATTENTION: tokens * 4 * spec.hidden_size,
+            TaskKind.SAMPLE: rows * (2 * spec.hidden_size + 6 * spec.vocab_size),
+        }
+        return elements.get(task.kind, 0) * self._size
