@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-import moe_lightning
 from moe_lightning import kernels
 from moe_lightning.hardware.gpu_memory import driver_version
 from moe_lightning.hardware.host import cpu_name, total_memory
@@ -26,8 +25,8 @@ def this_machine() -> Machine:
         threads=torch.get_num_threads(),
         isa=CpuAttention(1).isa,
         host_memory_bytes=total_memory(),
-        kernels=f"{moe_lightning.version('moe-lightning')}+{kernels_digest()}",
-        torch=torch.version("moe-lightning"),
+        kernels=f"{_version('moe-lightning')}+{kernels_digest()}",
+        torch=torch.__version__,
         gpu=_gpu() if torch.cuda.is_available() else None,
     )
 
