@@ -49,6 +49,7 @@ class Throughput:
         limit: of this machine, with the link's own rate in this run.
         h2d_bytes_per_s: that rate.
         lanes: busy share of each lane in a recorded pass.
+        seconds_by_kind: of the tasks of that pass.
         num_preemptions: how often a sequence had to start again.
         load_s: seconds until the first pass could begin.
     """
@@ -61,6 +62,7 @@ class Throughput:
     limit: HardwareLimit
     h2d_bytes_per_s: float
     lanes: dict[str, float]
+    seconds_by_kind: dict[str, float]
     num_preemptions: int
     load_s: float
 
@@ -76,7 +78,8 @@ class Throughput:
             "kind": self.kind, "settings": asdict(config), "workload": asdict(self.workload),
             "policy": asdict(self.plan.policy), "prediction": asdict(prediction) if prediction else None,
             "tokens_per_s": self.tokens_per_s, "share_of_limit": self.share, "limit": asdict(self.limit),
-            "h2d_bytes_per_s": self.h2d_bytes_per_s, "lanes": self.lanes, "load_s": self.load_s,
+            "h2d_bytes_per_s": self.h2d_bytes_per_s, "lanes": self.lanes, "seconds_by_kind": self.seconds_by_kind,
+            "load_s": self.load_s,
             "num_preemptions": self.num_preemptions, "passes": [asdict(p) for p in self.passes],
         }  # fmt: skip
 
@@ -118,9 +121,12 @@ def measure(
     allowed = config.gpu_memory or torch.cuda.get_device_properties(0).total_memory
     whole = 125 * GIB if host_memory < 125 * GIB < free + 4 * GIB else host_memory
     limit = hardware_limit(llm.spec, llm.dtype.itemsize, allowed, whole, rate, workload)
+    kinds: dict[str, float] = {}
+    for task in timeline.records if timeline else ():
+        kinds[task.kind.value] = kinds.get(task.kind.value, 0.0) + task.seconds
     lanes = {lane.value: share for lane, share in timeline.utilization().items()} if timeline else {}
     return Throughput(
-        "steady state" if steady_passes else "job", plan, workload, tuple(passes), tokens_per_s, limit, rate, lanes,
+        "steady state" if steady_passes else "job", plan, workload, tuple(passes), tokens_per_s, limit, rate, lanes, kinds,
         llm.engine.num_preemptions, load_s,
     )  # fmt: skip
 
@@ -138,6 +144,8 @@ def to_text(found: Throughput) -> str:
         "busy in the fullest recorded pass: "
         + ", ".join(f"{lane.upper()} {share:.0%}" for lane, share in found.lanes.items()),
     ]
+    kinds = sorted(found.seconds_by_kind.items(), key=lambda item: -item[1])
+    lines.append("seconds in it: " + ", ".join(f"{kind} {seconds:.3f}" for kind, seconds in kinds))
     if prediction:
         expected = prediction.tokens_per_s if found.kind == "steady state" else prediction.job_tokens_per_s
         lines.append(
