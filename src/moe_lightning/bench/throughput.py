@@ -126,8 +126,8 @@ def measure(
         kinds[task.kind.value] = kinds.get(task.kind.value, 0.0) + task.seconds
     lanes = {lane.value: share for lane, share in timeline.utilization().items()} if timeline else {}
     return Throughput(
-        "steady state" if steady_passes else "job", plan, workload, tuple(passes), tokens_per_s, limit, rate, lanes, kinds,
-        llm.engine.num_preemptions, load_s,
+        "steady state" if steady_passes else "job", plan, workload, tuple(passes), tokens_per_s, limit, rate, lanes,
+        kinds, llm.engine.num_preemptions, load_s,
     )  # fmt: skip
 
 
@@ -209,9 +209,7 @@ def _begin_midway(llm: LLM, source: Iterator[Request], workload: Workload) -> No
 def _fill_kv(llm: LLM) -> None:
     """Fill the cache with some weights' numbers: zeros might be faster than what a model computes."""
     arena = llm._worker._kv.arena.tensor.view(-1)
-    some = llm._worker._weights.pages.frames[0]
+    some = llm._worker._weights.pages.frames[0].cpu()  # a copy by the GPU may not cross pieces locked apart
     for start in range(0, len(arena), len(some)):
         piece = arena[start : start + len(some)]
-        piece.copy_(some[: len(piece)], non_blocking=True)
-    if some.is_cuda:
-        torch.cuda.synchronize()
+        piece.copy_(some[: len(piece)])
