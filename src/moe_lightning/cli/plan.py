@@ -26,6 +26,9 @@ DESCRIPTION = (
 )
 
 
+_HOST_SHARE = 0.95  # of a machine's host memory: the system has the rest
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a cost model says: for people, for programs, and the micro-batch size for the drawing."""
@@ -64,6 +67,18 @@ def add_flags(parser: ArgumentParser) -> None:
         help="tokens of a prompt (default: 77)",
     )
     add("--gen-len", type=positive_count, default=32, metavar="N", help="tokens of an answer (default: 32)")
+    add(
+        "--num-requests",
+        type=positive_count,
+        metavar="N",
+        help="requests of the job (default: what fills KV memory twice)",
+    )
+    add(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="rates that `moe-lightning profile --json FILE` measured, instead of --hardware",
+    )
     add("--json", action="store_true", help="print JSON instead of text")
     add("--plot", type=Path, metavar="FILE", help="draw the rooflines (.svg or .png); needs matplotlib")
 
@@ -105,7 +120,26 @@ def machine(args: Namespace) -> HardwareSpec:
 
 
 def _plan_ours(spec: ModelSpec, hardware: HardwareSpec, args: Namespace) -> Answer:
-    raise ConfigError("--cost-model ours is not there yet; only --cost-model paper is")
+    from moe_lightning.hardware.profile_cache import load_profile
+    from moe_lightning.perf.rates import DatasheetRates, MeasuredRates, Rates
+    from moe_lightning.perf.report import Machine, plan, to_text
+    from moe_lightning.perf.workload import Workload
+
+    profile = load_profile(args.profile) if args.profile else None
+    rates: Rates = MeasuredRates(profile) if profile else DatasheetRates(hardware)
+    if profile:
+        hardware = profile.hardware_spec()
+    name = hardware.gpu.name
+    found = Machine(
+        name,
+        rates,
+        args.gpu_memory or hardware.gpu.memory_bytes,
+        args.host_memory or int(_HOST_SHARE * hardware.cpu.memory_bytes),
+    )
+    workload = Workload((args.avg_prompt_len,), args.gen_len, args.num_requests)
+    dtype = "float16" if "bfloat16" not in hardware.gpu.flops else spec.dtype
+    report = plan(spec, dtype, found, workload)
+    return Answer(to_text(spec, report), report.to_json(), report.planned.policy.micro_batch_size)
 
 
 def _plan_paper(spec: ModelSpec, hardware: HardwareSpec, args: Namespace) -> Answer:
