@@ -225,7 +225,9 @@ int main(int argc, char** argv) {
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::atof(argv[1]));
   const uint64_t first = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
   std::vector<std::unique_ptr<Attention>> attentions;
-  for (const Isa isa : available_isas())
+  std::vector<Isa> isas = available_isas();
+  isas.push_back(Isa::amx_emulated);
+  for (const Isa isa : isas)
     for (const int threads : {1, 3}) attentions.push_back(std::make_unique<Attention>(threads, std::vector<int>{}, isa));
   // Two callers at once, as lanes of an executor may be: their calls take turns.
   std::atomic<uint64_t> seed{first};

@@ -17,14 +17,14 @@ from attention_cases import Case, expected, make_case
 
 from moe_lightning.errors import ConfigError
 from moe_lightning.kernels import reference
-from moe_lightning.kernels.cpu_attention import ISA_VARIABLE, CpuAttention, available_isas
+from moe_lightning.kernels.cpu_attention import EMULATED_ISA, ISA_VARIABLE, CpuAttention, available_isas
 
 # One rounding of the output, relative; before it, float32: a score of up to 8 errs by up to 2^-20 when summed, its
 # weight by as much relatively, and values reach 4.
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 FLOAT32 = 2.0**-18
 DTYPES = list(ROUNDING)
-ISAS = available_isas()
+ISAS = [*available_isas(), EMULATED_ISA]
 # Query heads, KV heads and head dimension of published models.
 GEOMETRIES = {
     "mixtral-8x7b": (32, 8, 128),

@@ -23,13 +23,14 @@ except ImportError as error:
     ) from error
 
 ISA_VARIABLE = "MOE_LIGHTNING_CPU_ISA"
+EMULATED_ISA = "amx_emulated"  # what amx does, in plain C++: for tests, as few machines have it
 MAX_HEAD_DIM = 1024
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _NO_WINDOW = 1 << 40  # more positions than any cache has, and far from overflowing
 
 
 def available_isas() -> list[str]:
-    """Instruction sets with kernels that this CPU runs, slowest first: of scalar, avx2, avx512, avx512_bf16."""
+    """Those of scalar, avx2, avx512, avx512_bf16 and amx that this CPU runs, slowest first."""
     return core.available_isas()
 
 
@@ -151,7 +152,7 @@ class CpuAttention:
 def _isa() -> str:
     available = core.available_isas()
     forced = os.environ.get(ISA_VARIABLE)
-    if forced and forced not in available:
+    if forced and forced not in (*available, EMULATED_ISA):
         raise ConfigError(
             f"{ISA_VARIABLE} is {forced!r}; this CPU has kernels for {', '.join(available)}. Set one of them, "
             "or unset it to use the last"
