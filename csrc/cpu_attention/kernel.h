@@ -45,7 +45,7 @@ struct Span {
 };
 
 // Attention over some positions as far as it can be known without the others. Rows are (query token, query head).
-struct State {
+struct State {  // `max` and `sum` have room for whole vectors of rows
   float* max;  // [rows], of the scores times log2(e)
   float* sum;  // [rows], of 2^(score - max)
   float* acc;  // [rows, padded_head_dim], in the kernel's own order of dimensions
@@ -76,6 +76,9 @@ struct Merge {
 };
 
 struct Kernels {
+  // A thread enters before its first item of a call and leaves after the last.
+  void (*enter)();
+  void (*leave)();
   void (*attend[kNumDTypes])(const Work&);
   void (*finish[kNumDTypes])(const Merge&);
   uint64_t (*read)(const void* from, int64_t bytes);  // sum of the memory's words, to measure reading
