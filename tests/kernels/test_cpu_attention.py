@@ -342,7 +342,7 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_written(name: 
 
 @pytest.mark.parametrize(
     "options", [{"scale": 0.0}, {"scale": math.nan}, {"soft_cap": 0.0}, {"sliding_window": 0},
-                {"sinks": torch.zeros(3)}, {"query_lens": torch.tensor([1, -1])}],
+                {"sinks": torch.zeros(3)}, {"sinks": torch.zeros(16)[::2]}, {"query_lens": torch.tensor([1, -1])}],
 )  # fmt: skip
 def test_options_without_meaning_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options)).replace("query_lens", "query tokens")):
