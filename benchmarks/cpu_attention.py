@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,15 @@ from moe_lightning.memory.arena import host_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK_SIZE = 16
+SDPA_TURNS = 2  # besides the one that warms up; it takes most of the time
 GEOMETRIES = {  # query heads, KV heads, head dimension, sliding window
     "mixtral-8x7b": (32, 8, 128, None),
     "qwen3-30b-a3b": (32, 4, 128, None),
     "gpt-oss-20b": (64, 8, 64, None),
     "gpt-oss-20b, window": (64, 8, 64, 128),
+    "olmoe-1b-7b": (16, 16, 128, None),
 }
+SINGLE = "olmoe-1b-7b"  # one query head per KV head
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,20 @@ class Workload:
 
 
 def workloads(contexts: list[int], seqs: list[int], isas: list[str]) -> Iterator[Workload]:
-    """All geometries in bf16, Mixtral in every dtype and by every instruction set."""
-    for model in GEOMETRIES:
+    """Geometries in bf16, Mixtral in every dtype and by every instruction set."""
+    for model, (*_, window) in GEOMETRIES.items():
+        if model == SINGLE:
+            continue
         for context in contexts:
+            if context <= (window or 0):
+                continue
             for num_seqs in seqs:
                 yield Workload(model, "bfloat16", context, num_seqs, isas[-1])
-    for dtype in ("float16", "float32"):
-        yield Workload("mixtral-8x7b", dtype, 512, 256, isas[-1])
+    yield Workload(SINGLE, "bfloat16", 512, 256, isas[-1])
     for isa in isas[:-1]:
         yield Workload("mixtral-8x7b", "bfloat16", 512, 256, isa)
+    for dtype in ("float16", "float32"):
+        yield Workload("mixtral-8x7b", dtype, 512, 256, isas[-1])
 
 
 class Bench:
@@ -70,14 +78,22 @@ class Bench:
         self.filled: torch.dtype | None = None
         torch.set_num_threads(threads)
 
+    def fitted(self, work: Workload) -> Workload:
+        """It, or with as many sequences as half of the arena holds."""
+        _, num_kv_heads, head_dim, _ = GEOMETRIES[work.model]
+        seq_blocks = -(-work.context // BLOCK_SIZE)
+        seq_bytes = (
+            seq_blocks * 2 * num_kv_heads * BLOCK_SIZE * head_dim * getattr(torch, work.dtype).itemsize
+        )
+        return replace(work, num_seqs=min(work.num_seqs, self.arena.nbytes // 2 // seq_bytes))
+
     def run(self, work: Workload) -> dict[str, Any]:
         """Rates of one workload, as they go into the JSON file."""
         num_heads, num_kv_heads, head_dim, window = GEOMETRIES[work.model]
         dtype = getattr(torch, work.dtype)
         self.fill(dtype)
-        blocks_per_seq = -(-work.context // BLOCK_SIZE)
+        blocks_per_seq, num_seqs = -(-work.context // BLOCK_SIZE), work.num_seqs
         seq_bytes = blocks_per_seq * 2 * num_kv_heads * BLOCK_SIZE * head_dim * dtype.itemsize
-        num_seqs = min(work.num_seqs, self.arena.nbytes // 2 // seq_bytes)
         layer_bytes = num_seqs * seq_bytes
         layers = self.arena[: self.arena.nbytes // layer_bytes * layer_bytes].view(dtype)
         layers = layers.view(-1, num_seqs * blocks_per_seq, 2, num_kv_heads, BLOCK_SIZE, head_dim)
@@ -105,7 +121,6 @@ class Bench:
         median = {name: statistics.median(found) for name, found in rates.items()}
         return {
             **asdict(work),
-            "num_seqs": num_seqs,
             "threads": self.threads,
             "kv_bytes": seen_bytes,
             "attention_bytes_per_s": median["attention"],
@@ -133,7 +148,7 @@ class Bench:
                 "attention": seen_bytes / timed(attend, layers[at[0]]),
                 "read": layer_bytes / timed(read, layers[at[1]]),
             }
-            if self.with_sdpa and turn < self.turns:
+            if self.with_sdpa and turn < SDPA_TURNS:
                 found["sdpa"] = seen_bytes / timed(sdpa, layers[at[2]])
             if turn >= 0:
                 for name, rate in found.items():
@@ -195,12 +210,13 @@ def main() -> None:
 
     load_before = os.getloadavg()[0]
     bench = Bench(args.gib, args.threads, args.turns, not args.no_sdpa)
-    results = [bench.run(work) for work in workloads(args.contexts, args.seqs, available_isas())]
     print(
         f"{'model':20} {'dtype':8} {'isa':11} {'ctx':>5} {'seqs':>5} {'GB/s':>7} {'read':>7} {'share':>6} x SDPA"
     )
-    for found in results:
-        print(describe(found))
+    results = []
+    for work in dict.fromkeys(map(bench.fitted, workloads(args.contexts, args.seqs, available_isas()))):
+        results.append(bench.run(work))
+        print(describe(results[-1]), flush=True)
     print(f"{args.threads} threads, {_cpu()}, load average before: {load_before:.1f}")
     if args.json:
         report = {

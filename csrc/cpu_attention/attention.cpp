@@ -48,6 +48,19 @@ Span span_of(const Call& call, const Item& item) {
           item.end};
 }
 
+// Calls body(token, element of the cache for its key, likewise for its value) for the new tokens of an item.
+template <class F>
+void for_new_rows(const Call& call, const Item& item, F body) {
+  const int64_t first_new = call.batch.context_lens[item.seq] - item.num_queries;
+  const int64_t block_size = call.batch.block_size;
+  const int64_t* table = call.batch.block_tables + item.seq * call.batch.table_stride;
+  for (int64_t position = std::max(item.begin, first_new); position < item.end; ++position) {
+    const int64_t row = item.head * block_size + position % block_size;
+    const int64_t key = table[position / block_size] * call.block_stride + row * call.head_dim;
+    body(item.first_token + position - first_new, key, key + call.num_kv_heads * block_size * call.head_dim);
+  }
+}
+
 }  // namespace
 
 struct Attention::Running {
@@ -73,11 +86,13 @@ void Attention::run(const Call& call) {
 }
 
 void Attention::serve(Running& running, int thread) {
-  const Item* next = nullptr;
-  while (const Item* item = plan_.take(thread, &next)) attend(running, *item, next, thread);
+  kernels_.enter();
+  Item item{}, next{};
+  while (plan_.take(thread, item, next)) attend(running, item, next, thread);
+  kernels_.leave();
 }
 
-void Attention::attend(Running& running, const Item& item, const Item* next, int thread) {
+void Attention::attend(Running& running, const Item& item, const Item& next, int thread) {
   const Call& call = running.call;
   const Shape& shape = running.shape;
   append(call, item);
@@ -86,21 +101,23 @@ void Attention::attend(Running& running, const Item& item, const Item* next, int
   Work work{};
   work.shape = &shape;
   work.span = span_of(call, item);
-  if (next != nullptr) work.next = span_of(call, *next);
+  if (next.begin < next.end) {
+    work.next = span_of(call, next);
+    expect(call, next);
+  }
   work.queries = at(call.q, item.first_token * call.q_stride + first_head * call.head_dim, call.dtype);
   work.num_queries = item.num_queries;
   work.first_position = call.batch.context_lens[item.seq] - item.num_queries;
   work.query_scratch = workspace_.queries(thread);
   work.scores = workspace_.scores(thread);
-  work.state = item.split < 0 ? workspace_.own_state(thread)
-                              : workspace_.state(plan_.split(item).first_state + item.part);
+  work.state = item.num_parts == 1 ? workspace_.own_state(thread) : workspace_.state(item.first_state + item.part);
   kernels_.attend[static_cast<int>(call.dtype)](work);
-  if (item.split >= 0 && !plan_.is_last_part(item)) return;
+  if (item.num_parts > 1 && !plan_.is_last_part(item)) return;
 
   Merge merge{};
   merge.shape = &shape;
-  merge.num_states = item.split < 0 ? 1 : plan_.split(item).num_parts;
-  merge.first_state = item.split < 0 ? work.state : workspace_.state(plan_.split(item).first_state);
+  merge.num_states = item.num_parts;
+  merge.first_state = item.num_parts == 1 ? work.state : workspace_.state(item.first_state);
   merge.state_stride = static_cast<int64_t>(workspace_.state_size());
   merge.num_queries = item.num_queries;
   merge.sinks = call.sinks == nullptr ? nullptr : call.sinks + first_head;
@@ -108,23 +125,34 @@ void Attention::attend(Running& running, const Item& item, const Item* next, int
   kernels_.finish[static_cast<int>(call.dtype)](merge);
 }
 
+// Asks for the rows of an item that will soon be worked on. There are few of them, but each would be waited for, and
+// stores wait in line behind one that misses.
+void Attention::expect(const Call& call, const Item& item) const {
+  const int64_t dims = call.head_dim, size = element_size(call.dtype), group = call.num_heads / call.num_kv_heads;
+  const auto ask = [size](const void* base, int64_t from, int64_t count) {
+    const char* row = static_cast<const char*>(base) + from * size;
+    for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(row + i, 0, 2);
+  };
+  for (int64_t i = item.first_token; i < item.first_token + item.num_queries; ++i) {
+    ask(call.q, i * call.q_stride + item.head * group * dims, group * dims);
+    ask(call.out, i * call.out_stride + item.head * group * dims, group * dims);
+  }
+  for_new_rows(call, item, [&](int64_t token, int64_t key, int64_t value) {
+    ask(call.k, token * call.k_stride + item.head * dims, dims);
+    ask(call.v, token * call.v_stride + item.head * dims, dims);
+    ask(call.cache, key, dims);
+    ask(call.cache, value, dims);
+  });
+}
+
 // Writes the new keys and values among the item's positions; each belongs to one item, which alone reads them.
 void Attention::append(const Call& call, const Item& item) const {
-  const int64_t length = call.batch.context_lens[item.seq];
-  const int64_t first_new = length - item.num_queries;
-  const int64_t block_size = call.batch.block_size, head = item.head;
   const auto bytes = static_cast<size_t>(call.head_dim * element_size(call.dtype));
-  const int64_t* table = call.batch.block_tables + item.seq * call.batch.table_stride;
-  for (int64_t position = std::max(item.begin, first_new); position < item.end; ++position) {
-    const int64_t token = item.first_token + position - first_new;
-    const int64_t row = head * block_size + position % block_size;
-    const int64_t key = table[position / block_size] * call.block_stride + row * call.head_dim;
-    const int64_t value = key + call.num_kv_heads * block_size * call.head_dim;
-    std::memcpy(at(call.cache, key, call.dtype), at(call.k, token * call.k_stride + head * call.head_dim, call.dtype),
-                bytes);
-    std::memcpy(at(call.cache, value, call.dtype),
-                at(call.v, token * call.v_stride + head * call.head_dim, call.dtype), bytes);
-  }
+  const int64_t head = int64_t{item.head} * call.head_dim;
+  for_new_rows(call, item, [&](int64_t token, int64_t key, int64_t value) {
+    std::memcpy(at(call.cache, key, call.dtype), at(call.k, token * call.k_stride + head, call.dtype), bytes);
+    std::memcpy(at(call.cache, value, call.dtype), at(call.v, token * call.v_stride + head, call.dtype), bytes);
+  });
 }
 
 uint64_t Attention::read(const void* from, int64_t bytes) {

@@ -49,7 +49,8 @@ class Attention {
   struct Running;
 
   void serve(Running& running, int thread);
-  void attend(Running& running, const Item& item, const Item* next, int thread);
+  void attend(Running& running, const Item& item, const Item& next, int thread);
+  void expect(const Call& call, const Item& item) const;
   void append(const Call& call, const Item& item) const;
 
   std::mutex turn_;

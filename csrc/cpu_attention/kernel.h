@@ -11,11 +11,12 @@ namespace moe::attention {
 enum class DType : int { bf16, f16, f32 };
 constexpr int kNumDTypes = 3;
 
-enum class Isa : int { scalar, avx2, avx512, avx512_bf16 };
-constexpr int kNumIsas = 4;
+enum class Isa : int { scalar, avx2, avx512, avx512_bf16, amx, amx_emulated };
+constexpr int kNumIsas = 6;
 
 // Buffers of head_dim elements are padded to a multiple of this, the widest unit of any kernel.
 constexpr int kHeadDimUnit = 32;
+constexpr int kQueryCopies = 4;    // how often a kernel may keep each query
 constexpr int kMaxTile = 512;     // positions whose scores are held at once
 constexpr int kScorePadding = 16;  // kernels may write this many scores past a tile
 
@@ -44,7 +45,7 @@ struct Span {
 };
 
 // Attention over some positions as far as it can be known without the others. Rows are (query token, query head).
-struct State {
+struct State {  // `max` and `sum` have room for whole vectors of rows
   float* max;  // [rows], of the scores times log2(e)
   float* sum;  // [rows], of 2^(score - max)
   float* acc;  // [rows, padded_head_dim], in the kernel's own order of dimensions
@@ -58,7 +59,7 @@ struct Work {
   const void* queries;
   int num_queries;
   int64_t first_position;  // of the first query
-  float* query_scratch;    // [rows, padded_head_dim]
+  float* query_scratch;    // [rows, kQueryCopies, padded_head_dim]
   float* scores;           // [rows, tile + kScorePadding]
   State state;             // out
 };
@@ -75,16 +76,21 @@ struct Merge {
 };
 
 struct Kernels {
+  // A thread enters before its first item of a call and leaves after the last.
+  void (*enter)();
+  void (*leave)();
   void (*attend[kNumDTypes])(const Work&);
   void (*finish[kNumDTypes])(const Merge&);
   uint64_t (*read)(const void* from, int64_t bytes);  // sum of the memory's words, to measure reading
 };
 
 extern const Kernels kScalarKernels;
+extern const Kernels kAmxEmulatedKernels;
 #if defined(MOE_X86)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
+extern const Kernels kAmxKernels;
 #endif
 
 }  // namespace moe::attention

@@ -41,13 +41,14 @@ void check_lengths(const Batch& batch, int64_t seq) {
                     std::to_string(batch.max_blocks * batch.block_size) + " tokens");
 }
 
-void check_blocks(const Batch& batch, int64_t seq, int64_t num_blocks) {
+void check_blocks(const Batch& batch, int64_t seq, int64_t begin, int64_t num_blocks) {
   const int64_t* table = batch.block_tables + seq * batch.table_stride;
-  const int64_t last = (batch.context_lens[seq] + batch.block_size - 1) / batch.block_size;
-  for (int64_t i = begin_of(batch, seq) / batch.block_size; i < last; ++i)
-    if (table[i] < 0 || table[i] >= num_blocks)
-      refuse(seq, "block " + std::to_string(table[i]) + " is outside of the cache of " +
-                      std::to_string(num_blocks) + " blocks");
+  const int64_t first = begin / batch.block_size, last = (batch.context_lens[seq] - 1) / batch.block_size;
+  uint64_t highest = 0;  // negative ones are higher than any
+  for (int64_t i = first; i <= last; ++i) highest = std::max(highest, static_cast<uint64_t>(table[i]));
+  if (highest >= static_cast<uint64_t>(num_blocks))
+    refuse(seq, "block " + std::to_string(static_cast<int64_t>(highest)) + " is outside of the cache of " +
+                    std::to_string(num_blocks) + " blocks");
 }
 
 }  // namespace
@@ -55,35 +56,61 @@ void check_blocks(const Batch& batch, int64_t seq, int64_t num_blocks) {
 Plan::Plan(int num_threads) : num_threads_(num_threads), stretches_(new Stretch[static_cast<size_t>(num_threads)]) {}
 
 void Plan::make(const Batch& batch, int num_kv_heads, int64_t num_blocks) {
-  const int64_t cost = check(batch, num_kv_heads, num_blocks);
-  items_.clear();
-  splits_.clear();
-  num_states_ = 0;
-  const int64_t most = std::max(kShortestPart, cost / (num_threads_ * kItemsPerThread));
-  int64_t token = 0;
-  for (int64_t seq = 0; seq < batch.num_seqs; ++seq) {
-    if (num_queries_of(batch, seq) > 0) cut(batch, seq, token, num_kv_heads, most);
-    token += num_queries_of(batch, seq);
+  num_kv_heads_ = num_kv_heads;
+  block_size_ = batch.block_size;
+  const int64_t cost = check(batch, num_blocks);
+  const int64_t most = std::max(kShortestPart, cost * num_kv_heads / (num_threads_ * kItemsPerThread));
+  num_splits_ = num_states_ = 0;
+  int64_t number = 0, before = 0;
+  int thread = 0;
+  stretches_[0].front.store(0, std::memory_order_relaxed);
+  const auto next_thread = [&](int64_t end) {
+    stretches_[static_cast<size_t>(thread++)].end = end;
+    if (thread < num_threads_) stretches_[static_cast<size_t>(thread)].front.store(end, std::memory_order_relaxed);
+  };
+  for (Cut& c : cuts_) {
+    c.first_item = number;
+    if (c.num_queries == 0) continue;
+    cut(c, most);
+    const int64_t num_items = int64_t{num_kv_heads} * c.num_parts, its_cost = c.end - c.begin + kItemCost;
+    for (int64_t until; thread + 1 < num_threads_ && (until = cost * (thread + 1) / num_threads_) <= before + its_cost;)
+      next_thread(number + (until - before) * num_items / its_cost);
+    number += num_items;
+    before += its_cost;
   }
-  if (num_left_capacity_ < splits_.size()) {
-    num_left_capacity_ = splits_.size() * 2;
+  while (thread < num_threads_) next_thread(number);
+  Cut end{};
+  end.first_item = number;
+  cuts_.push_back(end);
+
+  if (num_left_capacity_ < static_cast<size_t>(num_splits_)) {
+    num_left_capacity_ = static_cast<size_t>(num_splits_) * 2;
     num_left_.reset(new std::atomic<int32_t>[num_left_capacity_]);
   }
-  for (size_t i = 0; i < splits_.size(); ++i) num_left_[i].store(splits_[i].num_parts, std::memory_order_relaxed);
-  share_out(cost);
+  if (num_splits_ == 0) return;
+  for (const Cut& c : cuts_)
+    for (int head = 0; c.num_parts > 1 && head < num_kv_heads; ++head)
+      num_left_[static_cast<size_t>(c.first_split + head)].store(c.num_parts, std::memory_order_relaxed);
 }
 
-// Returns the cost of all items, in positions.
-int64_t Plan::check(const Batch& batch, int num_kv_heads, int64_t num_blocks) {
+// Fills in what the cuts know without each other. Returns the cost of all in each KV head, in positions.
+int64_t Plan::check(const Batch& batch, int64_t num_blocks) {
+  cuts_.resize(static_cast<size_t>(batch.num_seqs));
   int64_t tokens = 0, cost = 0, max_queries = 0;
   for (int64_t seq = 0; seq < batch.num_seqs; ++seq) {
     check_lengths(batch, seq);
     const int64_t queries = num_queries_of(batch, seq);
+    Cut& c = cuts_[static_cast<size_t>(seq)];
+    c = {};
+    c.first_token = tokens;
+    c.num_queries = static_cast<int32_t>(queries);
     tokens += queries;
     max_queries = std::max(max_queries, queries);
     if (queries == 0) continue;
-    check_blocks(batch, seq, num_blocks);
-    cost += (batch.context_lens[seq] - begin_of(batch, seq) + kItemCost) * num_kv_heads;
+    c.begin = begin_of(batch, seq);
+    c.end = batch.context_lens[seq];
+    check_blocks(batch, seq, c.begin, num_blocks);
+    cost += c.end - c.begin + kItemCost;
   }
   if (tokens != batch.num_tokens)
     throw std::invalid_argument("the sequences have " + std::to_string(tokens) + " new tokens, q has " +
@@ -92,59 +119,66 @@ int64_t Plan::check(const Batch& batch, int num_kv_heads, int64_t num_blocks) {
   return cost;
 }
 
-void Plan::cut(const Batch& batch, int64_t seq, int64_t first_token, int num_kv_heads, int64_t most) {
-  const int64_t begin = begin_of(batch, seq), end = batch.context_lens[seq];
-  const int64_t num_parts = (end - begin + most - 1) / most;
+void Plan::cut(Cut& cut, int64_t most) {
+  cut.num_parts = 1;
+  if (cut.end - cut.begin <= most) return;
+  const int64_t num_parts = (cut.end - cut.begin + most - 1) / most;
   // Whole blocks, so that no two parts read from one.
-  const int64_t first_block = begin / batch.block_size;
-  const int64_t blocks = (end - 1) / batch.block_size + 1 - first_block;
+  const int64_t blocks = (cut.end - 1) / block_size_ + 1 - cut.begin / block_size_;
   const int64_t blocks_per_part = (blocks + num_parts - 1) / num_parts;
-  const int64_t used_parts = (blocks + blocks_per_part - 1) / blocks_per_part;
+  cut.blocks_per_part = static_cast<int32_t>(blocks_per_part);
+  cut.num_parts = static_cast<int32_t>((blocks + blocks_per_part - 1) / blocks_per_part);
+  if (cut.num_parts == 1) return;
+  cut.first_state = num_states_;
+  cut.first_split = num_splits_;
+  num_states_ += num_kv_heads_ * cut.num_parts;
+  num_splits_ += num_kv_heads_;
+}
+
+// `near` is a sequence that the item probably belongs to, or the one before.
+Item Plan::item_at(int64_t number, int64_t near) const {
+  const auto has_it = [&](int64_t seq) {
+    const Cut* c = &cuts_[static_cast<size_t>(seq)];
+    return seq + 1 < static_cast<int64_t>(cuts_.size()) && c[0].first_item <= number && number < c[1].first_item;
+  };
+  int64_t seq = near;
+  if (!has_it(seq) && !has_it(++seq)) {
+    const auto after = std::upper_bound(cuts_.begin(), cuts_.end(), number,
+                                        [](int64_t n, const Cut& c) { return n < c.first_item; });
+    seq = after - cuts_.begin() - 1;
+  }
+  const Cut& c = cuts_[static_cast<size_t>(seq)];
+  const auto within = static_cast<int32_t>(number - c.first_item);
   Item item{};
-  item.first_token = first_token;
-  item.seq = static_cast<int32_t>(seq);
-  item.num_queries = static_cast<int32_t>(num_queries_of(batch, seq));
-  for (int head = 0; head < num_kv_heads; ++head) {
-    item.head = head;
-    item.split = used_parts > 1 ? static_cast<int32_t>(splits_.size()) : -1;
-    if (used_parts > 1) {
-      splits_.push_back({num_states_, static_cast<int32_t>(used_parts)});
-      num_states_ += static_cast<int>(used_parts);
-    }
-    for (int64_t part = 0; part < used_parts; ++part) {
-      item.part = static_cast<int32_t>(part);
-      item.begin = std::max(begin, (first_block + part * blocks_per_part) * batch.block_size);
-      item.end = std::min(end, (first_block + (part + 1) * blocks_per_part) * batch.block_size);
-      items_.push_back(item);
-    }
-  }
+  item.begin = c.begin;
+  item.end = c.end;
+  item.first_token = c.first_token;
+  item.seq = seq;
+  item.num_queries = c.num_queries;
+  item.num_parts = c.num_parts;
+  item.head = within;
+  if (c.num_parts == 1) return item;
+  item.head = within / c.num_parts;
+  item.part = within % c.num_parts;
+  item.first_state = c.first_state + item.head * c.num_parts;
+  item.split = c.first_split + item.head;
+  const int64_t block = c.begin / block_size_ + int64_t{item.part} * c.blocks_per_part;
+  item.begin = std::max(c.begin, block * block_size_);
+  item.end = std::min(c.end, (block + c.blocks_per_part) * block_size_);
+  return item;
 }
 
-void Plan::share_out(int64_t cost) {
-  const auto num_items = static_cast<int64_t>(items_.size());
-  int64_t at = 0, before = 0;
-  for (int thread = 0; thread < num_threads_; ++thread) {
-    Stretch& stretch = stretches_[static_cast<size_t>(thread)];
-    stretch.front.store(at, std::memory_order_relaxed);
-    const int64_t until = cost * (thread + 1) / num_threads_;
-    while (at < num_items && (before < until || thread + 1 == num_threads_)) {
-      const Item& item = items_[static_cast<size_t>(at++)];
-      before += item.end - item.begin + kItemCost;
-    }
-    stretch.end = at;
-  }
-}
-
-const Item* Plan::take(int thread, const Item** next) {
+bool Plan::take(int thread, Item& item, Item& next) {
   for (int i = 0; i < num_threads_; ++i) {
     Stretch& stretch = stretches_[static_cast<size_t>((thread + i) % num_threads_)];
     if (stretch.front.load(std::memory_order_relaxed) >= stretch.end) continue;
-    const int64_t at = stretch.front.fetch_add(1, std::memory_order_relaxed);
-    if (at >= stretch.end) continue;
-    *next = i == 0 && at + 1 < stretch.end ? &items_[static_cast<size_t>(at + 1)] : nullptr;
-    return &items_[static_cast<size_t>(at)];
+    const int64_t number = stretch.front.fetch_add(1, std::memory_order_relaxed);
+    if (number >= stretch.end) continue;
+    item = item_at(number, item.seq);
+    next = i == 0 && number + 1 < stretch.end ? item_at(number + 1, item.seq) : Item{};
+    return true;
   }
-  return nullptr;
+  return false;
 }
 
 bool Plan::is_last_part(const Item& item) {

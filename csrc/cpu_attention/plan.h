@@ -26,21 +26,19 @@ struct Item {
   int64_t begin;
   int64_t end;
   int64_t first_token;  // row of the sequence's first query
-  int32_t seq;
+  int64_t seq;
   int32_t head;
   int32_t num_queries;
-  int32_t split;  // number of the split that it is part of, -1: the item is the whole
+  // If several items share the positions, the one that ends last merges their states.
   int32_t part;
-};
-
-// A sequence and KV head whose positions several items share; the one that ends last merges their states.
-struct Split {
-  int32_t first_state;
   int32_t num_parts;
+  int32_t first_state;  // of the parts
+  int32_t split;        // number of this set of parts
 };
 
 // Items, in an order in which each thread has a stretch of them of about equal cost. A thread takes its own from the
-// front, then what others have left. Memory only grows.
+// front, then what others have left. Only sequences are laid out before the threads begin; each of them works out its
+// items as it takes them. Memory only grows.
 class Plan {
  public:
   explicit Plan(int num_threads);
@@ -48,13 +46,13 @@ class Plan {
   // Raises std::invalid_argument if the batch contradicts itself or names blocks outside of the cache.
   void make(const Batch& batch, int num_kv_heads, int64_t num_blocks);
 
-  // The next item for a thread, null if none is left. `next` is what it will probably be given then, or null.
-  const Item* take(int thread, const Item** next);
+  // The next item for a thread, false if none is left. `item` is the one it had before, if any; `next` is what it will
+  // probably be given then, with no positions if unknown.
+  bool take(int thread, Item& item, Item& next);
 
-  // Counts one part of a split as done; true for the last.
+  // Counts one part of several as done; true for the last.
   bool is_last_part(const Item& item);
 
-  const Split& split(const Item& item) const { return splits_[static_cast<size_t>(item.split)]; }
   int num_states() const { return num_states_; }
   int max_queries() const { return max_queries_; }
 
@@ -64,16 +62,31 @@ class Plan {
     int64_t end = 0;
   };
 
-  int64_t check(const Batch& batch, int num_kv_heads, int64_t num_blocks);
-  void cut(const Batch& batch, int64_t seq, int64_t first_token, int num_kv_heads, int64_t most);
-  void share_out(int64_t cost);
+  // A sequence's items: of each KV head its parts.
+  struct Cut {
+    int64_t first_item;
+    int64_t first_token;
+    int64_t begin;
+    int64_t end;
+    int32_t num_queries;
+    int32_t num_parts;
+    int32_t blocks_per_part;
+    int32_t first_state;
+    int32_t first_split;
+  };
+
+  int64_t check(const Batch& batch, int64_t num_blocks);
+  void cut(Cut& cut, int64_t most);
+  Item item_at(int64_t number, int64_t near) const;
 
   int num_threads_;
-  std::vector<Item> items_;
-  std::vector<Split> splits_;
+  int num_kv_heads_ = 0;
+  int64_t block_size_ = 0;
+  std::vector<Cut> cuts_;  // one per sequence, and one where the next would begin
   std::unique_ptr<std::atomic<int32_t>[]> num_left_;  // parts of each split
   size_t num_left_capacity_ = 0;
   std::unique_ptr<Stretch[]> stretches_;  // one per thread
+  int num_splits_ = 0;
   int num_states_ = 0;
   int max_queries_ = 0;
 };

@@ -36,13 +36,14 @@ class Workspace {
     acc_ = rows_ * static_cast<size_t>(shape.padded_head_dim);
     scores_ = round_up(static_cast<size_t>(max_rows) * static_cast<size_t>(shape.tile + kScorePadding));
     // A line between threads, so that none writes to another's.
-    thread_ = acc_ + scores_ + state_size() + round_up(1);
+    queries_ = kQueryCopies * acc_;
+    thread_ = queries_ + scores_ + state_size() + round_up(1);
     threads_.reserve(thread_ * static_cast<size_t>(num_threads));
     states_.reserve(state_size() * static_cast<size_t>(num_states));
   }
 
   float* queries(int thread) const { return threads_.data() + thread_ * static_cast<size_t>(thread); }
-  float* scores(int thread) const { return queries(thread) + acc_; }
+  float* scores(int thread) const { return queries(thread) + queries_; }
   State own_state(int thread) const { return state_at(scores(thread) + scores_); }
   State state(int index) const { return state_at(states_.data() + state_size() * static_cast<size_t>(index)); }
 
@@ -53,7 +54,7 @@ class Workspace {
   State state_at(float* p) const { return {p, p + rows_, p + 2 * rows_}; }
 
   FloatBuffer threads_, states_;
-  size_t rows_ = 0, acc_ = 0, scores_ = 0, thread_ = 0;
+  size_t rows_ = 0, acc_ = 0, queries_ = 0, scores_ = 0, thread_ = 0;
 };
 
 }  // namespace moe::attention

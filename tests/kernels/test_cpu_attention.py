@@ -17,14 +17,14 @@ from attention_cases import Case, expected, make_case
 
 from moe_lightning.errors import ConfigError
 from moe_lightning.kernels import reference
-from moe_lightning.kernels.cpu_attention import ISA_VARIABLE, CpuAttention, available_isas
+from moe_lightning.kernels.cpu_attention import EMULATED_ISA, ISA_VARIABLE, CpuAttention, available_isas
 
 # One rounding of the output, relative; before it, float32: a score of up to 8 errs by up to 2^-20 when summed, its
 # weight by as much relatively, and values reach 4.
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 FLOAT32 = 2.0**-18
 DTYPES = list(ROUNDING)
-ISAS = available_isas()
+ISAS = [*available_isas(), EMULATED_ISA]
 # Query heads, KV heads and head dimension of published models.
 GEOMETRIES = {
     "mixtral-8x7b": (32, 8, 128),
@@ -342,7 +342,7 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_written(name: 
 
 @pytest.mark.parametrize(
     "options", [{"scale": 0.0}, {"scale": math.nan}, {"soft_cap": 0.0}, {"sliding_window": 0},
-                {"sinks": torch.zeros(3)}, {"query_lens": torch.tensor([1, -1])}],
+                {"sinks": torch.zeros(3)}, {"sinks": torch.zeros(16)[::2]}, {"query_lens": torch.tensor([1, -1])}],
 )  # fmt: skip
 def test_options_without_meaning_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options)).replace("query_lens", "query tokens")):

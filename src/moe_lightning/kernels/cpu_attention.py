@@ -23,13 +23,16 @@ except ImportError as error:
     ) from error
 
 ISA_VARIABLE = "MOE_LIGHTNING_CPU_ISA"
+EMULATED_ISA = "amx_emulated"  # what amx does, in plain C++: for tests, as few machines have it
 MAX_HEAD_DIM = 1024
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_MAX_FITTING = 256
+_Layout = tuple[torch.Size, tuple[int, ...], torch.dtype, bool] | None
 _NO_WINDOW = 1 << 40  # more positions than any cache has, and far from overflowing
 
 
 def available_isas() -> list[str]:
-    """Instruction sets with kernels that this CPU runs, slowest first: of scalar, avx2, avx512, avx512_bf16."""
+    """Those of scalar, avx2, avx512, avx512_bf16 and amx that this CPU runs, slowest first."""
     return core.available_isas()
 
 
@@ -54,6 +57,7 @@ class CpuAttention:
         if cpus is not None and not cpus:
             raise ValueError("cpus is empty; name at least one, or None for any")
         self._core = core.Attention(num_threads, list(cpus or ()), _isa())
+        self._fitting: set[tuple[_Layout, ...]] = set()  # what need not be checked again, which takes 20 us
 
     @property
     def num_threads(self) -> int:
@@ -103,27 +107,15 @@ class CpuAttention:
         Raises:
             ValueError: a tensor is not as said above, or lengths and blocks contradict each other or the cache.
         """
-        num_tokens, num_heads, head_dim = _rows(q, "q", 3)
-        num_blocks, pair, num_kv_heads, block_size, kv_dim = _blocks(kv)
-        num_seqs, max_blocks = _rows(block_tables, "block_tables", 2)
-        heads = (num_tokens, num_kv_heads, head_dim)
-        _expect(out, "out", (num_tokens, num_heads * head_dim), q.dtype)
-        _expect(k, "k", heads, q.dtype)
-        _expect(v, "v", heads, q.dtype)
-        _expect_lengths(context_lens, "context_lens", num_seqs)
-        if query_lens is not None:
-            _expect_lengths(query_lens, "query_lens", num_seqs)
-        if sinks is not None:
-            _expect(sinks, "sinks", (num_heads,), torch.float32)
-        if q.dtype not in _DTYPES or kv.dtype != q.dtype:
-            raise ValueError(f"q is {q.dtype} and kv {kv.dtype}; both must be bfloat16, float16 or float32")
-        if pair != 2 or kv_dim != head_dim or head_dim > MAX_HEAD_DIM or num_heads % num_kv_heads:
-            raise ValueError(
-                f"q {list(q.shape)} and kv {list(kv.shape)} do not fit: kv must be [num_blocks, 2, num_kv_heads, "
-                f"block_size, {head_dim}], num_kv_heads divide {num_heads}, head_dim be {MAX_HEAD_DIM} at most"
-            )
-        if block_tables.dtype != torch.int64:
-            raise ValueError(f"block_tables is {block_tables.dtype}; it must be int64")
+        layouts = tuple(map(_layout, (out, q, k, v, kv, block_tables, context_lens, query_lens, sinks)))
+        if layouts not in self._fitting:
+            _check(out, q, k, v, kv, block_tables, context_lens, query_lens, sinks)
+            if len(self._fitting) >= _MAX_FITTING:
+                self._fitting.clear()
+            self._fitting.add(layouts)
+        num_tokens, num_heads, head_dim = q.shape
+        num_blocks, _, num_kv_heads, block_size, _ = kv.shape
+        num_seqs, max_blocks = block_tables.shape
         self._core.run(
             _DTYPES[q.dtype],
             (out.data_ptr(), out.stride(0)),
@@ -151,7 +143,7 @@ class CpuAttention:
 def _isa() -> str:
     available = core.available_isas()
     forced = os.environ.get(ISA_VARIABLE)
-    if forced and forced not in available:
+    if forced and forced not in (*available, EMULATED_ISA):
         raise ConfigError(
             f"{ISA_VARIABLE} is {forced!r}; this CPU has kernels for {', '.join(available)}. Set one of them, "
             "or unset it to use the last"
@@ -173,6 +165,45 @@ def _options(
     return scale, soft_cap or 0.0, window, 0 if sinks is None else sinks.data_ptr()
 
 
+def _layout(tensor: Tensor | None) -> _Layout:
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.is_cpu)
+
+
+def _check(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_lens: Tensor | None,
+    sinks: Tensor | None,
+) -> None:
+    """Raise if they do not fit each other. Looks at nothing but layouts."""
+    num_tokens, num_heads, head_dim = _rows(q, "q", 3)
+    _, pair, num_kv_heads, _, kv_dim = _rows(kv, "kv", 5)
+    num_seqs, _ = _rows(block_tables, "block_tables", 2)
+    heads = (num_tokens, num_kv_heads, head_dim)
+    _expect(out, "out", (num_tokens, num_heads * head_dim), q.dtype)
+    _expect(k, "k", heads, q.dtype)
+    _expect(v, "v", heads, q.dtype)
+    _expect_row(context_lens, "context_lens", num_seqs, torch.int64)
+    if query_lens is not None:
+        _expect_row(query_lens, "query_lens", num_seqs, torch.int64)
+    if sinks is not None:
+        _expect_row(sinks, "sinks", num_heads, torch.float32)
+    if q.dtype not in _DTYPES or kv.dtype != q.dtype:
+        raise ValueError(f"q is {q.dtype} and kv {kv.dtype}; both must be bfloat16, float16 or float32")
+    if pair != 2 or kv_dim != head_dim or head_dim > MAX_HEAD_DIM or num_heads % num_kv_heads:
+        raise ValueError(
+            f"q {list(q.shape)} and kv {list(kv.shape)} do not fit: kv must be [num_blocks, 2, num_kv_heads, "
+            f"block_size, {head_dim}], num_kv_heads divide {num_heads}, head_dim be {MAX_HEAD_DIM} at most"
+        )
+    if block_tables.dtype != torch.int64:
+        raise ValueError(f"block_tables is {block_tables.dtype}; it must be int64")
+
+
 def _rows(tensor: Tensor, name: str, num_dims: int) -> tuple[int, ...]:
     """Shape of a tensor whose first dimension alone may have gaps."""
     shape, stride = tensor.shape, tensor.stride()
@@ -189,10 +220,6 @@ def _rows(tensor: Tensor, name: str, num_dims: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _blocks(kv: Tensor) -> tuple[int, ...]:
-    return _rows(kv, "kv", 5)
-
-
 def _expect(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tensor.dtype != dtype or tensor.shape != shape:
         raise ValueError(
@@ -201,7 +228,7 @@ def _expect(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtyp
     _rows(tensor, name, len(shape))
 
 
-def _expect_lengths(tensor: Tensor, name: str, num_seqs: int) -> None:
-    _expect(tensor, name, (num_seqs,), torch.int64)
-    if num_seqs > 1 and tensor.stride(0) != 1:
+def _expect_row(tensor: Tensor, name: str, size: int, dtype: torch.dtype) -> None:
+    _expect(tensor, name, (size,), dtype)
+    if size > 1 and tensor.stride(0) != 1:
         raise ValueError(f"{name} has stride {tensor.stride(0)}; it must be contiguous")
