@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from moe_lightning.kernels import reference
+from moe_lightning.memory.arena import HostArena
+from moe_lightning.memory.mapped import device_view
 from moe_lightning.models.spec import RopeSpec, RouterScoring, RouterSpec
 
 pytest.importorskip("triton")
-from moe_lightning.kernels import norm, rope
+from moe_lightning.kernels import host_rows, norm, rope
 from moe_lightning.kernels import router as router_kernel
 
 pytestmark = pytest.mark.filterwarnings(
@@ -50,6 +52,21 @@ def test_rotation_turns_queries_and_keys_in_place_and_leaves_values(
     ulp = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
     size = turned.float().norm() / max(turned.numel(), 1) ** 0.5
     torch.testing.assert_close(out.cpu(), expected, rtol=4 * ulp, atol=4 * ulp * float(size) if rows else 0.0)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(0, 64), (1, 2), (3, 66), (700, 1024)])
+def test_rows_of_host_memory_arrive_whole_and_nothing_else_is_written(device, dtype, rows, width):
+    arena = HostArena((1, max(rows, 1), width), dtype)
+    arena.prepare(pin=device.type == "cuda")
+    host = arena.tensor[0][:rows]
+    seen = host if device.type == "cpu" else device_view(arena.tensor[0], device)[:rows]
+    out = torch.full((rows + 2, width), 7.0, dtype=dtype, device=device)
+    for _ in range(2):  # what a cache kept of the first time would be wrong
+        host.copy_(torch.randn(rows, width))
+        host_rows.load_host_rows(seen, out[1 : rows + 1])
+        assert torch.equal(out[1 : rows + 1].cpu(), host)
+    assert out[0].eq(7).all()
+    assert out[-1].eq(7).all()
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -15,6 +15,7 @@ from moe_lightning.bench.link import plain_copy_rate
 from moe_lightning.bench.machine import facts
 from moe_lightning.bench.workloads import prompts
 from moe_lightning.config import EngineConfig
+from moe_lightning.engine.garbage import collect_rarely
 from moe_lightning.engine.plan import Plan, make_plan
 from moe_lightning.engine.request import Request, SamplingParams
 from moe_lightning.hardware.host import available_memory
@@ -106,6 +107,7 @@ def measure(
     host_memory = config.host_memory or free
     plan = make_plan(config, workload=workload)
     llm = LLM(**(asdict(config) | {"policy": plan.policy, "max_model_len": plan.max_model_len}))
+    collect_rarely()
     load_s = time.perf_counter() - start
     show(f"ready after {load_s:.0f} s; {plan.policy.max_num_seqs} sequences, {plan.policy.num_blocks} blocks")
     count = workload.num_requests or 2 * plan.policy.max_num_seqs

@@ -134,9 +134,11 @@ def _run_job(config: EngineConfig, files: JobFiles, args: Namespace) -> int:
 
 
 def _load(config: EngineConfig, survey: Survey) -> LLM:
+    from moe_lightning.engine.garbage import collect_rarely
     from moe_lightning.llm import LLM  # imports torch: not before the input is known to be good
 
     llm = LLM(**asdict(config))
+    collect_rarely()
     if others := [m for m in survey.models if m not in (llm.model_name, config.model)]:
         _note(f"{llm.model_name} answers also the lines that name {', '.join(others)}")
     return llm

@@ -56,6 +56,13 @@ def route(logits: Tensor, router: RouterSpec, topk_ids: Tensor, topk_weights: Te
     topk_weights.copy_(weights)
 
 
+def load_host_rows(host: Tensor, out: Tensor) -> None:
+    """Rows of page-locked host memory, as the GPU sees it, to `out` on the GPU; both [N, W], contiguous."""
+    from moe_lightning.kernels import host_rows
+
+    host_rows.load_host_rows(host, out)
+
+
 def experts_workspace(
     num_tokens: int,
     top_k: int,

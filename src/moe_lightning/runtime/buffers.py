@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_lightning.kernels import ops
 from moe_lightning.memory.arena import HostArena, device_tensor
+from moe_lightning.memory.mapped import device_view
 from moe_lightning.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class PassBuffers:
         topk_weights: [T, K] float32.
         host_qkv: [N, q_size + 2 kv_size].
         host_out: [N, q_size].
+        host_out_on_device: the same memory as kernels on the device read it; None where they cannot.
         router_logits: [T, E].
         experts: workspace of the experts' kernels; None on a CPU.
     """
@@ -41,6 +43,7 @@ class PassBuffers:
     topk_weights: Tensor
     host_qkv: Tensor
     host_out: Tensor
+    host_out_on_device: Tensor | None
     router_logits: Tensor
     experts: Workspace | None
 
@@ -50,6 +53,7 @@ class PassBuffers:
     ) -> PassBuffers:
         """Buffers for passes of up to `num_tokens` tokens, `num_seqs` of them decoding."""
         a, e, k = spec.attention, spec.experts, spec.experts.top_k
+        host_out, is_mapped = _pinned((num_seqs, a.q_size), dtype, device)
         return cls(
             hidden=device_tensor((num_tokens, spec.hidden_size), dtype, device),
             qkv=device_tensor((num_tokens, a.qkv_size), dtype, device),
@@ -57,8 +61,9 @@ class PassBuffers:
             experts_in=device_tensor((num_tokens, spec.hidden_size), dtype, device),
             topk_ids=device_tensor((num_tokens, k), torch.int64, device),
             topk_weights=device_tensor((num_tokens, k), torch.float32, device),
-            host_qkv=_pinned((num_seqs, a.qkv_size), dtype, device),
-            host_out=_pinned((num_seqs, a.q_size), dtype, device),
+            host_qkv=_pinned((num_seqs, a.qkv_size), dtype, device)[0],
+            host_out=host_out,
+            host_out_on_device=device_view(host_out, device) if is_mapped else None,
             router_logits=device_tensor((num_tokens, e.num_experts), dtype, device),
             experts=ops.experts_workspace(
                 num_tokens, k, e.num_experts, spec.hidden_size, e.intermediate_size, dtype, device
@@ -66,11 +71,12 @@ class PassBuffers:
         )
 
 
-def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Host memory that the device copies from and to while others go on."""
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
+    """Host memory that the device copies from and to while others go on; whether its kernels reach it too."""
     arena = HostArena((1, *shape), dtype)  # one row, so that it is locked as one piece
-    if device.type != "cpu":
-        arena.prepare(pin=True)
-        if arena.refusal:
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
-    return arena.tensor[0]
+    if device.type == "cpu":
+        return arena.tensor[0], False
+    arena.prepare(pin=True)
+    if arena.refusal:
+        return torch.empty(shape, dtype=dtype, pin_memory=True), False
+    return arena.tensor[0], True

@@ -37,7 +37,10 @@ class CudaExecutor:
 
     def __init__(self, device: torch.device, *, waits_in_stream: bool | None = None) -> None:
         self._device = device
-        self._streams = {lane: torch.cuda.Stream(device) for lane in _IN_FLIGHT}
+        # What waits for attention is short, and much waits for it: it goes before what else the GPU computes.
+        self._streams = {
+            lane: torch.cuda.Stream(device, priority=-1 if lane is Lane.BACK else 0) for lane in _IN_FLIGHT
+        }
         self._cpu = _CpuLane(StreamCounter(waits_in_stream))
         self._preloads: torch.cuda.Event | None = None
 

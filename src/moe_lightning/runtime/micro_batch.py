@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,8 +38,7 @@ class PrefillPiece:
     num_prompt_logprobs: int | None = None
 
 
-@dataclass(frozen=True)
-class DecodeRow:
+class DecodeRow(NamedTuple):
     """A running sequence's next token: its last one goes in at `position`."""
 
     token_id: int
@@ -147,7 +148,7 @@ def _decode(
     rows: Sequence[DecodeRow], row: int, host_row: int, block_size: int, vocab_size: int, uploader: Uploader
 ) -> MicroBatch:
     width = max(len(r.block_table) for r in rows)
-    tables = [[*r.block_table, *[0] * (width - len(r.block_table))] for r in rows]
+    tables = np.array([[*r.block_table, *[0] * (width - len(r.block_table))] for r in rows], dtype=np.int64)
     slots = [r.block_table[r.position // block_size] * block_size + r.position % block_size for r in rows]
     none = uploader.put([], torch.int64)
     return MicroBatch(
@@ -161,6 +162,6 @@ def _decode(
         score_ids=none,
         num_prompt_logprobs=0,
         host_rows=slice(host_row, host_row + len(rows)),
-        block_tables=torch.tensor(tables),
+        block_tables=torch.from_numpy(tables),
         context_lens=torch.tensor([r.position + 1 for r in rows]),
     )

@@ -96,9 +96,12 @@ class TaskRunner:
         )  # fmt: skip
 
     def _load_hidden(self, task: Task) -> None:
-        batch = self._batch(task)
-        out = self._buffers.host_out[batch.host_rows]
-        self._buffers.attention_out[batch.rows].copy_(out, non_blocking=True)
+        batch, b = self._batch(task), self._buffers
+        into = b.attention_out[batch.rows]
+        if b.host_out_on_device is not None:
+            ops.load_host_rows(b.host_out_on_device[batch.host_rows], into)
+        else:
+            into.copy_(b.host_out[batch.host_rows], non_blocking=True)
 
     def _prefill_attention(self, task: Task) -> None:
         batch = self._batch(task)

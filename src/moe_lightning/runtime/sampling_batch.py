@@ -46,6 +46,12 @@ class RowSampling:
         return self.temperature < _GREEDY_BELOW
 
     @property
+    def is_plain(self) -> bool:
+        """The most likely token of the unchanged logits is taken, and nothing else is wanted."""
+        is_changed = self.forbidden_ids or self.num_logprobs is not None or self.has_penalty
+        return self.is_greedy and not is_changed
+
+    @property
     def has_penalty(self) -> bool:
         """Tokens said before change the logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
@@ -106,6 +112,8 @@ def build_sampling_batch(
     All that depends on the data is decided here, on the host: the sampler then launches without waiting for
     the GPU. Token ids outside the vocabulary, such as a stop id that the model cannot produce, are left out.
     """
+    if all(row.is_plain for row in rows):  # most batches
+        return SamplingBatch(len(rows))
     column = uploader.put
     random = [i for i, row in enumerate(rows) if not row.is_greedy]
     has_top_k = any(0 < rows[i].top_k < vocab_size for i in random)
