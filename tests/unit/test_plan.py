@@ -13,6 +13,7 @@ from moe_lightning.cli.main import main
 from moe_lightning.models.known import KNOWN_MODELS
 from moe_lightning.units import GIB
 
+MEMORY = ("--gpu-memory", "24GiB", "--host-memory", "120GiB")
 PAPER = ["plan", "mixtral-8x7b", "--cost-model", "paper"]
 
 
@@ -120,11 +121,47 @@ def test_planning_starts_without_torch_and_without_matplotlib_unless_it_draws(tm
     assert "token/s" in done.stdout
 
 
+def test_our_plan_says_what_it_reaches_what_holds_it_back_and_what_would_help(capsys) -> None:
+    assert main(["plan", "mixtral-8x7b", "--hardware", "h100-sxm", *MEMORY]) == 0
+    text = capsys.readouterr().out
+    for part in ("fits NVIDIA H100 SXM: 24.0 GiB", "of the hardware limit", "seconds a pass", "the bottleneck",
+                 "KV blocks of 16", "32 GiB more host memory", "8 GiB less GPU memory"):  # fmt: skip
+        assert part in text
+
+
+def test_our_plan_as_json_is_the_searchs(capsys) -> None:
+    values = planned(
+        capsys, "--hardware", "h100-sxm", *MEMORY, "--num-requests", "3000", base=["plan", "mixtral-8x7b"]
+    )
+    policy, prediction = values["policy"], values["prediction"]
+    assert policy["max_num_seqs"] == prediction["num_seqs"] <= 3000
+    assert prediction["job_s"] == pytest.approx(3000 * 32 / prediction["job_tokens_per_s"])
+    assert values["bottleneck"] == max(prediction["lane_s"], key=prediction["lane_s"].get)
+    assert 0 < prediction["tokens_per_s"] < values["limit"]["tokens_per_s"]
+    more, less = (values["what_ifs"][f"32 GiB {word} host memory"] for word in ("more", "less"))
+    assert less < prediction["job_tokens_per_s"] <= 1.001 * more
+
+
+def test_our_plan_takes_measured_rates(capsys) -> None:
+    profile = str(Path(__file__).parents[2] / "benchmarks" / "results" / "profile_h100.json")
+    values = planned(capsys, "--profile", profile, *MEMORY, base=["plan", "mixtral-8x7b"])
+    assert values["machine"]["name"] == "NVIDIA H100 80GB HBM3"
+    pages = values["prediction"]["lane_s"]["h2d"]
+    streamed = sum(112 - r for r in values["policy"]["resident_pages"]) * 25165824
+    assert 45e9 < streamed / pages < 55e9, "the rate of the profile's copies beside attention"
+
+
+def test_our_plan_for_a_card_without_bfloat16_is_in_float16(capsys) -> None:
+    values = planned(capsys, "--hardware", "t4", base=["plan", "mixtral-8x7b"])
+    assert values["dtype"] == "float16"
+
+
+def test_a_model_that_does_not_fit_says_what_it_needs(capsys) -> None:
+    message = refused(capsys, "plan", "mixtral-8x7b", "--gpu-memory", "4GiB")
+    assert "of GPU memory to stream one layer at a time" in message
+
+
 # -- refusals ----------------------------------------------------------------------------------------------
-
-
-def test_the_cost_model_that_is_not_there_yet_says_which_is(capsys) -> None:
-    assert "only --cost-model paper" in refused(capsys, "plan", "mixtral-8x7b")
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_a_batch_is_no_larger_than_the_work():
     assert planned.prediction.job_tokens_per_s == pytest.approx(40 * 32 / planned.prediction.job_s)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     gpu=st.sampled_from([12, 16, 20, 24]),
     better=st.sampled_from(["h2d", "cpu", "hbm", "flops", "gpu memory", "host memory"]),

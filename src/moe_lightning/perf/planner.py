@@ -53,18 +53,27 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A policy and what it should reach."""
+class Choice:
+    """What is searched for; memory and workload decide the rest of a policy.
 
-    policy: Policy
-    prediction: Prediction
+    Attributes:
+        ring: streamed layers that the ring of frames holds.
+        micro_batches: of decode sequences in a pass.
+        prefill: how many times the prompt tokens of a steady pass a pass has room for.
+    """
 
-
-@dataclass(frozen=True)
-class _Candidate:
     ring: float
     micro_batches: int
     prefill: float
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A policy, what it should reach, and the choices that it came from."""
+
+    policy: Policy
+    prediction: Prediction
+    choice: Choice
 
 
 def search(
@@ -76,10 +85,11 @@ def search(
     *,
     max_model_len: int | None = None,
     max_num_seqs: int | None = None,
+    near: Choice | None = None,
 ) -> Planned:
     """The policy that finishes the workload first, of all that fit.
 
-    One choice is varied at a time until none of them helps.
+    One choice is varied at a time, twice each.
 
     Args:
         spec: the model.
@@ -89,16 +99,18 @@ def search(
         workload: what is to be computed.
         max_model_len: tokens of the longest sequence; default: the workload's.
         max_num_seqs: sequences that may decode at once; default: as many as fit.
+        near: vary the ring of this choice only: for a machine that hardly differs from one that was searched for.
 
     Raises:
         NoFeasiblePolicyError: nothing fits.
     """
     problem = _Problem(spec, dtype, memory, rates, workload, max_model_len, max_num_seqs)
-    best = _Candidate(_RINGS[0], _MICRO_BATCHES[0], _PREFILLS[0])
-    for _ in range(2):
+    best = near or Choice(_RINGS[0], _MICRO_BATCHES[0], _PREFILLS[0])
+    for _ in range(1 if near else 2):
         best = max((replace(best, ring=ring) for ring in _RINGS), key=problem.value)
-        best = max((replace(best, prefill=prefill) for prefill in _PREFILLS), key=problem.value)
-        best = max((replace(best, micro_batches=count) for count in _MICRO_BATCHES), key=problem.value)
+        if not near:
+            best = max((replace(best, prefill=prefill) for prefill in _PREFILLS), key=problem.value)
+            best = max((replace(best, micro_batches=count) for count in _MICRO_BATCHES), key=problem.value)
     found = problem.solve(best)
     if found is None:
         raise problem.explain()
@@ -136,16 +148,16 @@ class _Problem:
             spec.num_parameters * dtype_bytes - expert_bytes * spec.experts.num_experts * spec.num_layers
         )
         self._block_bytes = spec.kv_bytes_per_token(dtype_bytes) * _BLOCK_SIZE
-        self._found: dict[_Candidate, Planned | None] = {}
+        self._found: dict[Choice, Planned | None] = {}
 
-    def value(self, candidate: _Candidate) -> float:
+    def value(self, candidate: Choice) -> float:
         found = self.solve(candidate)
         return found.prediction.job_tokens_per_s if found else 0.0
 
-    def solve(self, candidate: _Candidate) -> Planned | None:
+    def solve(self, candidate: Choice) -> Planned | None:
         if candidate not in self._found:
             policy = self._policy(candidate)
-            self._found[candidate] = None if policy is None else self._predicted(policy)
+            self._found[candidate] = None if policy is None else self._predicted(policy, candidate)
         return self._found[candidate]
 
     def explain(self) -> NoFeasiblePolicyError:
@@ -167,7 +179,7 @@ class _Problem:
     def _blocks_of_longest(self) -> int:
         return -(-self._length // _BLOCK_SIZE)
 
-    def _policy(self, candidate: _Candidate) -> Policy | None:
+    def _policy(self, candidate: Choice) -> Policy | None:
         """The largest batch that the candidate's way of using memory has room for."""
         least, most = 0, self._most_seqs
         while least < most:  # more sequences need more activations, and those push pages out to the host
@@ -175,7 +187,7 @@ class _Problem:
             least, most = (middle, most) if self._sized(candidate, middle) else (least, middle - 1)
         return self._sized(candidate, least) if least else None
 
-    def _sized(self, candidate: _Candidate, num_seqs: int) -> Policy | None:
+    def _sized(self, candidate: Choice, num_seqs: int) -> Policy | None:
         """The policy with a batch of that size, if memory holds it."""
         spec, work = self._spec, self._workload
         size = min(HEAD_ROWS, ceil(num_seqs / candidate.micro_batches))
@@ -216,13 +228,13 @@ class _Problem:
             least, most = (middle, most) if fits(middle) else (least, middle - 1)
         return tuple(least // layers + (layer < least % layers) for layer in range(layers))
 
-    def _predicted(self, policy: Policy) -> Planned | None:
+    def _predicted(self, policy: Policy, choice: Choice) -> Planned | None:
         work, n = self._workload, policy.max_num_seqs
         steady = round(n * work.mean_prompt / work.gen_len)
         try:
             pass_s, lane_s = self._pass_seconds(policy, n, steady)
             ramp_rows = min(n + policy.prefill_tokens, round(n * work.mean_prompt))
-            ramp_s, _ = self._pass_seconds(policy, 0, ramp_rows)
+            ramp_s = self._simulated(policy, 0, ramp_rows, _SHORT)[0] * self._spec.num_layers / _SHORT
         except ScheduleError:
             return None
         ramp = n * work.mean_prompt / (n + policy.prefill_tokens)
@@ -234,6 +246,7 @@ class _Problem:
                 pass_s, lane_s, n, steady, n / pass_s, requests * work.gen_len / job_s,
                 job_s if work.num_requests else None,
             ),
+            choice,
         )  # fmt: skip
 
     def _pass_seconds(self, policy: Policy, decode: int, prefill: int) -> tuple[float, dict[str, float]]:

@@ -80,7 +80,7 @@ class Report:
 
 
 def plan(spec: ModelSpec, dtype: str, machine: Machine, workload: Workload) -> Report:
-    """Search, and search again for machines that differ in one thing.
+    """Search, and once more near what was found for machines that differ in one thing.
 
     Raises:
         NoFeasiblePolicyError: the model does not fit.
@@ -90,7 +90,8 @@ def plan(spec: ModelSpec, dtype: str, machine: Machine, workload: Workload) -> R
 
     def reached(memory: Memory) -> float | None:
         try:
-            return search(spec, dtype, memory, machine.rates, workload).prediction.job_tokens_per_s
+            found = search(spec, dtype, memory, machine.rates, workload, near=planned.choice)
+            return found.prediction.job_tokens_per_s
         except NoFeasiblePolicyError:
             return None
 
