@@ -18,9 +18,12 @@ from moe_lightning.cli.progress import show_progress, summarize
 from moe_lightning.cli.trace import write_text
 from moe_lightning.config import EngineConfig
 from moe_lightning.jobs import BatchJob, JobFiles, JobStatus, Survey, open_input, survey_input
+from moe_lightning.units import format_duration
 
 if TYPE_CHECKING:
+    from moe_lightning.engine.plan import Plan
     from moe_lightning.llm import LLM
+    from moe_lightning.perf.planner import Prediction
 
 SUMMARY = "answer a JSONL file of requests (OpenAI batch format)"
 DESCRIPTION = (
@@ -89,9 +92,9 @@ def run(args: Namespace) -> int:
 def _print_plan(config: EngineConfig, args: Namespace) -> int:
     with open_input(args.input_file) as file:
         survey = survey_input(file, args.limit)
-    from moe_lightning.engine.plan import make_plan  # imports torch: not before the input is known to be good
+    from moe_lightning.engine.plan import make_plan  # imports torch
 
-    plan = make_plan(config)
+    plan = _plan(config, survey) or make_plan(config)
     print(
         f"{len(survey.valid_ids)} requests, {len(survey.bad_ids)} bad lines; {plan.spec.architecture} in ",
         end="",
@@ -99,7 +102,31 @@ def _print_plan(config: EngineConfig, args: Namespace) -> int:
     print(f"{plan.dtype} on {plan.device}, up to {plan.max_model_len} tokens a sequence; policy:")
     for name, value in asdict(plan.policy).items():
         print(f"  {name:<18} {value}")
+    if plan.prediction:
+        print(f"predicted: {_describe(plan.prediction)}")
     return 0
+
+
+def _plan(config: EngineConfig, survey: Survey) -> Plan | None:
+    """The plan that should be fastest for the lengths of a job; None without a GPU or with a policy given."""
+    # torch comes with these: not before the input is known to be good
+    import torch
+
+    from moe_lightning.engine.plan import checkpoint_directory, make_plan
+    from moe_lightning.engine.tokenizer import load_tokenizer
+
+    if config.policy or config.device == "cpu" or not torch.cuda.is_available():
+        return None
+    directory = config.tokenizer or checkpoint_directory(config)
+    if directory is None:  # random weights: no tokenizer to count with
+        return None
+    workload = survey.lengths.workload(load_tokenizer(str(directory)))
+    return make_plan(config, workload=workload, longest=survey.lengths.longest)
+
+
+def _describe(prediction: Prediction) -> str:
+    job_s = "" if prediction.job_s is None else f", {format_duration(prediction.job_s)} in all"
+    return f"{prediction.job_tokens_per_s:.0f} tokens/s{job_s}, {prediction.pass_s:.2f} s a pass"
 
 
 def _run_job(config: EngineConfig, files: JobFiles, args: Namespace) -> int:
@@ -137,7 +164,11 @@ def _load(config: EngineConfig, survey: Survey) -> LLM:
     from moe_lightning.engine.garbage import collect_rarely
     from moe_lightning.llm import LLM  # imports torch: not before the input is known to be good
 
-    llm = LLM(**asdict(config))
+    settings, plan = asdict(config), _plan(config, survey)
+    if plan and plan.prediction:
+        _note(f"predicted: {_describe(plan.prediction)}")
+        settings |= {"policy": plan.policy, "max_model_len": plan.max_model_len}
+    llm = LLM(**settings)
     collect_rarely()
     if others := [m for m in survey.models if m not in (llm.model_name, config.model)]:
         _note(f"{llm.model_name} answers also the lines that name {', '.join(others)}")

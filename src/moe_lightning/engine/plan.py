@@ -40,13 +40,19 @@ class Plan:
     prediction: Prediction | None = None
 
 
-def make_plan(config: EngineConfig, policy: Policy | None = None, workload: Workload | None = None) -> Plan:
+def make_plan(
+    config: EngineConfig,
+    policy: Policy | None = None,
+    workload: Workload | None = None,
+    longest: int | None = None,
+) -> Plan:
     """The plan of an engine's settings; no weights are read, and the model need not be downloaded.
 
     Args:
         config: the settings.
         policy: instead of the one that the settings lead to.
         workload: what will be computed: on a GPU the policy is the one that should be fastest for it.
+        longest: tokens that no request of it exceeds; default: those of the workload's longest.
 
     Raises:
         ConfigError, UnsupportedModelError, NoFeasiblePolicyError: the model cannot run as asked.
@@ -63,7 +69,7 @@ def make_plan(config: EngineConfig, policy: Policy | None = None, workload: Work
     if workload is not None and device.type == "cuda":
         planned = search(
             spec, str(dtype).removeprefix("torch."), memory, measured_rates(device), workload,
-            max_model_len=config.max_model_len, max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len or _within(longest, spec), max_num_seqs=config.max_num_seqs,
         )  # fmt: skip
         policy, prediction = planned.policy, planned.prediction
         length = min(spec.max_position, policy.prefill_tokens, policy.num_blocks * policy.block_size)
@@ -76,6 +82,10 @@ def make_plan(config: EngineConfig, policy: Policy | None = None, workload: Work
         length = min(length, policy.prefill_tokens, policy.num_blocks * policy.block_size)
         _check_pages(policy, spec)
     return Plan(spec, device, dtype, policy, length, prediction)
+
+
+def _within(length: int | None, spec: ModelSpec) -> int | None:
+    return None if length is None else min(length, spec.max_position)
 
 
 def usable_host_memory(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from moe_lightning.errors import JobError
+from moe_lightning.jobs.lengths import Lengths
 from moe_lightning.jobs.lines import BadLine, read_batch
 
 
@@ -19,7 +20,7 @@ class Survey:
 
     `valid_ids` and `bad_ids` are those of the lines that the job covers, `later_ids` those past its limit, each in
     the order of the input. The job ends with line `last_line`, the input with byte `size`. `models` are some of the
-    names in bodies.
+    names in bodies; `lengths` tells how long the valid lines are.
     """
 
     valid_ids: Set[str]
@@ -29,6 +30,7 @@ class Survey:
     last_line: int
     size: int
     models: tuple[str, ...]
+    lengths: Lengths
 
     @property
     def num_lines(self) -> int:
@@ -61,7 +63,7 @@ def survey_input(file: BinaryIO, limit: int | None = None) -> Survey:
     size = os.fstat(file.fileno()).st_size
     custom_ids: set[str] = set()
     valid, bad, later, models = (dict[str, None]() for _ in range(4))  # as sets that keep an order
-    last_line = 0
+    last_line, lengths = 0, Lengths()
     for line in read_batch(file, size):
         if line.custom_id is not None:
             custom_ids.add(line.custom_id)
@@ -73,10 +75,11 @@ def survey_input(file: BinaryIO, limit: int | None = None) -> Survey:
             bad[line.line_id] = None
             continue
         valid[line.line_id] = None
+        lengths.add(line)
         if line.call.model is not None and len(models) < 4:
             models[line.call.model] = None
     if not valid and not bad:
         raise JobError(f"{file.name} has no requests; write one JSON object per line")
     return Survey(
-        valid.keys(), bad.keys(), later.keys(), frozenset(custom_ids), last_line, size, tuple(models)
+        valid.keys(), bad.keys(), later.keys(), frozenset(custom_ids), last_line, size, tuple(models), lengths
     )

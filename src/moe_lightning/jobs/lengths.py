@@ -1,0 +1,85 @@
+"""How long the requests of a job are, for the plan: counted in bytes for all of them, in tokens for some."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from moe_lightning.engine.prompts import render, tokenize
+from moe_lightning.errors import RequestError
+from moe_lightning.jobs.lines import BatchLine
+from moe_lightning.perf.workload import Workload
+from moe_lightning.protocol import ChatCall
+
+_SAMPLE = 256  # lines that are tokenized
+_HISTOGRAM = 512
+_ANSWER, _LONGEST_ANSWER = (
+    256,
+    8192,
+)  # tokens of an answer to a request that sets no limit: usual, and allowed
+_TEMPLATE = 256  # tokens that a chat template may add
+
+
+class Lengths:
+    """Sizes of the valid lines, and a sample of them that any part of the file has its share of."""
+
+    def __init__(self) -> None:
+        self._sizes = array("Q")
+        self._limits = array("q")
+        self._sample: list[BatchLine] = []
+        self._every = 1
+
+    def add(self, line: BatchLine) -> None:
+        """Count a line."""
+        if len(self._sizes) % self._every == 0:
+            self._sample.append(line)
+            if len(self._sample) == 2 * _SAMPLE:
+                self._sample, self._every = self._sample[::2], 2 * self._every
+        self._sizes.append(_size(line))
+        limit = line.call.params.max_tokens
+        self._limits.append(-1 if limit is None else limit)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that no request exceeds with its answer: each takes a byte of the prompt at least."""
+        answers = (_LONGEST_ANSWER if limit < 0 else limit for limit in self._limits)
+        return max(map(sum, zip(self._sizes, answers, strict=True)), default=1) + _TEMPLATE
+
+    def workload(self, tokenizer: Any) -> Workload:
+        """The requests as the planner sees them; `tokenizer` is the model's."""
+        sizes, tokens = 0, 0
+        for line in self._sample:
+            try:
+                tokens += len(_tokens(tokenizer, line))
+            except RequestError:  # it will be a line of the error file
+                continue
+            sizes += _size(line)
+        rate = tokens / sizes if sizes else 1.0
+        prompts = [
+            max(1, round(rate * size)) for size in self._sizes[:: -(-len(self._sizes) // _HISTOGRAM) or 1]
+        ]
+        answers = [max(1, _ANSWER if limit < 0 else limit) for limit in self._limits]
+        return Workload(
+            tuple(sorted(prompts)) or (1,), round(sum(answers) / max(len(answers), 1)) or 1, len(answers) or 1
+        )
+
+
+def _size(line: BatchLine) -> int:
+    """Bytes of a line's prompt; tokens, where it is given as such."""
+    call = line.call
+    if isinstance(call, ChatCall):
+        return sum(_bytes(text) for message in call.messages for text in message.values())
+    prompt = call.prompts[0]
+    return _bytes(prompt) if isinstance(prompt, str) else len(prompt)
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
+
+
+def _tokens(tokenizer: Any, line: BatchLine) -> Sequence[int]:
+    call = line.call
+    if isinstance(call, ChatCall):
+        return render(tokenizer, list(call.messages))[0]
+    return tokenize(tokenizer, call.prompts[0])[0]

@@ -1,0 +1,69 @@
+"""What a job's lines tell the planner before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from moe_lightning.jobs.lengths import Lengths
+from moe_lightning.jobs.lines import parse_line
+
+
+class Words:
+    """A tokenizer with a token for every four characters."""
+
+    chat_template = "there is one"
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [7] * -(-len(text) // 4)}
+
+    def apply_chat_template(self, messages, **_):
+        return "".join(m["content"] for m in messages)
+
+
+def line(number, **body):
+    url = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    record = {"custom_id": str(number), "method": "POST", "url": url, "body": body}
+    return parse_line(json.dumps(record).encode(), number)
+
+
+def lengths_of(*bodies):
+    lengths = Lengths()
+    for number, body in enumerate(bodies):
+        lengths.add(line(number, **body))
+    return lengths
+
+
+def test_prompts_are_counted_by_a_sample_and_answers_by_what_they_may_be():
+    bodies = [{"prompt": "x" * 40 * (1 + i % 3), "max_tokens": 10 * (1 + i % 2)} for i in range(3000)]
+    work = lengths_of(*bodies).workload(Words())
+    assert work.num_requests == 3000
+    assert work.gen_len == 15
+    assert set(work.prompt_lens) <= {10, 20, 30}
+    assert work.mean_prompt == pytest.approx(20, abs=0.5)
+    assert len(work.prompt_lens) <= 600
+
+
+def test_no_request_is_longer_than_the_longest():
+    lengths = lengths_of(
+        {"prompt": "é" * 100, "max_tokens": 5},
+        {"prompt": [1] * 300, "max_tokens": 7},
+        {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 20},
+    )
+    assert lengths.longest >= 307
+    assert lengths_of({"prompt": "é" * 100, "max_tokens": 5}).longest >= 205, "a token may be a single byte"
+
+
+def test_a_request_without_a_limit_may_have_a_long_answer_and_is_expected_to_have_a_usual_one():
+    lengths = lengths_of({"messages": [{"role": "user", "content": "hello you"}]})
+    assert lengths.longest > 8192
+    assert lengths.workload(Words()).gen_len == 256
+
+
+def test_requests_that_the_tokenizer_refuses_are_left_out_of_the_rate():
+    class Refusing(Words):
+        chat_template = None
+
+    lengths = lengths_of({"messages": [{"role": "user", "content": "x" * 400}]}, {"prompt": "x" * 80})
+    assert max(lengths.workload(Refusing()).prompt_lens) <= 110
