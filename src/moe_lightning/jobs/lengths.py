@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 from moe_lightning.engine.prompts import render, tokenize
@@ -13,6 +14,7 @@ from moe_lightning.perf.workload import Workload
 from moe_lightning.protocol import ChatCall
 
 _SAMPLE = 256  # lines that are tokenized
+_LONGEST_SAMPLE = 2**18  # bytes: those lines stay in memory
 _HISTOGRAM = 512
 _ANSWER, _LONGEST_ANSWER = (
     256,
@@ -22,21 +24,23 @@ _TEMPLATE = 256  # tokens that a chat template may add
 
 
 class Lengths:
-    """Sizes of the valid lines, and a sample of them that any part of the file has its share of."""
+    """Sizes of the valid lines, and some of the lines, drawn at random but the same in every run."""
 
     def __init__(self) -> None:
         self._sizes = array("Q")
         self._limits = array("q")
         self._sample: list[BatchLine] = []
-        self._every = 1
+        self._draw = Random(0)
 
     def add(self, line: BatchLine) -> None:
         """Count a line."""
-        if len(self._sizes) % self._every == 0:
+        # A reservoir: files often alternate, so that every k-th line would be no sample.
+        size, place = _size(line), self._draw.randrange(len(self._sizes) + 1)
+        if size <= _LONGEST_SAMPLE and len(self._sample) < _SAMPLE:
             self._sample.append(line)
-            if len(self._sample) == 2 * _SAMPLE:
-                self._sample, self._every = self._sample[::2], 2 * self._every
-        self._sizes.append(_size(line))
+        elif size <= _LONGEST_SAMPLE and place < _SAMPLE:
+            self._sample[place] = line
+        self._sizes.append(size)
         limit = line.call.params.max_tokens
         self._limits.append(-1 if limit is None else limit)
 
@@ -56,9 +60,8 @@ class Lengths:
                 continue
             sizes += _size(line)
         rate = tokens / sizes if sizes else 1.0
-        prompts = [
-            max(1, round(rate * size)) for size in self._sizes[:: -(-len(self._sizes) // _HISTOGRAM) or 1]
-        ]
+        some = Random(0).sample(self._sizes, min(_HISTOGRAM, len(self._sizes)))
+        prompts = [max(1, round(rate * size)) for size in some]
         answers = [max(1, _ANSWER if limit < 0 else limit) for limit in self._limits]
         return Workload(
             tuple(sorted(prompts)) or (1,), round(sum(answers) / max(len(answers), 1)) or 1, len(answers) or 1
