@@ -14,9 +14,11 @@ from moe_lightning.models import registry
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.limit import hardware_limit
 from moe_lightning.perf.memory import activation_bytes, host_buffer_bytes
+from moe_lightning.perf.outlook import outlook
 from moe_lightning.perf.planner import search
 from moe_lightning.perf.rates import DatasheetRates
 from moe_lightning.perf.workload import Workload
+from moe_lightning.pipeline.baselines import SCHEDULES
 from moe_lightning.units import GIB
 
 MIXTRAL = registry.resolve("mixtral-8x7b")
@@ -50,6 +52,16 @@ def test_the_plan_fits_both_memories_and_leaves_little_of_them(gpu, host):
     blocks = policy.max_num_seqs * WORK.mean_blocks(16)
     assert blocks <= policy.num_blocks, "all sequences fit at their mean length"
     assert planned.prediction.num_seqs == policy.max_num_seqs
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_no_other_schedule_is_predicted_faster_than_the_plan(schedule):
+    planned = search(MIXTRAL, "bfloat16", Memory(120 * GIB, 24 * GIB), DatasheetRates(H100), WORK)
+    policy = replace(planned.policy, schedule=schedule)
+    found = outlook(MIXTRAL, "bfloat16", policy, DatasheetRates(H100), WORK)
+    assert found.pass_s >= planned.prediction.pass_s * (1 - 1e-9)
+    if schedule in ("flexgen", "no_overlap"):
+        assert found.pass_s > 1.2 * planned.prediction.pass_s, "the test could not fail otherwise"
 
 
 def test_a_model_that_fits_on_the_gpu_streams_nothing():

@@ -23,7 +23,7 @@ from moe_lightning.units import format_duration
 if TYPE_CHECKING:
     from moe_lightning.engine.plan import Plan
     from moe_lightning.llm import LLM
-    from moe_lightning.perf.planner import Prediction
+    from moe_lightning.perf.outlook import Prediction
 
 SUMMARY = "answer a JSONL file of requests (OpenAI batch format)"
 DESCRIPTION = (

@@ -18,7 +18,8 @@ from moe_lightning.memory.layout import PageLayout, Placement
 from moe_lightning.models import registry
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.default_policy import Memory, default_policy, load_policy
-from moe_lightning.perf.planner import Prediction, search
+from moe_lightning.perf.outlook import Prediction
+from moe_lightning.perf.planner import search
 from moe_lightning.perf.rates import DatasheetRates, MeasuredRates, Rates
 from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy

@@ -10,10 +10,9 @@ from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.cost import DTYPE_BYTES
 from moe_lightning.perf.default_policy import Memory, pages_per_expert
 from moe_lightning.perf.memory import HEAD_ROWS, activation_bytes, host_buffer_bytes
-from moe_lightning.perf.predict import predict
+from moe_lightning.perf.outlook import Prediction, outlook
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload
-from moe_lightning.pipeline.task import Lane, PassShape
 from moe_lightning.policy import Policy
 from moe_lightning.units import format_bytes
 
@@ -25,31 +24,6 @@ _FULL = 0.98  # of the blocks are in use on average: some wait for the next toke
 _RINGS = (1.5, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0)
 _MICRO_BATCHES = (8, 4, 12, 16)
 _PREFILLS = (2.0, 1.25, 1.5, 3.0, 4.0)
-_SHORT, _LONG = 4, 8  # layers simulated; a pass takes a constant and so much a layer
-_HOST_S, _HOST_SEQ_S = 3e-3, 6e-6  # between two passes, and for each sequence
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a policy should reach.
-
-    Attributes:
-        pass_s: seconds of a pass while KV memory is full.
-        lane_s: seconds that each lane works in it.
-        num_seqs: that decode in it.
-        prefill_tokens: of prompts in it.
-        tokens_per_s: generated, while KV memory is full.
-        job_tokens_per_s: generated, from the first pass to the last.
-        job_s: seconds of the whole job; None if it has no end.
-    """
-
-    pass_s: float
-    lane_s: dict[str, float]
-    num_seqs: int
-    prefill_tokens: int
-    tokens_per_s: float
-    job_tokens_per_s: float
-    job_s: float | None
 
 
 @dataclass(frozen=True)
@@ -229,55 +203,8 @@ class _Problem:
         return tuple(least // layers + (layer < least % layers) for layer in range(layers))
 
     def _predicted(self, policy: Policy, choice: Choice) -> Planned | None:
-        work, n = self._workload, policy.max_num_seqs
-        steady = round(n * work.mean_prompt / work.gen_len)
         try:
-            pass_s, lane_s = self._pass_seconds(policy, n, steady)
-            ramp_rows = min(n + policy.prefill_tokens, round(n * work.mean_prompt))
-            ramp_s = self._simulated(policy, 0, ramp_rows, _SHORT)[0] * self._spec.num_layers / _SHORT
+            prediction = outlook(self._spec, self._dtype, policy, self._rates, self._workload)
         except ScheduleError:
             return None
-        ramp = n * work.mean_prompt / (n + policy.prefill_tokens)
-        requests = work.num_requests or 2 * n
-        job_s = ramp * max(ramp_s, pass_s / 2) + requests * work.gen_len / n * pass_s
-        return Planned(
-            policy,
-            Prediction(
-                pass_s, lane_s, n, steady, n / pass_s, requests * work.gen_len / job_s,
-                job_s if work.num_requests else None,
-            ),
-            choice,
-        )  # fmt: skip
-
-    def _pass_seconds(self, policy: Policy, decode: int, prefill: int) -> tuple[float, dict[str, float]]:
-        """Of a pass in the middle of many, and the seconds of each lane."""
-        short, long = (self._simulated(policy, decode, prefill, layers) for layers in (_SHORT, _LONG))
-        layers = self._spec.num_layers
-
-        def at_full_depth(a: float, b: float) -> float:
-            return b + (b - a) / (_LONG - _SHORT) * (layers - _LONG)
-
-        lanes = {lane.value: at_full_depth(short[1][lane], long[1][lane]) for lane in Lane}
-        between = _HOST_S + _HOST_SEQ_S * decode
-        return max(lanes["h2d"], at_full_depth(short[0], long[0]) + between), lanes
-
-    def _simulated(
-        self, policy: Policy, decode: int, prefill: int, layers: int
-    ) -> tuple[float, dict[Lane, float]]:
-        """Seconds until the last token of a pass of fewer layers, and those that each lane works."""
-        chunks = [policy.chunk_tokens] * (prefill // policy.chunk_tokens)
-        chunks += [prefill % policy.chunk_tokens] if prefill % policy.chunk_tokens else []
-        groups = [policy.micro_batch_size] * (decode // policy.micro_batch_size)
-        groups += [decode % policy.micro_batch_size] if decode % policy.micro_batch_size else []
-        streamed = tuple(self._per_layer - r for r in policy.resident_pages[:layers])
-        shape = PassShape(
-            layers, len(chunks), len(groups), policy.group_size, policy.look_ahead, streamed,
-            policy.num_frames, preloaded=True,
-        )  # fmt: skip
-        timeline = predict(
-            replace(self._spec, num_layers=layers), shape, chunks + groups, self._workload.mean_context(),
-            self._rates, pages_per_expert=self._pages, dtype=self._dtype,
-            prompt_len=self._workload.mean_prompt,
-        )  # fmt: skip
-        end = max((r.end for r in timeline.records if r.lane is not Lane.H2D), default=timeline.end)
-        return end - timeline.start, timeline.busy_seconds()
+        return Planned(policy, prediction, choice)

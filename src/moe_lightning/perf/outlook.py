@@ -1,0 +1,107 @@
+"""What a policy should reach with a workload: a pass in the middle of many, and a whole job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.predict import predict
+from moe_lightning.perf.rates import Rates
+from moe_lightning.perf.workload import Workload
+from moe_lightning.pipeline.task import Lane, PassShape
+from moe_lightning.policy import Policy
+
+_SHORT, _LONG = 4, 8  # layers simulated; a pass takes a constant and so much a layer
+_HOST_S, _HOST_SEQ_S = 3e-3, 16e-6  # between two passes, and for each sequence
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a policy should reach.
+
+    Attributes:
+        pass_s: seconds of a pass while KV memory is full.
+        lane_s: seconds that each lane works in it.
+        num_seqs: that decode in it.
+        prefill_tokens: of prompts in it.
+        tokens_per_s: generated, while KV memory is full.
+        job_tokens_per_s: generated, from the first pass to the last.
+        job_s: seconds of the whole job; None if it has no end.
+    """
+
+    pass_s: float
+    lane_s: dict[str, float]
+    num_seqs: int
+    prefill_tokens: int
+    tokens_per_s: float
+    job_tokens_per_s: float
+    job_s: float | None
+
+
+def outlook(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload: Workload) -> Prediction:
+    """Passes with as many sequences as the policy allows and the prompts that take the place of those that end.
+
+    Raises:
+        ScheduleError: the policy's ring cannot hold the pages of a layer.
+        ConfigError: the policy's pages are not the model's, or the machine has no rate for the dtype.
+    """
+    n = policy.max_num_seqs
+    steady = round(n * workload.mean_prompt / workload.gen_len)
+    model = _Passes(spec, dtype, policy, rates, workload)
+    pass_s, lane_s = model.steady(n, steady)
+    ramp_s = model.ramp(min(n + policy.prefill_tokens, round(n * workload.mean_prompt)))
+    ramp = n * workload.mean_prompt / (n + policy.prefill_tokens)
+    requests = workload.num_requests or 2 * n
+    job_s = ramp * max(ramp_s, pass_s / 2) + requests * workload.gen_len / n * pass_s
+    return Prediction(
+        pass_s, lane_s, n, steady, n / pass_s, requests * workload.gen_len / job_s,
+        job_s if workload.num_requests else None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Passes:
+    spec: ModelSpec
+    dtype: str
+    policy: Policy
+    rates: Rates
+    workload: Workload
+
+    def steady(self, decode: int, prefill: int) -> tuple[float, dict[str, float]]:
+        """Seconds of a pass in the middle of many, and of each lane in it."""
+        short, long = (self._simulated(decode, prefill, layers) for layers in (_SHORT, _LONG))
+        layers = self.spec.num_layers
+
+        def at_full_depth(a: float, b: float) -> float:
+            return b + (b - a) / (_LONG - _SHORT) * (layers - _LONG)
+
+        lanes = {lane.value: at_full_depth(short[1][lane], long[1][lane]) for lane in Lane}
+        between = _HOST_S + _HOST_SEQ_S * decode
+        return max(lanes["h2d"], at_full_depth(short[0], long[0]) + between), lanes
+
+    def ramp(self, prefill: int) -> float:
+        """Seconds of a pass that has prompts only."""
+        return self._simulated(0, prefill, _SHORT)[0] * self.spec.num_layers / _SHORT
+
+    def _simulated(self, decode: int, prefill: int, layers: int) -> tuple[float, dict[Lane, float]]:
+        """Seconds until the last token of a pass of fewer layers, and those that each lane works."""
+        policy, work = self.policy, self.workload
+        chunks, groups = _cut(prefill, policy.chunk_tokens), _cut(decode, policy.micro_batch_size)
+        pages = self.spec.experts.num_experts * policy.pages_per_expert
+        streamed = tuple(pages - resident for resident in policy.resident_pages[:layers])
+        shape = PassShape(
+            layers, len(chunks), len(groups), policy.group_size, policy.look_ahead, streamed, policy.num_frames,
+            preloaded=policy.num_frames > max(streamed),
+        )  # fmt: skip
+        timeline = predict(
+            replace(self.spec, num_layers=layers), shape, chunks + groups, work.mean_context(), self.rates,
+            pages_per_expert=policy.pages_per_expert, dtype=self.dtype, schedule=policy.schedule,
+            prompt_len=work.mean_prompt,
+        )  # fmt: skip
+        end = max((r.end for r in timeline.records if r.lane is not Lane.H2D), default=timeline.end)
+        return end - timeline.start, timeline.busy_seconds()
+
+
+def _cut(total: int, size: int) -> list[int]:
+    """Pieces of a size, the last one of what is left."""
+    return [size] * (total // size) + ([total % size] if total % size else [])
