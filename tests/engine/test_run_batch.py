@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from fake_llm import FakeLLM
 from moe_lightning.cli.main import main
 from moe_lightning.engine.request import RequestOutput
 from moe_lightning.errors import ConfigError
+from moe_lightning.perf.outlook import Prediction
 from moe_lightning.pipeline.draw import from_chrome
 from moe_lightning.pipeline.task import Lane, TaskKind
 from moe_lightning.pipeline.timeline import Record, Timeline
@@ -224,3 +225,17 @@ def test_an_error_of_the_engine_is_one_line(
     llm.during_run = staticmethod(fail)
     assert main(job) == 2
     assert capsys.readouterr().err == "error: the plan does not fit; lower it\n"
+
+
+def test_a_plan_for_the_files_lengths_is_run_and_its_promise_is_printed_beside_what_came_of_it(
+    job: list[str], llm: type[CommandLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prediction = Prediction(1.5, {"h2d": 1.4}, 900, 800, 600.0, 512.3, 75.0)
+    plan = SimpleNamespace(policy="a policy", max_model_len=777, prediction=prediction)
+    monkeypatch.setattr("moe_lightning.cli.run_batch._plan", lambda config, survey: plan)
+    assert main(job) == 0
+    assert (llm.loaded[0]["policy"], llm.loaded[0]["max_model_len"]) == ("a policy", 777)
+    captured = capsys.readouterr()
+    assert "note: the plan: 512 tokens/s, " in captured.err
+    assert captured.out.splitlines()[-1].startswith("the plan said 512 tokens/s, ")
+    assert captured.out.endswith(" in all, 1.50 s a pass\n")

@@ -156,6 +156,25 @@ def test_our_plan_for_a_card_without_bfloat16_is_in_float16(capsys) -> None:
     assert values["dtype"] == "float16"
 
 
+def test_our_plan_for_a_file_takes_its_lengths_and_says_how_long_it_takes(capsys, tmp_path) -> None:
+    body = {"prompt": "x" * 400, "max_tokens": 64}
+    lines = (
+        {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body} for i in range(2000)
+    )
+    file = tmp_path / "in.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    flags = ("--hardware", "h100-sxm", *MEMORY, "--input", str(file))
+    values = planned(capsys, *flags, base=["plan", "mixtral-8x7b"])
+    assert values["workload"]["num_requests"] == 2000
+    assert values["workload"]["gen_len"] == 64
+    assert set(values["workload"]["prompt_lens"]) == {100}
+    assert values["policy"]["prefill_tokens"] >= 400, "each byte might be a token"
+    assert main(["plan", "mixtral-8x7b", *flags]) == 0
+    assert "minutes" in capsys.readouterr().out
+    missing = str(tmp_path / "none.jsonl")
+    assert "cannot read" in refused(capsys, "plan", "mixtral-8x7b", "--input", missing)
+
+
 def test_a_model_that_does_not_fit_says_what_it_needs(capsys) -> None:
     message = refused(capsys, "plan", "mixtral-8x7b", "--gpu-memory", "4GiB")
     assert "of GPU memory to stream one layer at a time" in message

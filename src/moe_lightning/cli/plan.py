@@ -68,6 +68,12 @@ def add_flags(parser: ArgumentParser) -> None:
     )
     add("--gen-len", type=positive_count, default=32, metavar="N", help="tokens of an answer (default: 32)")
     add(
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help="plan for this batch file instead; a token is taken for four bytes of text",
+    )
+    add(
         "--num-requests",
         type=positive_count,
         metavar="N",
@@ -121,6 +127,7 @@ def machine(args: Namespace) -> HardwareSpec:
 
 def _plan_ours(spec: ModelSpec, hardware: HardwareSpec, args: Namespace) -> Answer:
     from moe_lightning.hardware.profile_cache import load_profile
+    from moe_lightning.jobs import open_input, survey_input
     from moe_lightning.perf.rates import DatasheetRates, MeasuredRates, Rates
     from moe_lightning.perf.report import Machine, plan, to_text
     from moe_lightning.perf.workload import Workload
@@ -136,9 +143,13 @@ def _plan_ours(spec: ModelSpec, hardware: HardwareSpec, args: Namespace) -> Answ
         args.gpu_memory or hardware.gpu.memory_bytes,
         args.host_memory or int(_HOST_SHARE * hardware.cpu.memory_bytes),
     )
-    workload = Workload((args.avg_prompt_len,), args.gen_len, args.num_requests)
+    workload, longest = Workload((args.avg_prompt_len,), args.gen_len, args.num_requests), None
+    if args.input:
+        with open_input(args.input) as file:
+            lengths = survey_input(file).lengths
+        workload, longest = lengths.workload(None), min(lengths.longest, spec.max_position)
     dtype = "float16" if "bfloat16" not in hardware.gpu.flops else spec.dtype
-    report = plan(spec, dtype, found, workload)
+    report = plan(spec, dtype, found, workload, longest)
     return Answer(to_text(spec, report), report.to_json(), report.planned.policy.micro_batch_size)
 
 

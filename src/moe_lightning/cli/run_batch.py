@@ -103,7 +103,7 @@ def _print_plan(config: EngineConfig, args: Namespace) -> int:
     for name, value in asdict(plan.policy).items():
         print(f"  {name:<18} {value}")
     if plan.prediction:
-        print(f"predicted: {_describe(plan.prediction)}")
+        print(f"the plan: {_describe(plan.prediction)}")
     return 0
 
 
@@ -131,10 +131,12 @@ def _describe(prediction: Prediction) -> str:
 
 def _run_job(config: EngineConfig, files: JobFiles, args: Namespace) -> int:
     llm: LLM | None = None
+    plan: Plan | None = None
 
     def load() -> LLM:
-        nonlocal llm
-        llm = _load(config, job.survey)
+        nonlocal llm, plan
+        plan = _plan(config, job.survey)
+        llm = _load(config, job.survey, plan)
         if others := sorted(job.earlier_models - {llm.model_name}):
             _note(
                 f"{files.output} has answers of {', '.join(others)}, and {llm.model_name} answers the rest; "
@@ -157,16 +159,18 @@ def _run_job(config: EngineConfig, files: JobFiles, args: Namespace) -> int:
         _write_trace(files.trace, llm)
     errors = f", errors in {files.errors}" if files.errors.exists() else ""
     print(f"{summarize(status)}; answers in {files.output}{errors}")
+    if plan and plan.prediction:
+        print(f"the plan said {_describe(plan.prediction)}")
     return 0
 
 
-def _load(config: EngineConfig, survey: Survey) -> LLM:
+def _load(config: EngineConfig, survey: Survey, plan: Plan | None) -> LLM:
     from moe_lightning.engine.garbage import collect_rarely
     from moe_lightning.llm import LLM  # imports torch: not before the input is known to be good
 
-    settings, plan = asdict(config), _plan(config, survey)
+    settings = asdict(config)
     if plan and plan.prediction:
-        _note(f"predicted: {_describe(plan.prediction)}")
+        _note(f"the plan: {_describe(plan.prediction)}")
         settings |= {"policy": plan.policy, "max_model_len": plan.max_model_len}
     llm = LLM(**settings)
     collect_rarely()

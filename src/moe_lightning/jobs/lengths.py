@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -20,6 +19,7 @@ _ANSWER, _LONGEST_ANSWER = (
     256,
     8192,
 )  # tokens of an answer to a request that sets no limit: usual, and allowed
+_BYTES = 4  # of a token of text, about
 _TEMPLATE = 256  # tokens that a chat template may add
 
 
@@ -50,12 +50,16 @@ class Lengths:
         answers = (_LONGEST_ANSWER if limit < 0 else limit for limit in self._limits)
         return max(map(sum, zip(self._sizes, answers, strict=True)), default=1) + _TEMPLATE
 
-    def workload(self, tokenizer: Any) -> Workload:
-        """The requests as the planner sees them; `tokenizer` is the model's."""
+    def workload(self, tokenizer: Any | None) -> Workload:
+        """The requests as the planner sees them.
+
+        Args:
+            tokenizer: the model's; None for a guess, a token for each four bytes of text.
+        """
         sizes, tokens = 0, 0
         for line in self._sample:
             try:
-                tokens += len(_tokens(tokenizer, line))
+                tokens += _num_tokens(tokenizer, line)
             except RequestError:  # it will be a line of the error file
                 continue
             sizes += _size(line)
@@ -81,8 +85,15 @@ def _bytes(text: str) -> int:
     return len(text.encode("utf-8", "replace"))
 
 
-def _tokens(tokenizer: Any, line: BatchLine) -> Sequence[int]:
+def _num_tokens(tokenizer: Any | None, line: BatchLine) -> int:
     call = line.call
     if isinstance(call, ChatCall):
-        return render(tokenizer, list(call.messages))[0]
-    return tokenize(tokenizer, call.prompts[0])[0]
+        return _guess(line) if tokenizer is None else len(render(tokenizer, list(call.messages))[0])
+    prompt = call.prompts[0]
+    if tokenizer is None and isinstance(prompt, str):
+        return _guess(line)
+    return len(tokenize(tokenizer, prompt)[0])
+
+
+def _guess(line: BatchLine) -> int:
+    return -(-_size(line) // _BYTES)

@@ -79,18 +79,29 @@ class Report:
         return max(lanes, key=lanes.__getitem__)
 
 
-def plan(spec: ModelSpec, dtype: str, machine: Machine, workload: Workload) -> Report:
+def plan(
+    spec: ModelSpec, dtype: str, machine: Machine, workload: Workload, longest: int | None = None
+) -> Report:
     """Search, and once more near what was found for machines that differ in one thing.
+
+    Args:
+        spec: the model.
+        dtype: of weights and KV.
+        machine: where.
+        workload: what.
+        longest: tokens that no request exceeds; default: those of the workload's longest.
 
     Raises:
         NoFeasiblePolicyError: the model does not fit.
     """
-    planned = search(spec, dtype, machine.memory, machine.rates, workload)
+    planned = search(spec, dtype, machine.memory, machine.rates, workload, max_model_len=longest)
     size = 4 if dtype == "float32" else 2
 
     def reached(memory: Memory) -> float | None:
         try:
-            found = search(spec, dtype, memory, machine.rates, workload, near=planned.choice)
+            found = search(
+                spec, dtype, memory, machine.rates, workload, max_model_len=longest, near=planned.choice
+            )
             return found.prediction.job_tokens_per_s
         except NoFeasiblePolicyError:
             return None
