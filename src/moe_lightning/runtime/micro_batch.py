@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -147,15 +149,15 @@ def _prefill(
 def _decode(
     rows: Sequence[DecodeRow], row: int, host_row: int, block_size: int, vocab_size: int, uploader: Uploader
 ) -> MicroBatch:
-    width = max(len(r.block_table) for r in rows)
-    tables = np.array([[*r.block_table, *[0] * (width - len(r.block_table))] for r in rows], dtype=np.int64)
-    slots = [r.block_table[r.position // block_size] * block_size + r.position % block_size for r in rows]
+    tables = _tables([r.block_table for r in rows])
+    positions = np.array([r.position for r in rows], dtype=np.int64)
+    own_blocks = tables[np.arange(len(rows)), positions // block_size]
     none = uploader.put([], torch.int64)
     return MicroBatch(
         rows=slice(row, row + len(rows)),
         token_ids=uploader.put([r.token_id for r in rows], torch.int64),
-        positions=uploader.put([r.position for r in rows], torch.int64),
-        slots=torch.tensor(slots),
+        positions=uploader.put(positions, torch.int64),
+        slots=torch.from_numpy(own_blocks * block_size + positions % block_size),
         sample_rows=uploader.put(range(len(rows)), torch.int64),
         sampling=build_sampling_batch([r.sampling for r in rows], vocab_size, uploader),
         score_rows=none,
@@ -163,5 +165,14 @@ def _decode(
         num_prompt_logprobs=0,
         host_rows=slice(host_row, host_row + len(rows)),
         block_tables=torch.from_numpy(tables),
-        context_lens=torch.tensor([r.position + 1 for r in rows]),
+        context_lens=torch.from_numpy(positions + 1),
     )
+
+
+def _tables(block_tables: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+    """Block tables as rows of one array, filled up with zeros."""
+    lengths = np.array([len(table) for table in block_tables], dtype=np.int64)
+    tables = np.zeros((len(lengths), lengths.max()), dtype=np.int64)
+    blocks = np.fromiter(chain.from_iterable(block_tables), dtype=np.int64, count=lengths.sum())
+    tables[np.arange(tables.shape[1]) < lengths[:, None]] = blocks
+    return tables
