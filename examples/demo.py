@@ -160,6 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     except DemoError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # the job has said how to go on
+        return 130
     return 0
 
 
