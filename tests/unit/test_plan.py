@@ -10,6 +10,7 @@ import pytest
 
 import moe_lightning
 from moe_lightning.cli.main import main
+from moe_lightning.hardware.profile_cache import cache_path
 from moe_lightning.models.known import KNOWN_MODELS
 from moe_lightning.units import GIB
 
@@ -149,6 +150,18 @@ def test_our_plan_takes_measured_rates(capsys) -> None:
     pages = values["prediction"]["lane_s"]["h2d"]
     streamed = sum(112 - r for r in values["policy"]["resident_pages"]) * 25165824
     assert 45e9 < streamed / pages < 55e9, "the rate of the profile's copies beside attention"
+
+
+def test_this_machine_is_what_its_profile_says(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "Run `moe-lightning profile` here first" in refused(
+        capsys, "plan", "mixtral-8x7b", "--hardware", "this"
+    )
+    path = cache_path()
+    path.parent.mkdir(parents=True)
+    path.write_text((Path(__file__).parents[2] / "benchmarks" / "results" / "profile_h100.json").read_text())
+    values = planned(capsys, "--hardware", "this", *MEMORY, base=["plan", "mixtral-8x7b"])
+    assert values["machine"]["name"] == "NVIDIA H100 80GB HBM3"
 
 
 def test_our_plan_for_a_card_without_bfloat16_is_in_float16(capsys) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 from moe_lightning.cli.flags import positive_count
 from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.hardware.presets import preset
+from moe_lightning.hardware.profile import Profile
+from moe_lightning.hardware.profile_cache import cache_path, load_profile
 from moe_lightning.hardware.spec import HardwareSpec
 from moe_lightning.models.registry import resolve
 from moe_lightning.models.spec import ModelSpec
@@ -48,7 +50,12 @@ def add_flags(parser: ArgumentParser) -> None:
         default="ours",
         help="ours simulates the schedule; paper is the closed form of arXiv 2411.11217 (default: ours)",
     )
-    add("--hardware", default="l4", metavar="NAME", help="machine, such as t4, l4, h100-sxm (default: l4)")
+    add(
+        "--hardware",
+        default="l4",
+        metavar="NAME",
+        help="machine, such as t4, l4, h100-sxm, or this: what `profile` measured (default: l4)",
+    )
     add(
         "--gpu-memory",
         type=_size,
@@ -100,21 +107,30 @@ def run(args: Namespace) -> int:
         from moe_lightning.perf.roofline_plot import check_plot_path
 
         check_plot_path(args.plot)
-    spec, hardware = resolve(args.model), machine(args)
-    answer = _COST_MODELS[args.cost_model](spec, hardware, args)
+    spec, profile = resolve(args.model), _profile(args)
+    hardware = _machine(args, profile)
+    answer = _COST_MODELS[args.cost_model](spec, hardware, profile, args)
     if args.plot:
         _plot(args, spec, hardware, answer.micro_batch_size)
     print(json.dumps(answer.values, indent=1) if args.json else answer.text)
     return 0
 
 
-def machine(args: Namespace) -> HardwareSpec:
-    """The named machine with the sizes and rates that were given.
+def _profile(args: Namespace) -> Profile | None:
+    """What was measured, where that is to count."""
+    if args.profile:
+        return load_profile(args.profile)
+    if args.hardware != "this":
+        return None
+    try:
+        return load_profile(cache_path())
+    except ConfigError as error:
+        raise ConfigError(f"--hardware this: {error}. Run `moe-lightning profile` here first") from error
 
-    Raises:
-        ConfigError: no machine is named so.
-    """
-    hardware = preset(args.hardware)
+
+def _machine(args: Namespace, profile: Profile | None) -> HardwareSpec:
+    """The machine with the sizes and rates that were given."""
+    hardware = profile.hardware_spec() if profile else preset(args.hardware)
     gpu, cpu = hardware.gpu, hardware.cpu
     gpu = replace(gpu, memory_bytes=args.gpu_memory or gpu.memory_bytes)
     cpu = replace(
@@ -125,22 +141,16 @@ def machine(args: Namespace) -> HardwareSpec:
     return replace(hardware, gpu=gpu, cpu=cpu)
 
 
-def _plan_ours(spec: ModelSpec, hardware: HardwareSpec, args: Namespace) -> Answer:
-    from moe_lightning.hardware.profile_cache import load_profile
+def _plan_ours(spec: ModelSpec, hardware: HardwareSpec, profile: Profile | None, args: Namespace) -> Answer:
     from moe_lightning.jobs import open_input, survey_input
-    from moe_lightning.perf.rates import DatasheetRates, MeasuredRates, Rates
+    from moe_lightning.perf.rates import DatasheetRates, MeasuredRates
     from moe_lightning.perf.report import Machine, plan, to_text
     from moe_lightning.perf.workload import Workload
 
-    profile = load_profile(args.profile) if args.profile else None
-    rates: Rates = MeasuredRates(profile) if profile else DatasheetRates(hardware)
-    if profile:
-        hardware = profile.hardware_spec()
-    name = hardware.gpu.name
     found = Machine(
-        name,
-        rates,
-        args.gpu_memory or hardware.gpu.memory_bytes,
+        hardware.gpu.name,
+        MeasuredRates(profile) if profile else DatasheetRates(hardware),
+        hardware.gpu.memory_bytes,
         args.host_memory or int(_HOST_SHARE * hardware.cpu.memory_bytes),
     )
     workload, longest = Workload((args.avg_prompt_len,), args.gen_len, args.num_requests), None
@@ -153,7 +163,7 @@ def _plan_ours(spec: ModelSpec, hardware: HardwareSpec, args: Namespace) -> Answ
     return Answer(to_text(spec, report), report.to_json(), report.planned.policy.micro_batch_size)
 
 
-def _plan_paper(spec: ModelSpec, hardware: HardwareSpec, args: Namespace) -> Answer:
+def _plan_paper(spec: ModelSpec, hardware: HardwareSpec, _: Profile | None, args: Namespace) -> Answer:
     from moe_lightning.perf.paper_model import PaperMachine, PaperWorkload, plan_paper
     from moe_lightning.perf.paper_report import format_plan
 
@@ -166,7 +176,7 @@ def _plan_paper(spec: ModelSpec, hardware: HardwareSpec, args: Namespace) -> Ans
     return Answer(format_plan(plan), plan.to_json(), plan.ubs)
 
 
-_COST_MODELS: dict[str, Callable[[ModelSpec, HardwareSpec, Namespace], Answer]] = {
+_COST_MODELS: dict[str, Callable[[ModelSpec, HardwareSpec, Profile | None, Namespace], Answer]] = {
     "ours": _plan_ours,
     "paper": _plan_paper,
 }
