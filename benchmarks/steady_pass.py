@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from dataclasses import asdict
@@ -23,7 +20,8 @@ from typing import Any
 import torch
 
 from moe_lightning import LLM
-from moe_lightning.memory.arena import HostArena
+from moe_lightning.bench.link import plain_copy_rate
+from moe_lightning.bench.machine import facts
 from moe_lightning.models import registry
 from moe_lightning.pipeline.draw import to_chrome, to_svg
 from moe_lightning.pipeline.task import Lane, TaskKind
@@ -32,7 +30,6 @@ from moe_lightning.runtime.micro_batch import DecodeRow, Step
 from moe_lightning.runtime.sampling_batch import RowSampling
 from moe_lightning.units import GIB, MIB, parse_bytes
 
-ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 16
 # Shapes of models whose architecture is not supported yet, under one that is: their passes take as long.
 SHAPES = {
@@ -78,25 +75,6 @@ def make_step(args: argparse.Namespace, policy: Policy, position: int) -> Step:
     return Step(decode=tuple(tuple(rows[i : i + size]) for i in range(0, len(rows), size)))
 
 
-def plain_copy_rate(page_bytes: int, seconds: float = 1.0) -> float:
-    """Bytes/s of page-locked copies of pages to the GPU with nothing beside them."""
-    arena = HostArena((64, page_bytes), torch.uint8)
-    arena.prepare(pin=True)
-    frames = torch.empty((4, page_bytes), dtype=torch.uint8, device="cuda")
-    copied, start = 0, 0.0
-    for number in range(10**9):
-        if number == 16:
-            torch.cuda.synchronize()
-            copied, start = 0, time.perf_counter()
-        frames[number % 4].copy_(arena.tensor[number % 64], non_blocking=True)
-        copied += page_bytes
-        if number % 32 == 31:
-            torch.cuda.synchronize()
-            if number > 32 and time.perf_counter() - start > seconds:
-                break
-    return copied / (time.perf_counter() - start)
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     policy = make_policy(args)
     start = time.perf_counter()
@@ -138,8 +116,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     kinds: dict[str, float] = {}
     for record in last.records:
         kinds[record.kind.value] = kinds.get(record.kind.value, 0.0) + record.seconds
-    return {
-        "commit": commit(), "machine": machine(),
+    return facts() | {
         "model": args.model, "num_seqs": args.num_seqs, "context": args.context, "gpu_memory": args.gpu_memory,
         "policy": asdict(policy), "load_s": load_s, "page_bytes": page_bytes,
         "pass_s": walls, "recorded_pass_s": span / len(steady),
@@ -155,20 +132,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "gpu_reserved_bytes": torch.cuda.max_memory_reserved(),
         "timeline": last,
     }  # fmt: skip
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def main() -> None:
