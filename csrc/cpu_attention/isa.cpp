@@ -64,17 +64,6 @@ int level_of_this_cpu() {
 
 #else
 
-// Linux lets a process use tiles only once it has asked for them. It refuses where a signal stack is too small to save
-// them on.
-bool may_use_tiles() {
-#if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-
 int level_of_this_cpu() { return 0; }
 
 #endif

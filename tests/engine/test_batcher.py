@@ -74,7 +74,7 @@ class Run:
         self.policy, self.longest = policy, longest
         self.batcher = Batcher(policy, ())
         # As after many answers that were much shorter than they might have been.
-        self.batcher._answer_lengths.count(0, 10**6 if expects_short else 0)
+        self.batcher._answer_lengths.count(0, 10**9 if expects_short else 0)
         self.arrived = []
         self.aborted = set()
 

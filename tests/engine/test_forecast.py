@@ -24,12 +24,11 @@ def test_a_sequence_is_taken_if_and_only_if_all_fit_at_all_times(running, new, n
 
 def test_answers_are_expected_to_be_as_long_as_they_may_be_until_some_were_shorter():
     lengths = AnswerLengths()
-    assert lengths.remaining(0, 100) == 100
-    for _ in range(100):
+    assert lengths.share(growing=500) == 1.0
+    for _ in range(10):
         lengths.count(25, 100)
-    assert 25 <= lengths.remaining(0, 100) <= 27
-    assert 15 <= lengths.remaining(10, 100) <= 17
-    assert lengths.remaining(99, 100) == 1, "it will not end before its next token"
+    assert lengths.share(growing=0) == 0.25
+    assert lengths.share(growing=2500) == 1.0, "the short ones end first and do not speak for those that grow"
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,3 +51,23 @@ def test_room_that_old_sequences_will_leave_is_used():
     young = run.arrive(4, 12)
     run.run_pass()
     assert run.batcher.running == [*old, young]
+
+
+def test_answers_of_many_tokens_are_not_put_back_either():
+    run = Run(policy_of(max_num_seqs=64, num_blocks=160, block_size=16, prefill_tokens=256), longest=1500)
+    for number in range(40):
+        run.arrive(1 + 5 * number % 90, 300 + 37 * number % 700)
+    while run.batcher.has_work:
+        run.run_pass()
+    assert run.batcher.num_preemptions == 0
+
+
+def test_answers_without_a_limit_do_not_starve_the_batch():
+    """Taken for as long as the context allows, a few of them would fill the cache on paper."""
+    run = Run(policy_of(max_num_seqs=64, num_blocks=1000, block_size=16, prefill_tokens=4096), longest=16000)
+    for number in range(60):
+        sequence = run.arrive(50, None)
+        sequence.max_new_tokens = 40 + number  # it will stop by itself
+    run.run_pass()
+    run.run_pass()
+    assert len(run.batcher.running) > 20

@@ -67,3 +67,14 @@ def test_requests_that_the_tokenizer_refuses_are_left_out_of_the_rate():
 
     lengths = lengths_of({"messages": [{"role": "user", "content": "x" * 400}]}, {"prompt": "x" * 80})
     assert max(lengths.workload(Refusing()).prompt_lens) <= 110
+
+
+def test_several_answers_to_a_prompt_count_as_several():
+    lengths = lengths_of(*[{"prompt": "x" * 40, "max_tokens": 8, "n": 6}] * 10)
+    assert lengths.workload(Words()).num_requests == 60
+
+
+def test_a_limit_that_nobody_means_does_not_shape_the_plan():
+    lengths = lengths_of({"prompt": "x", "max_tokens": 2_000_000_000}, {"prompt": "x", "max_tokens": 100})
+    assert lengths.workload(Words()).gen_len < 1000
+    assert lengths.longest < 2**17

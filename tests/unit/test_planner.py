@@ -70,6 +70,20 @@ def test_a_model_that_fits_on_the_gpu_streams_nothing():
     assert policy.num_frames == 0
 
 
+@pytest.mark.parametrize("num_layers", [1, 2, 7, 8, 9])
+def test_models_of_few_layers_can_be_planned(num_layers):
+    spec = replace(MIXTRAL, num_layers=num_layers)
+    planned = search(spec, "bfloat16", Memory(100 * GIB, 7 * GIB), DatasheetRates(H100), WORK)
+    assert len(planned.policy.resident_pages) == num_layers
+    assert planned.prediction.pass_s > 0
+
+
+def test_prompts_with_answers_of_one_token_are_planned_in_time_and_in_passes_that_can_be_built():
+    work = Workload((50,), 1, 200_000)
+    policy = search(MIXTRAL, "bfloat16", Memory(120 * GIB, 24 * GIB), DatasheetRates(H100), work).policy
+    assert policy.prefill_tokens <= 2**16
+
+
 def test_a_batch_is_no_larger_than_the_work():
     work = replace(WORK, num_requests=40)
     planned = search(MIXTRAL, "bfloat16", Memory(120 * GIB, 24 * GIB), DatasheetRates(H100), work)

@@ -18,11 +18,11 @@ from moe_lightning.config import EngineConfig
 from moe_lightning.engine.garbage import collect_rarely
 from moe_lightning.engine.plan import Plan, make_plan
 from moe_lightning.engine.request import Request, SamplingParams
+from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.hardware.host import available_memory
 from moe_lightning.llm import LLM
 from moe_lightning.perf.limit import HardwareLimit, hardware_limit
 from moe_lightning.perf.workload import Workload
-from moe_lightning.units import GIB
 
 _WARM_UP = 4  # passes: kernels are compiled, clocks rise
 
@@ -47,7 +47,8 @@ class Throughput:
         workload: what was computed.
         passes: that count.
         tokens_per_s: generated in their time.
-        limit: of this machine, with the link's own rate in this run.
+        limit: of this machine, with the link's own rate in this run; None where the model fits on the GPU.
+        host_memory: that the limit counts with: what was allowed, or what was free at the start.
         h2d_bytes_per_s: that rate.
         lanes: busy share of each lane in a recorded pass.
         seconds_by_kind: of the tasks of that pass.
@@ -60,7 +61,8 @@ class Throughput:
     workload: Workload
     passes: tuple[PassRecord, ...]
     tokens_per_s: float
-    limit: HardwareLimit
+    limit: HardwareLimit | None
+    host_memory: int
     h2d_bytes_per_s: float
     lanes: dict[str, float]
     seconds_by_kind: dict[str, float]
@@ -68,9 +70,9 @@ class Throughput:
     load_s: float
 
     @property
-    def share(self) -> float:
+    def share(self) -> float | None:
         """Of the hardware limit."""
-        return self.tokens_per_s / self.limit.tokens_per_s
+        return self.tokens_per_s / self.limit.tokens_per_s if self.limit else None
 
     def to_json(self, config: EngineConfig) -> dict[str, Any]:
         """Everything, with the machine."""
@@ -78,7 +80,9 @@ class Throughput:
         return facts() | {
             "kind": self.kind, "settings": asdict(config), "workload": asdict(self.workload),
             "policy": asdict(self.plan.policy), "prediction": asdict(prediction) if prediction else None,
-            "tokens_per_s": self.tokens_per_s, "share_of_limit": self.share, "limit": asdict(self.limit),
+            "tokens_per_s": self.tokens_per_s, "share_of_limit": self.share,
+            "limit": asdict(self.limit) if self.limit else None,
+            "limit_host_memory": self.host_memory,
             "h2d_bytes_per_s": self.h2d_bytes_per_s, "lanes": self.lanes, "seconds_by_kind": self.seconds_by_kind,
             "load_s": self.load_s,
             "num_preemptions": self.num_preemptions, "passes": [asdict(p) for p in self.passes],
@@ -106,6 +110,11 @@ def measure(
     start, free = time.perf_counter(), available_memory()
     host_memory = config.host_memory or free
     plan = make_plan(config, workload=workload)
+    if workload.longest > plan.max_model_len:
+        raise ConfigError(
+            f"the workload has sequences of {workload.longest} tokens, and max_model_len={plan.max_model_len}; "
+            "raise it, or choose another workload"
+        )
     llm = LLM(**(asdict(config) | {"policy": plan.policy, "max_model_len": plan.max_model_len}))
     collect_rarely()
     load_s = time.perf_counter() - start
@@ -121,15 +130,17 @@ def measure(
     timeline = llm.fullest_pass
     rate = plain_copy_rate(llm._worker._weights.pages.host[:1].nbytes)
     allowed = config.gpu_memory or torch.cuda.get_device_properties(0).total_memory
-    whole = 125 * GIB if host_memory < 125 * GIB < free + 4 * GIB else host_memory
-    limit = hardware_limit(llm.spec, llm.dtype.itemsize, allowed, whole, rate, workload)
+    try:
+        limit = hardware_limit(llm.spec, llm.dtype.itemsize, allowed, host_memory, rate, workload)
+    except NoFeasiblePolicyError:  # all experts fit on the GPU: no link bounds it
+        limit = None
     kinds: dict[str, float] = {}
     for task in timeline.records if timeline else ():
         kinds[task.kind.value] = kinds.get(task.kind.value, 0.0) + task.seconds
     lanes = {lane.value: share for lane, share in timeline.utilization().items()} if timeline else {}
     return Throughput(
-        "steady state" if steady_passes else "job", plan, workload, tuple(passes), tokens_per_s, limit, rate, lanes,
-        kinds, llm.engine.num_preemptions, load_s,
+        "steady state" if steady_passes else "job", plan, workload, tuple(passes), tokens_per_s, limit,
+        host_memory, rate, lanes, kinds, llm.engine.num_preemptions, load_s,
     )  # fmt: skip
 
 
@@ -139,8 +150,12 @@ def to_text(found: Throughput) -> str:
     seconds = statistics.median(p.seconds for p in passes)
     running = statistics.mean(p.num_running for p in passes)
     lines = [
-        f"{found.kind}: {found.tokens_per_s:.0f} tokens/s, {found.share:.1%} of the hardware limit of "
-        f"{found.limit.tokens_per_s:.0f}",
+        f"{found.kind}: {found.tokens_per_s:.0f} tokens/s"
+        + (
+            f", {found.share:.1%} of the hardware limit of {found.limit.tokens_per_s:.0f}"
+            if found.limit
+            else ""
+        ),
         f"{len(passes)} passes, median {seconds:.3f} s, {running:.0f} sequences on average, "
         f"{sum(p.prompt_tokens for p in passes)} prompt tokens, {found.num_preemptions} preemptions",
         "busy in the fullest recorded pass: "

@@ -10,8 +10,11 @@ from moe_lightning.engine.balance import spread
 from moe_lightning.engine.forecast import AnswerLengths, Forecast
 from moe_lightning.engine.sequence import Sequence
 from moe_lightning.memory.blocks import BlockAllocator, num_blocks_for
+from moe_lightning.perf.memory import HEAD_ROWS
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step
+
+_UNLIMITED = 512
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Batcher:
     def adopt(self, sequence: Sequence) -> bool:
         """Count a sequence as running whose KV somebody has put in place; False if it finds no room."""
         needed = self._num_blocks(sequence.num_tokens)
-        if needed > self.allocator.num_free:
+        if needed > self.allocator.num_free or len(self.running) >= self._max_num_seqs:
             return False
         sequence.blocks = self.allocator.allocate(needed)
         self.running.append(sequence)
@@ -95,7 +98,7 @@ class Batcher:
         for sequence in self.running:
             if sequence.finish:
                 self._release(sequence)
-                self._answer_lengths.count(len(sequence.output_ids), sequence.max_new_tokens)
+                self._answer_lengths.count(len(sequence.output_ids), _allowed(sequence))
         self.running = [s for s in self.running if not s.finish]
 
     def remove(self, request_ids: Collection[str]) -> None:
@@ -161,7 +164,8 @@ class Batcher:
             return admitted
         # Rows that no decoding sequence needs are free for prompts: so a batch fills up in few passes.
         tokens_left = self._max_num_seqs + self._prefill_tokens - len(self.running)
-        forecast = self._forecast()
+        share = self._answer_lengths.share(sum(len(s.output_ids) for s in self.running))
+        forecast = self._forecast(share)
         while self.waiting and len(self.running) + len(admitted) < self._max_num_seqs:
             sequence = self.waiting[0]
             needed = self._num_blocks(sequence.num_tokens)
@@ -173,7 +177,7 @@ class Batcher:
             is_too_long = admitted and sequence.num_tokens > tokens_left
             if is_too_long or needed + reserve > self.allocator.num_free:
                 break
-            if not forecast.take(sequence.num_tokens, self._remaining(sequence)) and running:
+            if not forecast.take(sequence.num_tokens, _remaining(sequence, share)) and running:
                 break
             self.waiting.popleft()
             sequence.blocks = self.allocator.allocate(needed)
@@ -181,16 +185,13 @@ class Batcher:
             admitted.append(sequence)
         return admitted
 
-    def _forecast(self) -> Forecast:
+    def _forecast(self, share: float) -> Forecast:
         running = self.running
-        remaining = [self._remaining(s) for s in running]
+        remaining = [_remaining(s, share) for s in running]
         return Forecast(
             self._policy.num_blocks, self._policy.block_size, [s.num_tokens for s in running], remaining,
-            horizon=max([*remaining, self._remaining(self.waiting[0])]),
+            horizon=max([*remaining, _remaining(self.waiting[0], share)]),
         )  # fmt: skip
-
-    def _remaining(self, sequence: Sequence) -> int:
-        return self._answer_lengths.remaining(len(sequence.output_ids), sequence.max_new_tokens)
 
     def _num_blocks(self, num_tokens: int) -> int:
         return num_blocks_for(num_tokens, self._policy.block_size)
@@ -219,7 +220,7 @@ class Batcher:
                 chunk.append((sequence, self._piece(sequence, start, end)))
                 room -= end - start
                 start = end
-                if room == 0:
+                if room == 0 or len(chunk) == HEAD_ROWS:  # each may end a prompt, and then has logits
                     yield chunk
                     chunk, room = [], self._policy.chunk_tokens
         if chunk:
@@ -237,3 +238,14 @@ class Batcher:
             next_ids=tokens[start + 1 : end + 1] if wants_scores else (),
             num_prompt_logprobs=sequence.request.params.prompt_logprobs if wants_scores else None,
         )
+
+
+def _allowed(sequence: Sequence) -> int:
+    """Tokens that an answer may have; of one without a limit, more than most have."""
+    has_limit = sequence.request.params.max_tokens is not None
+    return sequence.max_new_tokens if has_limit else min(sequence.max_new_tokens, _UNLIMITED)
+
+
+def _remaining(sequence: Sequence, share: float) -> int:
+    """Tokens that an answer will probably still get, if answers get this share of what they may."""
+    return max(1, round(_allowed(sequence) * share) - len(sequence.output_ids))

@@ -6,23 +6,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_POINTS = 32  # times at which demand is known; between them it hardly turns
+_POINTS = 128  # times at which demand is known: a sequence that ends between two counts until the second
 
 
 class AnswerLengths:
-    """How long answers become, as a share of what they may be; until some have ended, all of it."""
+    """How long answers become, as a share of what they may be; until some have ended, all of it.
+
+    Counted are the tokens of all answers for each that has ended, those that still grow among them: else the first
+    to end, which are the short ones, would speak for all.
+    """
 
     def __init__(self) -> None:
-        self._generated, self._allowed = 1, 1
+        self._generated, self._allowed = 0, 0
 
     def count(self, generated: int, allowed: int) -> None:
         """An answer has ended after so many of the tokens that it was allowed."""
         self._generated += generated
         self._allowed += allowed
 
-    def remaining(self, generated: int, allowed: int) -> int:
-        """Tokens that an answer will probably still get."""
-        return max(1, allowed * self._generated // self._allowed - generated)
+    def share(self, growing: int) -> float:
+        """The share, where the answers that still grow have so many tokens together."""
+        return min(1.0, (self._generated + growing) / self._allowed) if self._allowed else 1.0
 
 
 class Forecast:
@@ -49,12 +53,19 @@ class Forecast:
     ) -> None:
         self._num_blocks, self._block_size = num_blocks, block_size
         self._times = np.unique(np.linspace(0, max(horizon, 1), _POINTS, dtype=np.int64))
+        self._since = np.concatenate([[-1], self._times[:-1]])  # the time before each
         held, left = np.asarray(num_tokens, dtype=np.int64), np.asarray(remaining, dtype=np.int64)
-        self._demand = np.array([self._blocks(held[left >= t] + t).sum() for t in self._times])
+        self._demand = np.array(
+            [
+                self._blocks(held[left > since] + time).sum()
+                for since, time in zip(self._since, self._times, strict=True)
+            ]
+        )
 
     def take(self, num_tokens: int, remaining: int) -> bool:
         """Count a sequence more, if there will be room for it at all times."""
-        demand = self._demand + np.where(remaining >= self._times, self._blocks(num_tokens + self._times), 0)
+        alive = remaining > self._since
+        demand = self._demand + np.where(alive, self._blocks(num_tokens + self._times), 0)
         if demand.max() > self._num_blocks:
             return False
         self._demand = demand

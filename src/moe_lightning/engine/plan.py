@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -69,7 +69,7 @@ def make_plan(
     prediction = None
     if workload is not None and device.type == "cuda":
         planned = search(
-            spec, str(dtype).removeprefix("torch."), memory, measured_rates(device), workload,
+            spec, str(dtype).removeprefix("torch."), memory, measured_rates(device, dtype), workload,
             max_model_len=config.max_model_len or _within(longest, spec), max_num_seqs=config.max_num_seqs,
         )  # fmt: skip
         policy, prediction = planned.policy, planned.prediction
@@ -95,12 +95,15 @@ def usable_host_memory(device: torch.device) -> int:
     return int(0.8 * free) if device.type == "cpu" else free - max(3 * GIB, int(0.03 * free))
 
 
-def measured_rates(device: torch.device) -> Rates:
+def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """What was measured here, if `profile` has; else what usually is reached of a like GPU's datasheet."""
     found, _ = read_cache(cache_path(), this_machine())
     if found is not None and found.gpu is not None:
         return MeasuredRates(found)
-    return DatasheetRates(preset_of_card(torch.cuda.get_device_name(device)) or preset("l4"))
+    known = preset_of_card(torch.cuda.get_device_name(device)) or preset("l4")
+    # Turing emulates bfloat16, slower than this: but a plan for it is a plan.
+    rates = {str(dtype).removeprefix("torch."): known.gpu.flops["float16"], **known.gpu.flops}
+    return DatasheetRates(replace(known, gpu=replace(known.gpu, flops=rates)))
 
 
 def _check_pages(policy: Policy, spec: ModelSpec) -> None:

@@ -15,12 +15,10 @@ from moe_lightning.protocol import ChatCall
 _SAMPLE = 256  # lines that are tokenized
 _LONGEST_SAMPLE = 2**18  # bytes: those lines stay in memory
 _HISTOGRAM = 512
-_ANSWER, _LONGEST_ANSWER = (
-    256,
-    8192,
-)  # tokens of an answer to a request that sets no limit: usual, and allowed
+# Tokens of an answer: where no limit is set, what is usual and what is allowed; of a large limit, what is expected.
+_ANSWER, _LONGEST_ANSWER, _EXPECTED = 256, 2**15, 1024
 _BYTES = 4  # of a token of text, about
-_TEMPLATE = 256  # tokens that a chat template may add
+_TEMPLATE = 2048  # tokens that a chat template may add
 
 
 class Lengths:
@@ -29,6 +27,7 @@ class Lengths:
     def __init__(self) -> None:
         self._sizes = array("Q")
         self._limits = array("q")
+        self._num_answers = 0
         self._sample: list[BatchLine] = []
         self._draw = Random(0)
 
@@ -42,7 +41,8 @@ class Lengths:
             self._sample[place] = line
         self._sizes.append(size)
         limit = line.call.params.max_tokens
-        self._limits.append(-1 if limit is None else limit)
+        self._limits.append(-1 if limit is None else min(limit, _LONGEST_ANSWER))
+        self._num_answers += line.call.params.n
 
     @property
     def longest(self) -> int:
@@ -66,10 +66,9 @@ class Lengths:
         rate = tokens / sizes if sizes else 1.0
         some = Random(0).sample(self._sizes, min(_HISTOGRAM, len(self._sizes)))
         prompts = [max(1, round(rate * size)) for size in some]
-        answers = [max(1, _ANSWER if limit < 0 else limit) for limit in self._limits]
-        return Workload(
-            tuple(sorted(prompts)) or (1,), round(sum(answers) / max(len(answers), 1)) or 1, len(answers) or 1
-        )
+        answers = [_ANSWER if limit < 0 else min(max(limit, 1), _EXPECTED) for limit in self._limits]
+        mean = round(sum(answers) / len(answers)) if answers else 1
+        return Workload(tuple(sorted(prompts)) or (1,), mean, max(1, self._num_answers))
 
 
 def _size(line: BatchLine) -> int:

@@ -46,15 +46,19 @@ def outlook(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload:
         ConfigError: the policy's pages are not the model's, or the machine has no rate for the dtype.
     """
     n = policy.max_num_seqs
-    steady = round(n * workload.mean_prompt / workload.gen_len)
+    # Where answers are short, prompts come no faster than passes have room for them.
+    steady = min(round(n * workload.mean_prompt / workload.gen_len), policy.prefill_tokens)
     model = _Passes(spec, dtype, policy, rates, workload)
     pass_s, lane_s = model.steady(n, steady)
     ramp_s = model.ramp(min(n + policy.prefill_tokens, round(n * workload.mean_prompt)))
     ramp = n * workload.mean_prompt / (n + policy.prefill_tokens)
     requests = workload.num_requests or 2 * n
-    job_s = ramp * max(ramp_s, pass_s / 2) + requests * workload.gen_len / n * pass_s
+    # Passes that the answers need, or the prompts where those are what takes long.
+    passes = max(requests * workload.gen_len / n, requests * workload.mean_prompt / policy.prefill_tokens)
+    job_s = ramp * max(ramp_s, pass_s / 2) + passes * pass_s
     return Prediction(
-        pass_s, lane_s, n, steady, n / pass_s, requests * workload.gen_len / job_s,
+        pass_s, lane_s, n, steady, requests * workload.gen_len / (passes * pass_s),
+        requests * workload.gen_len / job_s,
         job_s if workload.num_requests else None,
     )  # fmt: skip
 
@@ -69,11 +73,12 @@ class _Passes:
 
     def steady(self, decode: int, prefill: int) -> tuple[float, dict[str, float]]:
         """Seconds of a pass in the middle of many, and of each lane in it."""
-        short, long = (self._simulated(decode, prefill, layers) for layers in (_SHORT, _LONG))
         layers = self.spec.num_layers
+        long = self._simulated(decode, prefill, min(_LONG, layers))
+        short = self._simulated(decode, prefill, _SHORT) if layers > _LONG else long
 
         def at_full_depth(a: float, b: float) -> float:
-            return b + (b - a) / (_LONG - _SHORT) * (layers - _LONG)
+            return b + (b - a) / (_LONG - _SHORT) * max(0, layers - _LONG)
 
         lanes = {lane.value: at_full_depth(short[1][lane], long[1][lane]) for lane in Lane}
         between = _HOST_S + _HOST_SEQ_S * decode
@@ -81,7 +86,8 @@ class _Passes:
 
     def ramp(self, prefill: int) -> float:
         """Seconds of a pass that has prompts only."""
-        return self._simulated(0, prefill, _SHORT)[0] * self.spec.num_layers / _SHORT
+        layers = min(_SHORT, self.spec.num_layers)
+        return self._simulated(0, prefill, layers)[0] * self.spec.num_layers / layers
 
     def _simulated(self, decode: int, prefill: int, layers: int) -> tuple[float, dict[Lane, float]]:
         """Seconds until the last token of a pass of fewer layers, and those that each lane works."""

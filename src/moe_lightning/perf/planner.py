@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import ceil
 
-from moe_lightning.errors import ConfigError, NoFeasiblePolicyError, ScheduleError
+from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.cost import DTYPE_BYTES
 from moe_lightning.perf.default_policy import Memory, pages_per_expert
@@ -18,6 +18,7 @@ from moe_lightning.units import format_bytes
 
 _BLOCK_SIZE = 16
 _CHUNK_TOKENS = 2048
+_MOST_PREFILL = 2**16  # more chunks make schedules that take seconds to build
 _FULL = 0.98  # of the blocks are in use on average: some wait for the next tokens of those that run
 # What is tried, the middle first: streamed layers that the ring holds, decode micro-batches, how many times the
 # prompt tokens of a steady pass a pass has room for.
@@ -142,11 +143,12 @@ class _Problem:
             + self._per_layer * self._page_bytes
         )
         streamed = self._per_layer * spec.num_layers * self._page_bytes
-        host = streamed - max(0, self._gpu - gpu) + self._blocks_of_longest() * self._block_bytes
+        streamed = max(0, streamed - max(0, self._gpu - gpu))
+        host = streamed + self._blocks_of_longest() * self._block_bytes
         return NoFeasiblePolicyError(
             f"{spec.architecture} needs {format_bytes(gpu)} of GPU memory to stream one layer at a time, of which "
-            f"{format_bytes(self._gpu)} are allowed, and {format_bytes(host)} of host memory for weights and one "
-            f"sequence of {self._length} tokens, of which there are {format_bytes(self._host)}",
+            f"{format_bytes(max(0, self._gpu))} are allowed, and {format_bytes(host)} of host memory for weights "
+            f"and one sequence of {self._length} tokens, of which there are {format_bytes(self._host)}",
             "Lower max_model_len, or allow more memory",
         )
 
@@ -166,7 +168,7 @@ class _Problem:
         spec, work = self._spec, self._workload
         size = min(HEAD_ROWS, ceil(num_seqs / candidate.micro_batches))
         steady = num_seqs * work.mean_prompt / work.gen_len
-        prefill = max(self._length, ceil(candidate.prefill * steady))
+        prefill = max(self._length, min(ceil(candidate.prefill * steady), _MOST_PREFILL))
         resident = self._resident(num_seqs + prefill, candidate.ring)
         if resident is None:
             return None
@@ -202,9 +204,5 @@ class _Problem:
             least, most = (middle, most) if fits(middle) else (least, middle - 1)
         return tuple(least // layers + (layer < least % layers) for layer in range(layers))
 
-    def _predicted(self, policy: Policy, choice: Choice) -> Planned | None:
-        try:
-            prediction = outlook(self._spec, self._dtype, policy, self._rates, self._workload)
-        except ScheduleError:
-            return None
-        return Planned(policy, prediction, choice)
+    def _predicted(self, policy: Policy, choice: Choice) -> Planned:
+        return Planned(policy, outlook(self._spec, self._dtype, policy, self._rates, self._workload), choice)

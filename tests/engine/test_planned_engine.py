@@ -1,0 +1,38 @@
+"""A policy that the planner finds runs, and gives the tokens of any other."""
+
+from __future__ import annotations
+
+import pytest
+
+from checkpoints import greedy, prompts_of
+from moe_lightning import LLM, SamplingParams
+from moe_lightning.hardware.presets import preset
+from moe_lightning.models import registry
+from moe_lightning.perf.default_policy import Memory
+from moe_lightning.perf.memory import activation_bytes
+from moe_lightning.perf.planner import search
+from moe_lightning.perf.rates import DatasheetRates
+from moe_lightning.perf.workload import Workload
+from moe_lightning.units import GIB
+
+LENGTHS = [1, 5, 9, 30, 17, 42]
+NEW_TOKENS = 8
+
+
+@pytest.mark.parametrize("streamed_share", [0.0, 0.4, 0.9])
+def test_the_planners_policy_gives_the_same_tokens(streamed_share, mixtral, mixtral_reference):
+    spec = registry.resolve(str(mixtral))
+    rates, work = DatasheetRates(preset("l4")), Workload(tuple(sorted(LENGTHS)), NEW_TOKENS, len(LENGTHS))
+    experts = 3 * spec.hidden_size * spec.experts.intermediate_size * spec.experts.num_experts * 4
+    all_experts = experts * spec.num_layers
+    roomy = search(spec, "float32", Memory(GIB, 4 * GIB), rates, work).policy
+    rows = roomy.max_num_seqs + roomy.prefill_tokens
+    others = spec.num_parameters * 4 - all_experts + activation_bytes(spec, 4, rows)
+    room = max(all_experts * (1 - streamed_share), 1.1 * experts) if streamed_share else GIB
+    policy = search(spec, "float32", Memory(GIB, others + int(room)), rates, work).policy
+    assert bool(policy.num_frames) == bool(streamed_share)
+    llm = LLM(mixtral, dtype="float32", device="cpu", policy=policy, executor="threads")
+    prompts = prompts_of(LENGTHS)
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    found = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params)]
+    assert found == [greedy(mixtral_reference, prompt, NEW_TOKENS)[0] for prompt in prompts]
