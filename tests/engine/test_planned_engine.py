@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from checkpoints import greedy, prompts_of
 from moe_lightning import LLM, SamplingParams
+from moe_lightning.engine.plan import measured_rates
 from moe_lightning.hardware.presets import preset
 from moe_lightning.models import registry
 from moe_lightning.perf.default_policy import Memory
@@ -36,3 +38,13 @@ def test_the_planners_policy_gives_the_same_tokens(streamed_share, mixtral, mixt
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     found = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params)]
     assert found == [greedy(mixtral_reference, prompt, NEW_TOKENS)[0] for prompt in prompts]
+
+
+def test_a_card_without_bfloat16_gets_a_plan_for_it_all_the_same(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    rates = measured_rates(torch.device("cuda", 0), torch.bfloat16)
+    spec = registry.resolve("mixtral-8x7b")
+    work = Workload((20, 60, 150), 32)
+    planned = search(spec, "bfloat16", Memory(180 * GIB, 14 * GIB), rates, work)
+    assert planned.prediction.tokens_per_s > 0
