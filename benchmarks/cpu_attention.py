@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from moe_lightning.hardware.host import cpu_name
 from moe_lightning.kernels.cpu_attention import ISA_VARIABLE, CpuAttention, available_isas
 from moe_lightning.memory.arena import host_tensor
 
@@ -188,13 +189,6 @@ def _git(*args: str) -> str:
     ).stdout.strip()
 
 
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -217,12 +211,12 @@ def main() -> None:
     for work in dict.fromkeys(map(bench.fitted, workloads(args.contexts, args.seqs, available_isas()))):
         results.append(bench.run(work))
         print(describe(results[-1]), flush=True)
-    print(f"{args.threads} threads, {_cpu()}, load average before: {load_before:.1f}")
+    print(f"{args.threads} threads, {cpu_name()}, load average before: {load_before:.1f}")
     if args.json:
         report = {
             "commit": _git("rev-parse", "HEAD"),
             "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-            "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load_average_before": load_before},
+            "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "load_average_before": load_before},
             "versions": {"torch": version("torch"), "python": platform.python_version()},
             "arena_bytes": bench.arena.nbytes,
             "results": results,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from moe_lightning.bench.machine import facts
 from moe_lightning.engine.build import build_worker
 from moe_lightning.memory import checkpoint
 from moe_lightning.models.hf_config import HFConfig
@@ -97,7 +98,7 @@ def measure(layers: int, directory: Path) -> dict[str, Any]:
         worker = build_worker(spec, policy, torch.bfloat16, device, tensors=tensors)
         seconds.append(time.perf_counter() - start)
         del worker
-    return {
+    return (facts() if torch.cuda.is_available() else {}) | {
         "bytes": size,
         "read_bytes_per_s": rates,
         "load_s": seconds,

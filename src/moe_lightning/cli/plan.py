@@ -158,7 +158,7 @@ def _plan_ours(spec: ModelSpec, hardware: HardwareSpec, profile: Profile | None,
         with open_input(args.input) as file:
             lengths = survey_input(file).lengths
         workload, longest = lengths.workload(None), min(lengths.longest, spec.max_position)
-    dtype = "float16" if "bfloat16" not in hardware.gpu.flops else spec.dtype
+    dtype = _dtype(spec, hardware)
     report = plan(spec, dtype, found, workload, longest)
     return Answer(to_text(spec, report), report.to_json(), report.planned.policy.micro_batch_size)
 
@@ -182,11 +182,16 @@ _COST_MODELS: dict[str, Callable[[ModelSpec, HardwareSpec, Profile | None, Names
 }
 
 
+def _dtype(spec: ModelSpec, hardware: HardwareSpec) -> str:
+    """The checkpoint's, where the card computes in it."""
+    return spec.dtype if spec.dtype in hardware.gpu.flops else "float16"
+
+
 def _plot(args: Namespace, spec: ModelSpec, hardware: HardwareSpec, micro_batch_size: int) -> None:
     from moe_lightning.perf.roofline import gpu_over_host
     from moe_lightning.perf.roofline_plot import chart_of, draw_roofline
 
-    dtype = "float16" if "bfloat16" not in hardware.gpu.flops else spec.dtype
+    dtype = _dtype(spec, hardware)
     title = f"{args.model} on {hardware.gpu.name}, {dtype}"
     draw_roofline(args.plot, chart_of(spec, gpu_over_host(hardware, dtype), dtype, title, micro_batch_size))
     print(f"wrote {args.plot}", file=sys.stderr)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_lightning.models.spec import RouterScoring, RouterSpec
+from moe_lightning.models.spec import RouterSpec
 
 _ROWS = 4  # tokens of one program
 
@@ -60,12 +60,7 @@ def route(logits: Tensor, router: RouterSpec, topk_ids: Tensor, topk_weights: Te
         router: scoring and number of experts.
         topk_ids: [T, K], any integer type, written.
         topk_weights: [T, K] float32, written.
-
-    Raises:
-        NotImplementedError: no kernel for the scoring.
     """
-    if router.scoring is not RouterScoring.SOFTMAX_TOPK:
-        raise NotImplementedError(f"router scoring {router.scoring} has no GPU kernel")
     num_tokens, num_experts = logits.shape
     if num_tokens == 0:
         return
