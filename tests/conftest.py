@@ -5,6 +5,12 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, so that a change is judged by itself: look for new ones with
+# `pytest --hypothesis-profile=default`, and keep what is found as an `@example`.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items):

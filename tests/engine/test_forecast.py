@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_batcher import Run, policy_of
 
@@ -33,6 +33,7 @@ def test_answers_are_expected_to_be_as_long_as_they_may_be_until_some_were_short
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=20))
+@example([(1, 1), (3, 7), (11, 7), (11, 7)])  # the first ends long before the others are longest
 def test_answers_of_full_length_are_never_put_back(arrivals):
     run = Run(policy_of(max_num_seqs=16, num_blocks=12, block_size=4), longest=32)
     for num_prompt, num_new in arrivals:

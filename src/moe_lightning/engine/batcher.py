@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from moe_lightning.engine.balance import spread
 from moe_lightning.engine.forecast import AnswerLengths, Forecast
@@ -188,9 +189,10 @@ class Batcher:
     def _forecast(self, share: float) -> Forecast:
         running = self.running
         remaining = [_remaining(s, share) for s in running]
+        candidates = islice(self.waiting, self._max_num_seqs - len(running))
         return Forecast(
             self._policy.num_blocks, self._policy.block_size, [s.num_tokens for s in running], remaining,
-            horizon=max([*remaining, _remaining(self.waiting[0], share)]),
+            horizon=max([*remaining, *(_remaining(s, share) for s in candidates)]),
         )  # fmt: skip
 
     def _num_blocks(self, num_tokens: int) -> int:

@@ -40,7 +40,7 @@ class Forecast:
         block_size: tokens of a block.
         num_tokens: that each running sequence holds.
         remaining: tokens that each is expected to add.
-        horizon: the furthest time that matters.
+        horizon: the furthest time that matters: what any of them, or any that may be taken, is expected to add.
     """
 
     def __init__(
