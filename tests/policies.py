@@ -19,9 +19,13 @@ def drawn_policy(number):
     per_layer = NUM_EXPERTS * pages
     resident = tuple(draw.randint(0, per_layer) for _ in range(NUM_LAYERS))
     smallest = per_layer - min(resident)
+    name, parts = NAMES[number % len(NAMES)], draw.choice([1, 2, 3, NUM_EXPERTS])
+    if name == "cgopipe":  # the others sweep whole layers
+        smallest = min(smallest, -(-NUM_EXPERTS // parts) * pages)
     num_micro_batches = (1, 2, 3, 7)[number % 4]
     return {
-        "schedule": NAMES[number % len(NAMES)],
+        "schedule": name,
+        "expert_parts": parts,
         "micro_batch_size": -(-len(LENGTHS) // num_micro_batches),
         "group_size": draw.choice([1, 2, 3, 5, 100]),
         "look_ahead": draw.choice([0, 1, 2, 5, 100]),

@@ -20,6 +20,8 @@ class Policy:
         pages_per_expert: slices of an expert's intermediate dimension; divides it.
         resident_pages: pages of each layer that stay on the GPU (r_w, in pages).
         num_frames: frames of the ring that streamed pages go through.
+        expert_parts: sweeps over a layer's experts, each over some of them (`cgopipe` only; the others take whole
+            layers). The ring must hold the streamed pages of one.
         num_blocks: KV blocks in host memory.
         block_size: tokens in a KV block.
         schedule: name of the builder, `cgopipe` or a baseline.
@@ -37,3 +39,4 @@ class Policy:
     num_blocks: int
     block_size: int = 16
     schedule: str = "cgopipe"
+    expert_parts: int = 1

@@ -54,6 +54,9 @@ def test_the_drawn_policies_meet_the_extremes():
     assert {p["schedule"] for p in policies} == set(SCHEDULES)
     assert any(frames == smallest for frames, smallest in rings)
     assert any(frames > 2 * smallest for frames, smallest in rings)
+    assert any(0 < frames < smallest for frames, smallest in rings), (
+        "less than a layer, where experts are in parts"
+    )
 
 
 @pytest.mark.parametrize("executor", ["serial", "threads"])

@@ -24,12 +24,14 @@ def drawn_policy(number):
     draw = random.Random(number)
     pages = draw.choice([2, 7, 14])
     resident = tuple(draw.randint(0, 8 * pages) for _ in range(NUM_LAYERS))
-    smallest = 8 * pages - min(resident)
+    parts = (1, 2, 4, 8)[number % 4]
+    smallest = min(8 * pages - min(resident), 8 // parts * pages)
     return Policy(
         max_num_seqs=64, micro_batch_size=draw.choice([9, 22, 64]), group_size=draw.choice([1, 2, 100]),
         look_ahead=draw.choice([0, 2, 100]), prefill_tokens=1024, chunk_tokens=draw.choice([200, 512]),
         pages_per_expert=pages, resident_pages=resident,
         num_frames=smallest + (0 if number % 3 == 0 else draw.randint(0, smallest)), num_blocks=640,
+        expert_parts=parts,
     )  # fmt: skip
 
 

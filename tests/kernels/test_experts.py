@@ -9,6 +9,7 @@ import torch
 
 from moe_lightning.kernels import reference
 from moe_lightning.kernels.expert_config import ExpertsConfig, ExpertsShape, Tile, default_config, fit, select
+from moe_lightning.pipeline.shape import experts_in
 
 pytest.importorskip("triton")
 from moe_lightning.kernels import expert_sort as sorting
@@ -44,7 +45,7 @@ def _ids(case, generator, spread):
     return scores.topk(case.top_k, dim=-1).indices
 
 
-def _check(case, device, dtype, assert_close, config=_SMALL, spread="random", max_tokens=None):
+def _check(case, device, dtype, assert_close, config=_SMALL, spread="random", max_tokens=None, parts=1):
     g = torch.Generator().manual_seed(case.tokens)
     num_pages = case.num_experts * case.pages
     table = torch.randperm(num_pages + 3, generator=g)[:num_pages]
@@ -64,12 +65,25 @@ def _check(case, device, dtype, assert_close, config=_SMALL, spread="random", ma
     workspace.rows.fill_(float("nan"))
     workspace.inter.fill_(float("nan"))
     hidden = hidden.to(device)
-    experts.experts_(
-        hidden, x.to(device), ids.to(device), weights.to(device), frames.to(device),
-        table.to(device, torch.int32), case.pages, workspace, config,
-    )  # fmt: skip
+    for part in range(parts):
+        only = experts_in(case.num_experts, parts, part) if parts > 1 else None
+        there = _only(frames, table, case.pages, only)
+        experts.experts_(
+            hidden, x.to(device), ids.to(device), weights.to(device), there.to(device),
+            table.to(device, torch.int32), case.pages, workspace, config, only,
+        )  # fmt: skip
     assert_close(hidden, expected, dtype)
     return hidden
+
+
+def _only(frames, table, pages_per_expert, only):
+    """The frames as they are while the pages of other experts have not come yet, or have gone."""
+    if only is None:
+        return frames
+    there = torch.full_like(frames, float("nan"))
+    mine = table[only.start * pages_per_expert : only.stop * pages_per_expert]
+    there[mine] = frames[mine]
+    return there
 
 
 @pytest.mark.parametrize("load", _LOADS)
@@ -108,6 +122,18 @@ def test_more_tokens_than_the_workspace_holds_are_done_in_turns(device, assert_c
     _check(Case(21), device, torch.float32, assert_close, max_tokens=8)
 
 
+@pytest.mark.parametrize("parts", [2, 3, 4])
+@pytest.mark.parametrize("load", _LOADS)
+def test_parts_of_the_experts_add_up_and_read_no_other_pages(device, load, parts, assert_close):
+    config = dataclasses.replace(_SMALL, **_LOADS[load])
+    dtype = torch.bfloat16 if device.type == "cuda" and config.tma else torch.float32
+    if device.type == "cuda" and config.tma and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs Hopper or later")
+    _check(
+        Case(600 if load == "plain" else 33, num_experts=5), device, dtype, assert_close, config, parts=parts
+    )
+
+
 def test_results_are_the_same_bits_every_time(device, dot_dtype, assert_close):
     first, second = (_check(Case(20), device, dot_dtype, assert_close) for _ in range(2))
     assert torch.equal(first, second)
@@ -123,12 +149,18 @@ def test_slots_are_sorted_by_expert_and_every_row_is_in_one_block(device, num_to
     workspace = experts.Workspace.allocate(num_tokens, 2, num_experts, 16, 16, torch.float32, device)
     workspace.sorted_slots.fill_(-1)
     num_blocks = sorting.sort_slots(
-        ids.to(device), num_experts, block_m, workspace.counts, workspace.sorted_slots, workspace.blocks
+        ids.to(device),
+        range(num_experts),
+        block_m,
+        workspace.counts,
+        workspace.sorted_slots,
+        workspace.blocks,
     )
     order = ids.flatten().argsort(stable=True)
     assert torch.equal(workspace.sorted_slots[:slots].cpu().long(), order)
     covered = []
-    for expert, row, end, _ in workspace.blocks[:num_blocks].tolist():
+    for expert, row, end, total in workspace.blocks[:num_blocks].tolist():
+        assert total == slots
         if expert >= 0:
             rows = range(row, min(row + block_m, end))
             covered.extend(rows)

@@ -30,6 +30,16 @@ def pass_shapes(draw: st.DrawFn) -> PassShape:
     )
 
 
+@st.composite
+def part_shapes(draw: st.DrawFn) -> PassShape:
+    """Passes whose layers are swept in parts, most of them through less than a layer's frames."""
+    shape = draw(pass_shapes())
+    parts = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
+    missing = max(shape.streamed_pages) - sum(parts)
+    shape = replace(shape, part_pages=(*parts, max(missing, 0)))
+    return replace(shape, num_frames=draw(st.integers(shape.least_frames, sum(shape.streamed_pages) + 2)))
+
+
 def relaunched(schedule: Schedule, tasks: list[Task]) -> Schedule:
     """The schedule with other launches, their dependencies derived from what they say they touch."""
     return replace(schedule, tasks=tuple(tasks), deps=derive(tasks))

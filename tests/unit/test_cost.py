@@ -49,6 +49,16 @@ def test_a_gpu_task_costs_its_products_weights_and_buffers(kind: TaskKind, flops
     assert _cost(kind, 1) == Cost(flops=flops, device_bytes=2 * elements)
 
 
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_parts_of_the_experts_cost_what_all_do_together_and_more_rows(parts: int) -> None:
+    work = replace(WORK, tokens=(6, 24, 48), expert_parts=parts)
+    costs = [task_cost(replace(_task(TaskKind.EXPERTS, 1, 2), part=part), work) for part in range(parts)]
+    whole = _cost(TaskKind.EXPERTS, 1, 2, work=replace(work, expert_parts=1))
+    assert sum(cost.flops for cost in costs) == whole.flops
+    rows = 2 * 3 * 72 * H  # each part reads its input and the residual stream and writes it
+    assert sum(cost.device_bytes for cost in costs) == whole.device_bytes + (parts - 1) * rows
+
+
 def test_prefill_attention_costs_the_causal_pairs_of_query_and_key() -> None:
     assert _cost(TaskKind.PREFILL_ATTENTION, 0) == Cost(
         flops=4 * (1 + 2 + 3) * 32 * 128, device_bytes=2 * 3 * (2 * Q + 2 * KV)

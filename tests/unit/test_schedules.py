@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pass_shapes import conflicts, pass_shapes, races, relaunched, reloads
+from pass_shapes import conflicts, part_shapes, pass_shapes, races, relaunched, reloads
 
 from moe_lightning.errors import ScheduleError
 from moe_lightning.pipeline.baselines import SCHEDULES
@@ -21,8 +21,18 @@ from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.pipeline.validate import validate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-every_schedule = pytest.mark.parametrize("name", sorted(SCHEDULES))
 few = settings(max_examples=25, deadline=None)
+
+
+@st.composite
+def any_schedule(draw: st.DrawFn, name: str) -> Schedule:
+    """A pass by a builder; by CGOPipe in parts for the name "parts"."""
+    return (
+        SCHEDULES["cgopipe"](draw(part_shapes())) if name == "parts" else SCHEDULES[name](draw(pass_shapes()))
+    )
+
+
+every_schedule = pytest.mark.parametrize("name", [*sorted(SCHEDULES), "parts"])
 
 
 def overlaps(timeline: Timeline) -> bool:
@@ -40,11 +50,11 @@ def timed(schedule: Schedule, seconds: Sequence[float]) -> Timeline:
 
 @every_schedule
 @few
-@given(shape=pass_shapes(), seed=st.integers(0, 2**32))
+@given(data=st.data(), seed=st.integers(0, 2**32))
 def test_conflicting_tasks_keep_their_order_whatever_tasks_take(
-    name: str, shape: PassShape, seed: int
+    name: str, data: st.DataObject, seed: int
 ) -> None:
-    schedule = SCHEDULES[name](shape)
+    schedule = data.draw(any_schedule(name))
     rng = random.Random(seed)
     for _ in range(10):
         timeline = timed(schedule, [durations(rng) for _ in schedule.tasks])
@@ -53,9 +63,9 @@ def test_conflicting_tasks_keep_their_order_whatever_tasks_take(
 
 @every_schedule
 @few
-@given(shape=pass_shapes())
-def test_every_dependency_is_needed(name: str, shape: PassShape) -> None:
-    schedule = SCHEDULES[name](shape)
+@given(data=st.data())
+def test_every_dependency_is_needed(name: str, data: st.DataObject) -> None:
+    schedule = data.draw(any_schedule(name))
     for index, deps in enumerate(schedule.deps):
         for dep in deps:
             without = list(schedule.deps)
@@ -69,18 +79,16 @@ def test_every_dependency_is_needed(name: str, shape: PassShape) -> None:
 
 @every_schedule
 @few
-@given(shape=pass_shapes())
-def test_launch_order_computes_the_model(name: str, shape: PassShape) -> None:
-    validate(SCHEDULES[name](shape))
+@given(data=st.data())
+def test_launch_order_computes_the_model(name: str, data: st.DataObject) -> None:
+    validate(data.draw(any_schedule(name)))
 
 
 @every_schedule
 @few
-@given(shape=pass_shapes(), data=st.data())
-def test_swapping_neighbours_is_caught_where_they_conflict(
-    name: str, shape: PassShape, data: st.DataObject
-) -> None:
-    schedule = SCHEDULES[name](shape)
+@given(data=st.data())
+def test_swapping_neighbours_is_caught_where_they_conflict(name: str, data: st.DataObject) -> None:
+    schedule = data.draw(any_schedule(name))
     tasks = list(schedule.tasks)
     index = data.draw(st.integers(0, len(tasks) - 2))
     a, b = tasks[index], tasks[index + 1]
@@ -95,9 +103,9 @@ def test_swapping_neighbours_is_caught_where_they_conflict(
 
 @every_schedule
 @few
-@given(shape=pass_shapes(), data=st.data())
-def test_dropping_a_task_is_caught(name: str, shape: PassShape, data: st.DataObject) -> None:
-    schedule = SCHEDULES[name](shape)
+@given(data=st.data())
+def test_dropping_a_task_is_caught(name: str, data: st.DataObject) -> None:
+    schedule = data.draw(any_schedule(name))
     index = data.draw(st.integers(0, len(schedule.tasks) - 1))
     tasks = [task for t, task in enumerate(schedule.tasks) if t != index]
     if reloads(schedule, index):
@@ -109,9 +117,10 @@ def test_dropping_a_task_is_caught(name: str, shape: PassShape, data: st.DataObj
 
 @every_schedule
 @few
-@given(shape=pass_shapes(), data=st.data())
-def test_a_page_in_the_wrong_frame_is_caught(name: str, shape: PassShape, data: st.DataObject) -> None:
-    schedule = SCHEDULES[name](shape)
+@given(data=st.data())
+def test_a_page_in_the_wrong_frame_is_caught(name: str, data: st.DataObject) -> None:
+    schedule = data.draw(any_schedule(name))
+    shape = schedule.shape
     pages = [
         t
         for t, task in enumerate(schedule.tasks)

@@ -15,7 +15,7 @@ from moe_lightning.hardware.presets import preset
 from moe_lightning.models.registry import resolve
 from moe_lightning.perf.default_policy import Memory, default_policy
 from moe_lightning.perf.predict import predict
-from moe_lightning.pipeline.task import PassShape
+from moe_lightning.pipeline.shape import pass_shape
 from moe_lightning.pipeline.timeline import Timeline
 
 SUMMARY = "draw when copies, GPU and CPU worked during a pass"
@@ -90,21 +90,11 @@ def predicted(args: Namespace) -> Timeline:
         raise NoFeasiblePolicyError(
             e.problem, "Lower --num-seqs or name a larger machine as --hardware"
         ) from e
-    pages = spec.experts.num_experts * policy.pages_per_expert
     if args.layers:  # under the policy of the whole model: a few layers alone would all be resident
         spec = replace(spec, num_layers=min(args.layers, spec.num_layers))
     full, rest = divmod(args.num_seqs, args.micro_batch_size)
     tokens = [args.micro_batch_size] * full + [rest] * (rest > 0)
-    shape = PassShape(
-        num_layers=spec.num_layers,
-        num_prefill=0,
-        num_decode=len(tokens),
-        group_size=policy.group_size,
-        look_ahead=policy.look_ahead,
-        streamed_pages=tuple(pages - resident for resident in policy.resident_pages[: spec.num_layers]),
-        num_frames=policy.num_frames,
-        preloaded=True,
-    )
+    shape = pass_shape(policy, spec.experts.num_experts, 0, len(tokens), num_layers=spec.num_layers)
     return predict(
         spec, shape, tokens, args.context, hardware,
         pages_per_expert=policy.pages_per_expert, dtype=dtype, schedule=args.schedule,

@@ -22,6 +22,7 @@ from moe_lightning.perf.outlook import Prediction
 from moe_lightning.perf.planner import search
 from moe_lightning.perf.rates import DatasheetRates, MeasuredRates, Rates
 from moe_lightning.perf.workload import Workload
+from moe_lightning.pipeline.shape import check_ring
 from moe_lightning.policy import Policy
 from moe_lightning.units import GIB
 
@@ -109,6 +110,11 @@ def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 def _check_pages(policy: Policy, spec: ModelSpec) -> None:
     layout = PageLayout.of(spec, policy.pages_per_expert)
     Placement(layout.pages_per_layer, policy.resident_pages, policy.num_frames)
+    if not 1 <= policy.expert_parts <= layout.num_experts:
+        raise ConfigError(
+            f"expert_parts={policy.expert_parts}: a layer has {layout.num_experts} experts; give 1 to as many"
+        )
+    check_ring(policy, layout.num_experts)
 
 
 def checkpoint_directory(config: EngineConfig) -> Path | None:

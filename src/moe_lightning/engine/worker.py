@@ -14,6 +14,7 @@ from moe_lightning.kernels.reference import inverse_frequencies
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.memory.weights import Weights
 from moe_lightning.pipeline.baselines import SCHEDULES
+from moe_lightning.pipeline.shape import pass_shape
 from moe_lightning.pipeline.task import PassShape, Schedule
 from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.policy import Policy
@@ -73,6 +74,7 @@ class Worker:
             self._inv_freq,
             batches,
             self._ring_offset,
+            schedule.shape.num_parts,
         )
         # Until the pass is whole, nothing is known of the ring.
         offset, self._ring_offset, self._is_preloaded = self._ring_offset, 0, False
@@ -114,16 +116,8 @@ class Worker:
         return runner
 
     def _schedule(self, num_prefill: int, num_decode: int) -> Schedule:
-        shape = PassShape(
-            num_layers=self._weights.spec.num_layers,
-            num_prefill=num_prefill,
-            num_decode=num_decode,
-            group_size=self._policy.group_size,
-            look_ahead=self._policy.look_ahead,
-            streamed_pages=self._weights.pages.placement.streamed,
-            num_frames=self._policy.num_frames,
-            preloaded=self._is_preloaded,
-        )
+        num_experts = self._weights.spec.experts.num_experts
+        shape = pass_shape(self._policy, num_experts, num_prefill, num_decode, preloaded=self._is_preloaded)
         return _build(self._policy.schedule, shape)
 
 

@@ -177,34 +177,43 @@ def down_kernel(
 
 
 @triton.jit
-def gather_kernel(x_ptr, sorted_slots_ptr, out_ptr, hidden_size, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def gather_kernel(
+    x_ptr, sorted_slots_ptr, blocks_ptr, out_ptr, hidden_size, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+):
     """Each row's token, so that the rows of an expert lie side by side."""
     row = tl.program_id(0).to(tl.int64)
+    if row >= tl.load(blocks_ptr + 3):
+        return
     token = (tl.load(sorted_slots_ptr + row) // TOP_K).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(x_ptr + token * hidden_size + cols, mask=cols < hidden_size)
     tl.store(out_ptr + row * hidden_size + cols, values, mask=cols < hidden_size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert", "num_experts"])
 def combine_kernel(
     out_ptr,
+    ids_ptr,
     hidden_ptr,
     num_slots,
+    first_expert,
+    num_experts,
     hidden_size,
     TOP_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """hidden[t] += the outputs of the token's slots, in float32 and always in the same order."""
+    """hidden[t] += the outputs of the token's slots with these experts, in float32 and always in the same order."""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < hidden_size
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
+        expert = tl.load(ids_ptr + token * TOP_K + k).to(tl.int32) - first_expert
+        mine = (expert >= 0) & (expert < num_experts)
         for split in tl.static_range(SPLIT_K):
             place = (split * num_slots + token * TOP_K + k) * hidden_size + cols
-            total += tl.load(out_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(out_ptr + place, mask=inside & mine, other=0.0).to(tl.float32)
     hidden = hidden_ptr + token * hidden_size + cols
     total += tl.load(hidden, mask=inside, other=0.0).to(tl.float32)
     tl.store(hidden, total.to(hidden_ptr.dtype.element_ty), mask=inside)

@@ -2,7 +2,8 @@
 
 A *slot* is one (token, k) pair, numbered token * top_k + k. Sorting is a stable counting sort: each chunk of slots
 counts its experts, then each chunk places its slots after those of the chunks before it. No atomics, so the order
-is always the same.
+is always the same. Where the experts are some of a layer's, they are counted from the first of them, and slots of
+others are in no block and have no place.
 """
 
 from __future__ import annotations
@@ -16,27 +17,50 @@ _STEP = 64  # slots looked at together: a [64, experts] table of who goes where
 
 
 @triton.jit
-def _count(ids_ptr, slots_from, num_slots, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr):
+def _expert_of(ids_ptr, slots, num_slots, first_expert, num_experts):
+    """Expert of each slot, counted from `first_expert`; -1 for those of others."""
+    ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=-1).to(tl.int32) - first_expert
+    return tl.where((ids >= 0) & (ids < num_experts) & (slots < num_slots), ids, -1)
+
+
+@triton.jit
+def _count(
+    ids_ptr,
+    slots_from,
+    num_slots,
+    first_expert,
+    num_experts,
+    EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """Slots of each expert [EXPERTS] in the chunk that begins at `slots_from`."""
     experts = tl.arange(0, EXPERTS)
     counts = tl.zeros((EXPERTS,), tl.int32)
     for start in range(slots_from, tl.minimum(slots_from + CHUNK, num_slots), STEP):
         slots = start + tl.arange(0, STEP)
-        ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=-1).to(tl.int32)
+        ids = _expert_of(ids_ptr, slots, num_slots, first_expert, num_experts)
         counts += tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), axis=0)
     return counts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert", "num_experts"])
 def _count_kernel(
-    ids_ptr, counts_ptr, num_slots, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr
+    ids_ptr,
+    counts_ptr,
+    num_slots,
+    first_expert,
+    num_experts,
+    EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     chunk = tl.program_id(0)
-    counts = _count(ids_ptr, chunk * CHUNK, num_slots, EXPERTS, CHUNK, STEP)
+    counts = _count(ids_ptr, chunk * CHUNK, num_slots, first_expert, num_experts, EXPERTS, CHUNK, STEP)
     tl.store(counts_ptr + chunk * EXPERTS + tl.arange(0, EXPERTS), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert", "num_experts"])
 def _place_kernel(
     ids_ptr,
     counts_ptr,
@@ -45,6 +69,7 @@ def _place_kernel(
     num_slots,
     num_chunks,
     num_blocks,
+    first_expert,
     num_experts,
     BLOCK_M: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -57,7 +82,7 @@ def _place_kernel(
     total = tl.zeros((EXPERTS,), tl.int32)
     before = tl.zeros((EXPERTS,), tl.int32)
     if ONE_CHUNK:  # a launch less where only the launches cost time
-        total = _count(ids_ptr, 0, num_slots, EXPERTS, CHUNK, STEP)
+        total = _count(ids_ptr, 0, num_slots, first_expert, num_experts, EXPERTS, CHUNK, STEP)
     else:
         for first in range(0, num_chunks, 16):
             chunks = first + tl.arange(0, 16)
@@ -84,15 +109,16 @@ def _place_kernel(
         tl.store(blocks_ptr + blocks * 4, tl.where(expert < num_experts, expert, -1), mask=inside)
         tl.store(blocks_ptr + blocks * 4 + 1, row, mask=inside)
         tl.store(blocks_ptr + blocks * 4 + 2, end, mask=inside)
+        tl.store(blocks_ptr + blocks * 4 + 3, tl.zeros_like(row) + tl.sum(total), mask=inside)
 
     place = starts + before
     for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, num_slots), STEP):
         slots = start + tl.arange(0, STEP)
-        ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=-1).to(tl.int32)
+        ids = _expert_of(ids_ptr, slots, num_slots, first_expert, num_experts)
         mine = (ids[:, None] == experts[None, :]).to(tl.int32)
         rank = tl.cumsum(mine, 0) - mine
         position = tl.sum(mine * (place[None, :] + rank), axis=1)
-        tl.store(sorted_slots_ptr + position, slots, mask=(slots < num_slots) & (ids >= 0))
+        tl.store(sorted_slots_ptr + position, slots, mask=ids >= 0)
         place += tl.sum(mine, axis=0)
 
 
@@ -103,26 +129,27 @@ def max_blocks(num_slots: int, num_experts: int, block_m: int) -> int:
 
 
 def sort_slots(
-    topk_ids: Tensor, num_experts: int, block_m: int, counts: Tensor, sorted_slots: Tensor, blocks: Tensor
+    topk_ids: Tensor, experts: range, block_m: int, counts: Tensor, sorted_slots: Tensor, blocks: Tensor
 ) -> int:
     """Fill `sorted_slots` and `blocks`; returns how many blocks to launch.
 
     Args:
         topk_ids: [T, K], any integer type, contiguous.
-        num_experts: ids are below it.
+        experts: those whose slots are sorted.
         block_m: rows of a block.
         counts: workspace, [chunks, experts rounded up to a power of two] int32 at least.
         sorted_slots: [T * K] int32 at least: slot of each row, expert by expert.
-        blocks: [max_blocks, 4] int32: expert (-1 for none), first row, end of the expert's rows, unused.
+        blocks: [max_blocks, 4] int32: expert, from 0 for the first of them (-1 for none), first row, end of the
+            expert's rows, rows of all.
     """
-    num_slots = topk_ids.numel()
+    num_slots, num_experts = topk_ids.numel(), len(experts)
     num_chunks = triton.cdiv(num_slots, CHUNK)
     num_blocks = max_blocks(num_slots, num_experts, block_m)
     shape = {"EXPERTS": max(16, triton.next_power_of_2(num_experts)), "CHUNK": CHUNK, "STEP": _STEP}
     if num_chunks > 1:
-        _count_kernel[(num_chunks,)](topk_ids, counts, num_slots, **shape)
+        _count_kernel[(num_chunks,)](topk_ids, counts, num_slots, experts.start, num_experts, **shape)
     _place_kernel[(num_chunks,)](
-        topk_ids, counts, sorted_slots, blocks, num_slots, num_chunks, num_blocks, num_experts,
-        BLOCK_M=block_m, ONE_CHUNK=num_chunks == 1, **shape,
+        topk_ids, counts, sorted_slots, blocks, num_slots, num_chunks, num_blocks,
+        experts.start, num_experts, BLOCK_M=block_m, ONE_CHUNK=num_chunks == 1, **shape,
     )  # fmt: skip
     return num_blocks

@@ -75,6 +75,7 @@ def experts_(
     pages_per_expert: int,
     workspace: Workspace,
     config: ExpertsConfig | None = None,
+    experts: range | None = None,
 ) -> None:
     """Add to each token the weighted outputs of its experts; launches only, nothing is allocated or awaited.
 
@@ -88,6 +89,7 @@ def experts_(
         pages_per_expert: slices of each expert.
         workspace: of the same shapes.
         config: tiles; None for the table's.
+        experts: only the outputs of these, whose pages alone are read; None for all.
     """
     for start in range(0, len(x), workspace.max_tokens):
         part = slice(start, start + workspace.max_tokens)
@@ -100,6 +102,7 @@ def experts_(
             pages_per_expert,
             workspace,
             config,
+            experts,
         )
         num_blocks = call.sort()
         call.gate_up(num_blocks)
@@ -123,7 +126,7 @@ class ExpertsCall:
     pages_per_expert: int
     workspace: Workspace
     config: ExpertsConfig
-    num_experts: int
+    experts: range
     page_rows: int
 
     @classmethod
@@ -137,6 +140,7 @@ class ExpertsCall:
         pages_per_expert: int,
         workspace: Workspace,
         config: ExpertsConfig | None = None,
+        experts: range | None = None,
     ) -> ExpertsCall:
         """A call with the table's configuration where none is given."""
         num_tokens, top_k = topk_ids.shape
@@ -148,21 +152,24 @@ class ExpertsCall:
                 x.dtype.itemsize, capability(x.device),
             )
         )  # fmt: skip
+        experts = range(num_experts) if experts is None else experts
+        mine = page_table[experts.start * pages_per_expert : experts.stop * pages_per_expert]
         return cls(
-            x, topk_ids, topk_weights, frames, page_table, pages_per_expert, workspace, config,
-            num_experts, page_rows,
-        )  # fmt: skip
+            x, topk_ids, topk_weights, frames, mine, pages_per_expert, workspace, config, experts, page_rows
+        )
 
     def sort(self) -> int:
         """Order the slots by expert and, if so configured, copy their tokens; row blocks to launch."""
         w, top_k = self.workspace, self.topk_ids.shape[1]
         num_blocks = sort_slots(
-            self.topk_ids, self.num_experts, self.config.block_m, w.counts, w.sorted_slots, w.blocks
+            self.topk_ids, self.experts, self.config.block_m, w.counts, w.sorted_slots, w.blocks
         )
         if not self.config.gather:
             hidden_size, block = self.x.shape[1], self._copied_at_once
             grid = (self.topk_ids.numel(), triton.cdiv(hidden_size, block))
-            gather_kernel[grid](self.x, w.sorted_slots, w.rows, hidden_size, TOP_K=top_k, BLOCK=block)
+            gather_kernel[grid](
+                self.x, w.sorted_slots, w.blocks, w.rows, hidden_size, TOP_K=top_k, BLOCK=block
+            )
         return num_blocks
 
     def gate_up(self, num_blocks: int) -> None:
@@ -208,8 +215,9 @@ class ExpertsCall:
         block = self._copied_at_once
         grid = (num_tokens, triton.cdiv(hidden_size, block))
         combine_kernel[grid](
-            out, hidden, num_tokens * top_k, hidden_size, TOP_K=top_k, SPLIT_K=split_k, BLOCK=block
-        )
+            out, self.topk_ids, hidden, num_tokens * top_k, self.experts.start, len(self.experts), hidden_size,
+            TOP_K=top_k, SPLIT_K=split_k, BLOCK=block,
+        )  # fmt: skip
 
     def _outputs(self) -> tuple[Tensor, int]:
         """Several shares are kept in float32, since rounding each would add up; no more than there is room for."""

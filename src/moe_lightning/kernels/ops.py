@@ -90,6 +90,7 @@ def experts_(
     page_table: Tensor,
     pages_per_expert: int,
     workspace: Workspace | None,
+    only: range | None = None,
 ) -> None:
     """Add to hidden [T, H] the weighted outputs of each token's experts.
 
@@ -102,15 +103,18 @@ def experts_(
         page_table: [E * pages_per_expert] int32, frame of each page of the layer, expert by expert.
         pages_per_expert: slices of each expert.
         workspace: from `experts_workspace`.
+        only: some of the experts, whose pages alone are read; None for all.
     """
     if not x.is_cuda:
         pages = [frames[frame] for frame in page_table.tolist()]
-        hidden.add_(reference.experts(x, topk_ids, topk_weights, pages, pages_per_expert))
+        hidden.add_(reference.experts(x, topk_ids, topk_weights, pages, pages_per_expert, only))
         return
     from moe_lightning.kernels import experts
 
     assert workspace is not None
-    experts.experts_(hidden, x, topk_ids, topk_weights, frames, page_table, pages_per_expert, workspace)
+    experts.experts_(
+        hidden, x, topk_ids, topk_weights, frames, page_table, pages_per_expert, workspace, experts=only
+    )
 
 
 def prefill_attention(

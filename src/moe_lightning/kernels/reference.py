@@ -66,7 +66,12 @@ def route(router_logits: Tensor, router: RouterSpec) -> tuple[Tensor, Tensor]:
 
 
 def experts(
-    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, pages: Sequence[Tensor], pages_per_expert: int
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    pages: Sequence[Tensor],
+    pages_per_expert: int,
+    only: range | None = None,
 ) -> Tensor:
     """Sum over each token's experts of weight * down(silu(gate x) * up x).
 
@@ -76,6 +81,7 @@ def experts(
         topk_weights: [T, K].
         pages: of one layer, expert by expert: [3 * rows * H] each, as `memory.layout` lays them out.
         pages_per_expert: slices of each expert.
+        only: some of the experts; None for all.
 
     Returns:
         [T, H] in x's dtype. Tokens are grouped by expert, so that each page is read once.
@@ -85,10 +91,12 @@ def experts(
     order = topk_ids.flatten().argsort(stable=True)
     counts = topk_ids.flatten().bincount(minlength=num_experts).tolist()
     grouped = x[order // k]
-    outputs = torch.empty_like(grouped)
+    outputs = torch.zeros_like(grouped)
     start = 0
     for expert, count in enumerate(counts):
-        if count:
+        if only is not None and expert not in only:
+            start += count
+        elif count:
             rows = slice(start, start + count)
             mine = pages[expert * pages_per_expert : (expert + 1) * pages_per_expert]
             outputs[rows] = _expert(grouped[rows], mine)

@@ -75,11 +75,6 @@ class Placement:
                 f"resident_pages={self.resident}: each layer has {self.pages_per_layer} pages; "
                 "give from none to all of them"
             )
-        if self.num_ring_frames < max(self.streamed):
-            raise ConfigError(
-                f"num_frames={self.num_ring_frames} cannot hold the {max(self.streamed)} streamed pages of a "
-                "layer; give as many frames or more resident pages"
-            )
 
     @cached_property
     def streamed(self) -> tuple[int, ...]:

@@ -90,13 +90,13 @@ class PageStore:
             self._staging = StagingRing(self.layout.page_elements, self.host.dtype)
         self._staging.copy(self._frames[frame], self.home(layer, page))
 
-    def check(self, layer: int, frames: list[int]) -> None:
-        """Make sure that `frames` hold the streamed pages of the layer in order.
+    def check(self, layer: int, first: int, frames: list[int]) -> None:
+        """Make sure that `frames` hold the streamed pages of the layer in order, from page `first` on.
 
         Raises:
             ScheduleError: a frame holds another page.
         """
-        for page, frame in enumerate(frames, start=self.placement.resident[layer]):
+        for page, frame in enumerate(frames, start=max(first, self.placement.resident[layer])):
             if self._content[frame] != (layer, page):
                 raise ScheduleError(
                     f"experts of layer {layer} want page {page} in frame {frame}, "

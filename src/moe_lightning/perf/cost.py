@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.spec import HardwareSpec
 from moe_lightning.models.spec import ModelSpec
+from moe_lightning.pipeline.shape import experts_in
 from moe_lightning.pipeline.task import Lane, Task, TaskKind
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -39,6 +40,7 @@ class PassWork:
         context_tokens: keys attended to, summed over the tokens: a decode token attends to its sequence up to
             and with itself, the i-th of a prompt to i; no token to more than the sliding window.
         sampled_rows: tokens whose logits are computed.
+        expert_parts: sweeps over a layer's experts; tokens are taken to reach all experts alike.
 
     Raises:
         ConfigError: the dtype is not known, or the pages are not equal slices.
@@ -50,6 +52,11 @@ class PassWork:
     tokens: tuple[int, ...]
     context_tokens: tuple[int, ...]
     sampled_rows: tuple[int, ...]
+    expert_parts: int = 1
+
+    def num_experts_in(self, part: int) -> int:
+        """Experts that a part sweeps."""
+        return len(experts_in(self.spec.experts.num_experts, self.expert_parts, part))
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
@@ -171,12 +178,14 @@ def _load_page(work: PassWork, _: Task) -> Cost:
 
 
 def _experts(work: PassWork, task: Task) -> Cost:
-    """One sweep over the experts, of which t tokens reach no more than top_k t."""
+    """One sweep over a part of the experts, of which t tokens reach no more than top_k t."""
     t, h, e = _tokens(work, task), work.spec.hidden_size, work.spec.experts
     weights = 3 * h * e.intermediate_size  # of one expert
-    reached = min(e.num_experts, e.top_k * t)
+    swept = work.num_experts_in(task.part)
+    slots = e.top_k * t * swept // e.num_experts
+    reached = min(swept, e.top_k * t)
     # The experts' input is read, the residual stream read and written.
-    return _gpu(work, 2 * e.top_k * t * weights, reached * weights + 3 * t * h)
+    return _gpu(work, 2 * slots * weights, reached * weights + 3 * t * h)
 
 
 def _sample(work: PassWork, task: Task) -> Cost:

@@ -8,7 +8,8 @@ from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.predict import predict
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload
-from moe_lightning.pipeline.task import Lane, PassShape
+from moe_lightning.pipeline.shape import pass_shape
+from moe_lightning.pipeline.task import Lane
 from moe_lightning.policy import Policy
 
 _SHORT, _LONG = 4, 8  # layers simulated; a pass takes a constant and so much a layer
@@ -93,12 +94,7 @@ class _Passes:
         """Seconds until the last token of a pass of fewer layers, and those that each lane works."""
         policy, work = self.policy, self.workload
         chunks, groups = _cut(prefill, policy.chunk_tokens), _cut(decode, policy.micro_batch_size)
-        pages = self.spec.experts.num_experts * policy.pages_per_expert
-        streamed = tuple(pages - resident for resident in policy.resident_pages[:layers])
-        shape = PassShape(
-            layers, len(chunks), len(groups), policy.group_size, policy.look_ahead, streamed, policy.num_frames,
-            preloaded=policy.num_frames > max(streamed),
-        )  # fmt: skip
+        shape = pass_shape(policy, self.spec.experts.num_experts, len(chunks), len(groups), num_layers=layers)
         timeline = predict(
             replace(self.spec, num_layers=layers), shape, chunks + groups, work.mean_context(), self.rates,
             pages_per_expert=policy.pages_per_expert, dtype=self.dtype, schedule=policy.schedule,

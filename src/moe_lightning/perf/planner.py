@@ -20,9 +20,10 @@ _BLOCK_SIZE = 16
 _CHUNK_TOKENS = 2048
 _MOST_PREFILL = 2**16  # more chunks make schedules that take seconds to build
 _FULL = 0.98  # of the blocks are in use on average: some wait for the next tokens of those that run
-# What is tried, the middle first: streamed layers that the ring holds, decode micro-batches, how many times the
-# prompt tokens of a steady pass a pass has room for.
-_RINGS = (1.5, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0)
+# What is tried, the middle first: streamed layers that the ring holds, sweeps over a layer's experts, decode
+# micro-batches, how many times the prompt tokens of a steady pass a pass has room for.
+_RINGS = (1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0)
+_PARTS = (4, 1, 2, 8)
 _MICRO_BATCHES = (8, 4, 12, 16)
 _PREFILLS = (2.0, 1.25, 1.5, 3.0, 4.0)
 
@@ -35,11 +36,13 @@ class Choice:
         ring: streamed layers that the ring of frames holds.
         micro_batches: of decode sequences in a pass.
         prefill: how many times the prompt tokens of a steady pass a pass has room for.
+        parts: sweeps over a layer's experts.
     """
 
     ring: float
     micro_batches: int
     prefill: float
+    parts: int
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,12 @@ def search(
         NoFeasiblePolicyError: nothing fits.
     """
     problem = _Problem(spec, dtype, memory, rates, workload, max_model_len, max_num_seqs)
-    best = near or Choice(_RINGS[0], _MICRO_BATCHES[0], _PREFILLS[0])
+    parts = [count for count in _PARTS if count <= spec.experts.num_experts]
+    best = near or Choice(_RINGS[0], _MICRO_BATCHES[0], _PREFILLS[0], parts[0])
     for _ in range(1 if near else 2):
         best = max((replace(best, ring=ring) for ring in _RINGS), key=problem.value)
         if not near:
+            best = max((replace(best, parts=count) for count in parts), key=problem.value)
             best = max((replace(best, prefill=prefill) for prefill in _PREFILLS), key=problem.value)
             best = max((replace(best, micro_batches=count) for count in _MICRO_BATCHES), key=problem.value)
     found = problem.solve(best)
@@ -137,16 +142,13 @@ class _Problem:
 
     def explain(self) -> NoFeasiblePolicyError:
         spec, rows = self._spec, 1 + self._length
-        gpu = (
-            self._others
-            + activation_bytes(spec, self._dtype_bytes, rows)
-            + self._per_layer * self._page_bytes
-        )
+        smallest = self._largest_part(max(count for count in _PARTS if count <= spec.experts.num_experts))
+        gpu = self._others + activation_bytes(spec, self._dtype_bytes, rows) + smallest * self._page_bytes
         streamed = self._per_layer * spec.num_layers * self._page_bytes
         streamed = max(0, streamed - max(0, self._gpu - gpu))
         host = streamed + self._blocks_of_longest() * self._block_bytes
         return NoFeasiblePolicyError(
-            f"{spec.architecture} needs {format_bytes(gpu)} of GPU memory to stream one layer at a time, of which "
+            f"{spec.architecture} needs {format_bytes(gpu)} of GPU memory to stream its experts, of which "
             f"{format_bytes(max(0, self._gpu))} are allowed, and {format_bytes(host)} of host memory for weights "
             f"and one sequence of {self._length} tokens, of which there are {format_bytes(self._host)}",
             "Lower max_model_len, or allow more memory",
@@ -169,7 +171,7 @@ class _Problem:
         size = min(HEAD_ROWS, ceil(num_seqs / candidate.micro_batches))
         steady = num_seqs * work.mean_prompt / work.gen_len
         prefill = max(self._length, min(ceil(candidate.prefill * steady), _MOST_PREFILL))
-        resident = self._resident(num_seqs + prefill, candidate.ring)
+        resident = self._resident(num_seqs + prefill, candidate)
         if resident is None:
             return None
         streamed = [self._per_layer - r for r in resident]
@@ -180,21 +182,28 @@ class _Problem:
         return Policy(
             max_num_seqs=num_seqs, micro_batch_size=size, group_size=2**16, look_ahead=2 * ceil(num_seqs / size),
             prefill_tokens=prefill, chunk_tokens=min(_CHUNK_TOKENS, prefill), pages_per_expert=self._pages,
-            resident_pages=resident, num_frames=ceil(candidate.ring * max(streamed)),
+            resident_pages=resident, num_frames=self._num_frames(candidate, max(streamed)),
             num_blocks=min(blocks, self._most_seqs * self._blocks_of_longest()), block_size=_BLOCK_SIZE,
+            expert_parts=candidate.parts,
         )  # fmt: skip
 
-    def _resident(self, rows: int, ring: float) -> tuple[int, ...] | None:
-        """Pages of each layer that stay on the GPU beside a ring of so many streamed layers."""
+    def _num_frames(self, candidate: Choice, streamed: int) -> int:
+        """Of a ring for so many streamed pages a layer; the largest part must fit."""
+        return max(ceil(candidate.ring * streamed), min(self._largest_part(candidate.parts), streamed))
+
+    def _largest_part(self, parts: int) -> int:
+        """Pages of the largest of so many parts."""
+        return -(-self._spec.experts.num_experts // parts) * self._pages
+
+    def _resident(self, rows: int, candidate: Choice) -> tuple[int, ...] | None:
+        """Pages of each layer that stay on the GPU beside the candidate's ring."""
         layers, per_layer = self._spec.num_layers, self._per_layer
         room = self._gpu - self._others - activation_bytes(self._spec, self._dtype_bytes, rows)
         frames = room // self._page_bytes
 
         def fits(total: int) -> bool:
-            return (
-                total + (ceil(ring * (per_layer - total // layers)) if total < per_layer * layers else 0)
-                <= frames
-            )
+            streamed = per_layer - total // layers if total < per_layer * layers else 0
+            return total + self._num_frames(candidate, streamed) <= frames
 
         if not fits(0):
             return None

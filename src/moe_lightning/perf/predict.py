@@ -56,7 +56,9 @@ def predict(
     context += [round(count * keys) for count in tokens[n:]]
     # A prompt's last token is sampled from, and each decode token.
     rows = tuple(round(number) for number in prompts) + tuple(tokens[n:])
-    work = PassWork(spec, dtype or spec.dtype, pages_per_expert, tuple(tokens), tuple(context), rows)
+    work = PassWork(
+        spec, dtype or spec.dtype, pages_per_expert, tuple(tokens), tuple(context), rows, shape.num_parts
+    )
     return predict_pass(work, shape, hardware, schedule)
 
 

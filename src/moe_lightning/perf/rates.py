@@ -129,7 +129,8 @@ class _Measured:
                 mean = work.context_tokens[task.micro_batches[0]] * 2 / max(tokens, 1)
                 return self._prefill.seconds(max(mean, 1.0), cost.flops) + moved
             case TaskKind.EXPERTS:
-                return self._experts.seconds(self._shape, tokens) + moved
+                share = work.num_experts_in(task.part) / spec.experts.num_experts
+                return self._experts.seconds(self._shape, tokens) * share + moved
             case TaskKind.SAMPLE:
                 rows = sum(work.sampled_rows[j] for j in task.micro_batches)
                 return self._head.seconds(spec.hidden_size, spec.vocab_size, max(rows, 1)) + moved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from moe_lightning.pipeline import cgopipe
 from moe_lightning.pipeline.builder import PassBuilder
@@ -12,9 +13,14 @@ from moe_lightning.pipeline.task import PassShape, Schedule
 _KV_SLOTS = 2  # one is attended to while the next is filled
 
 
+def _builder(shape: PassShape) -> PassBuilder:
+    """A builder of passes that sweep whole layers, as all of these do."""
+    return PassBuilder(replace(shape, part_pages=()))
+
+
 def no_overlap(shape: PassShape) -> Schedule:
     """One task at a time: each waits for the one launched before it."""
-    builder = PassBuilder(shape)
+    builder = _builder(shape)
     for layer in range(shape.num_layers):
         builder.load_pages(builder.pages_before(layer + 1))
         for j in range(shape.num_micro_batches):
@@ -35,7 +41,7 @@ def _serial(schedule: Schedule) -> Schedule:
 
 def flexgen(shape: PassShape) -> Schedule:
     """Decode attention on the GPU; the next micro-batch's KV and pages of the next layer come meanwhile."""
-    builder = PassBuilder(shape)
+    builder = _builder(shape)
     prefetch = _KVPrefetch(builder)
     prefetch.launch(1)
     for layer in range(shape.num_layers):
@@ -72,7 +78,7 @@ class _KVPrefetch:
 
 def flexgen_cpu(shape: PassShape) -> Schedule:
     """Decode attention on the CPU, each micro-batch finished before the next begins; pages come meanwhile."""
-    builder = PassBuilder(shape)
+    builder = _builder(shape)
     for layer in range(shape.num_layers):
         for j in range(shape.num_micro_batches):
             _attend_on_cpu(builder, layer, j)
@@ -88,7 +94,7 @@ def whole_layer(shape: PassShape) -> Schedule:
     They go out at the start of a layer, so that its first attention output waits behind them. Where the ring
     has no room for a second layer, the rest follows when this layer is done with its own.
     """
-    builder = PassBuilder(shape)
+    builder = _builder(shape)
     ahead = LookAhead(builder)
     ahead.launch(shape.look_ahead)
     for layer in range(shape.num_layers):

@@ -15,18 +15,19 @@ class PassBuilder:
     pass. Page k of it goes to frame k mod num_frames.
 
     Raises:
-        ScheduleError: the ring cannot hold the pages of one layer, or the shape is not a pass.
+        ScheduleError: the ring cannot hold the pages that one sweep reads, or the shape is not a pass.
     """
 
     def __init__(self, shape: PassShape) -> None:
         _check(shape)
         self.shape = shape
         self._tasks: list[Task] = []
-        layers = range(shape.num_layers)
+        layers, parts = range(shape.num_layers), range(shape.num_parts)
         self._pages = [(layer, page) for layer in layers for page in range(shape.streamed_pages[layer])]
+        self._part_of = [p for layer in layers for p in parts for _ in shape.streamed_in(layer, p)]
         self._first_page = [sum(shape.streamed_pages[:layer]) for layer in layers]
         self._next_page = shape.pages_ahead if shape.preloaded else 0
-        self._groups_done: list[set[int]] = [set() for _ in range(shape.num_layers)]
+        self._groups_done: list[list[set[int]]] = [[set() for _ in parts] for _ in layers]
         self._group_of = {j: g for g, members in enumerate(shape.groups) for j in members}
 
     # What each task does to buffers.
@@ -80,18 +81,16 @@ class PassBuilder:
         out, hidden, experts_in = (Buffer(kind, j) for kind in (B.ATTENTION_OUT, B.HIDDEN, B.EXPERTS_IN))
         self._add(TaskKind.POST_ATTENTION, Lane.GPU, layer, (j,), (out, hidden), (hidden, experts_in))
 
-    def experts(self, layer: int, group: int) -> None:
-        """One sweep over a layer's experts for a group, once all pages of the layer are launched."""
-        self.load_pages(self.pages_before(layer + 1))
+    def experts(self, layer: int, group: int, part: int = 0) -> None:
+        """One sweep over a part of a layer's experts for a group, once all its pages are launched."""
+        first, streamed = self.pages_before(layer), self.shape.streamed_in(layer, part)
+        self.load_pages(first + streamed.stop)
         members = self.shape.groups[group]
         hidden = tuple(Buffer(B.HIDDEN, j) for j in members)
         inputs = tuple(Buffer(B.EXPERTS_IN, j) for j in members)
-        frames = tuple(
-            Buffer(B.FRAME, page % self.shape.num_frames)
-            for page in range(self.pages_before(layer), self.pages_before(layer + 1))
-        )
-        self._add(TaskKind.EXPERTS, Lane.GPU, layer, members, hidden + inputs + frames, hidden)
-        self._groups_done[layer].add(group)
+        frames = tuple(Buffer(B.FRAME, (first + page) % self.shape.num_frames) for page in streamed)
+        self._add(TaskKind.EXPERTS, Lane.GPU, layer, members, hidden + inputs + frames, hidden, part)
+        self._groups_done[layer][part].add(group)
 
     def sample(self, j: int) -> None:
         """Final norm, head and sampling."""
@@ -122,16 +121,16 @@ class PassBuilder:
     def _is_frame_free(self, page: int) -> bool:
         """Whether every reader of the page that had the frame before is launched."""
         before = page - self.shape.num_frames
-        return before < 0 or self._is_layer_done(self._pages[before][0])
-
-    def _is_layer_done(self, layer: int) -> bool:
-        return len(self._groups_done[layer]) == len(self.shape.groups)
+        if before < 0:
+            return True
+        done = self._groups_done[self._pages[before][0]][self._part_of[before]]
+        return len(done) == len(self.shape.groups)
 
     # Reading the state.
 
     def is_group_done(self, layer: int, j: int) -> bool:
         """Whether the experts of the layer are launched for j."""
-        return self._group_of[j] in self._groups_done[layer]
+        return self._group_of[j] in self._groups_done[layer][-1]
 
     def group_ending_at(self, j: int) -> int | None:
         """The group whose last member is j."""
@@ -140,6 +139,8 @@ class PassBuilder:
 
     def finish(self, name: str) -> Schedule:
         """The schedule, with derived dependencies."""
+        if self.shape.part_pages:
+            self.load_pages(len(self._pages) + self.shape.pages_ahead)
         tasks = tuple(self._tasks)
         return Schedule(name, self.shape, tasks, hazards.derive(tasks))
 
@@ -154,8 +155,9 @@ class PassBuilder:
         micro_batches: tuple[int, ...],
         reads: tuple[Buffer, ...] = (),
         writes: tuple[Buffer, ...] = (),
+        part: int = 0,
     ) -> None:
-        self._tasks.append(Task(kind, lane, layer, micro_batches, reads, writes))
+        self._tasks.append(Task(kind, lane, layer, micro_batches, reads, writes, part=part))
 
 
 def _check(shape: PassShape) -> None:
@@ -167,9 +169,13 @@ def _check(shape: PassShape) -> None:
         raise ScheduleError(
             f"streamed_pages has {len(shape.streamed_pages)} entries for {shape.num_layers} layers"
         )
-    most = max(shape.streamed_pages)
-    if shape.num_frames < most:
+    if shape.part_pages and sum(shape.part_pages) < max(shape.streamed_pages):
         raise ScheduleError(
-            f"a ring of {shape.num_frames} frames cannot hold the {most} streamed pages of one layer; "
-            f"give it {most} frames or keep more pages resident"
+            f"part_pages={shape.part_pages} for a layer that streams {max(shape.streamed_pages)} pages; give the "
+            "pages of all its experts"
+        )
+    if shape.num_frames < shape.least_frames:
+        raise ScheduleError(
+            f"a ring of {shape.num_frames} frames cannot hold the {shape.least_frames} streamed pages that one "
+            f"sweep over experts reads; give it {shape.least_frames} frames or keep more pages resident"
         )

@@ -12,7 +12,8 @@ def build(shape: PassShape) -> Schedule:
     With groups of one micro-batch, a look-ahead of two and as many pages as micro-batches it is Algorithm 1.
     Larger groups sweep a layer's experts once for several micro-batches. Prompts fill the GPU's time while the CPU
     attends: their attention comes before that of the decode micro-batches is awaited, and their experts after the
-    decode sequences have left for the next layer's attention.
+    decode sequences have left for the next layer's attention. Where experts are swept in parts, the groups come
+    part by part, so that the frames of each are soon free.
     """
     builder = PassBuilder(shape)
     ahead = LookAhead(builder)
@@ -31,11 +32,29 @@ def build(shape: PassShape) -> Schedule:
             builder.load_hidden(layer, j, Lane.BACK)
             builder.load_pages(pages_due(builder, layer, j))
             builder.post_attention(layer, j)
-            close_group(builder, layer, j)
+            if not shape.part_pages:
+                close_group(builder, layer, j)
             ahead.launch(ahead.position(layer, j) + 1 + shape.look_ahead)
-        for j in chunks:
-            close_group(builder, layer, j)
+        if shape.part_pages:
+            sweep_parts(builder, ahead, layer)
+        else:
+            for j in chunks:
+                close_group(builder, layer, j)
     return builder.finish("cgopipe")
+
+
+def sweep_parts(builder: PassBuilder, ahead: LookAhead, layer: int) -> None:
+    """The layer's experts part by part; after the last the decode sequences leave before the prompts' turn."""
+    shape = builder.shape
+    chunks = [g for g, members in enumerate(shape.groups) if members[0] < shape.num_prefill]
+    decode = range(len(chunks), len(shape.groups))
+    for part in range(shape.num_parts):
+        for group in (*decode, *chunks):
+            builder.experts(layer, group, part)
+            if part == shape.num_parts - 1:
+                sample_after_last(builder, layer, group)
+                ahead.launch((layer + 1) * shape.num_decode + shape.look_ahead)
+        builder.load_pages(builder.pages_before(shape.num_layers) + shape.pages_ahead)
 
 
 def prefill(builder: PassBuilder, layer: int, j: int) -> None:
@@ -58,6 +77,11 @@ def close_group(builder: PassBuilder, layer: int, j: int) -> None:
     if group is None:
         return
     builder.experts(layer, group)
+    sample_after_last(builder, layer, group)
+
+
+def sample_after_last(builder: PassBuilder, layer: int, group: int) -> None:
+    """The tokens of a group whose experts of this layer are done, if no layer follows."""
     if layer == builder.shape.num_layers - 1:
         for member in builder.shape.groups[group]:
             builder.sample(member)

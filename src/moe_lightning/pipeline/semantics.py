@@ -126,6 +126,7 @@ class Machine:
         if rule.name == _COPY:
             return args[0]
         layer = f" L{task.layer}" if task.layer >= 0 else ""
+        layer += f" part{task.part}" if task.part else ""
         return self._terms.term(f"{rule.name}{layer} mb{j}", *args)
 
 
@@ -134,7 +135,7 @@ def streamed(shape: PassShape) -> list[tuple[int, int]]:
     return [(layer, page) for layer, pages in enumerate(shape.streamed_pages) for page in range(pages)]
 
 
-Place = tuple[TaskKind, int, int, B]  # kind, layer, micro-batch, kind of buffer
+Place = tuple[TaskKind, int, int, int, B]  # kind, layer, part of the experts, micro-batch, kind of buffer
 
 
 def reference(shape: PassShape, terms: Symbols) -> dict[Place, Symbol]:
@@ -149,7 +150,9 @@ def reference(shape: PassShape, terms: Symbols) -> dict[Place, Symbol]:
             loops.run(T.PRE_ATTENTION, layer, j)
             loops.attend(layer, j)
             loops.run(T.POST_ATTENTION, layer, j)
-            loops.run(T.EXPERTS, layer, j, frames)
+            for part in range(shape.num_parts):
+                pages = shape.streamed_in(layer, part)
+                loops.run(T.EXPERTS, layer, j, frames[pages.start : pages.stop], part)
     for j in range(shape.num_micro_batches):
         loops.run(T.SAMPLE, -1, j)
     return loops.expected
@@ -163,8 +166,8 @@ class _PlainLoops:
         self._shape = shape
         self._machine = Machine(shape, terms)
 
-    def run(self, kind: TaskKind, layer: int, j: int, reads: tuple[Buffer, ...] = ()) -> None:
-        task = Task(kind, Lane.GPU, layer, (j,), reads, ())
+    def run(self, kind: TaskKind, layer: int, j: int, reads: tuple[Buffer, ...] = (), part: int = 0) -> None:
+        task = Task(kind, Lane.GPU, layer, (j,), reads, (), part=part)
         self._keep(task, self._machine.run(task))
 
     def load(self, layer: int, frames: tuple[Buffer, ...]) -> None:
@@ -184,4 +187,4 @@ class _PlainLoops:
 
     def _keep(self, task: Task, writes: list[Write]) -> None:
         for j, buffer, symbol in writes:
-            self.expected[task.kind, task.layer, j, buffer.kind] = symbol
+            self.expected[task.kind, task.layer, task.part, j, buffer.kind] = symbol

@@ -32,7 +32,7 @@ class TaskKind(StrEnum):
     GPU_ATTENTION = "gpu_attention"  # decode attention of j over KV loaded to the GPU (baselines)
     POST_ATTENTION = "post_attention"  # output projection, norm, router of j
     LOAD_PAGE = "load_page"  # one page of expert weights -> frame
-    EXPERTS = "experts"  # experts of one layer for all micro-batches of g
+    EXPERTS = "experts"  # a part of one layer's experts for all micro-batches of g
     SAMPLE = "sample"  # final norm, head, sampling of j
 
 
@@ -64,7 +64,7 @@ class Task:
 
     `layer` is -1 outside the layers; `micro_batches` are those it works on; `page` counts the streamed pages of
     its layer and `frame` is the place in the ring (LOAD_PAGE only). A page may belong to the next pass: then
-    `layer` is the layer of that pass and `next_pass` is set.
+    `layer` is the layer of that pass and `next_pass` is set. `part` is that of the layer's experts (EXPERTS only).
     """
 
     kind: TaskKind
@@ -76,6 +76,7 @@ class Task:
     page: int = -1
     frame: int = -1
     next_pass: bool = False
+    part: int = 0
 
     def __str__(self) -> str:
         """Short name such as ``experts L3 mb0-7`` or ``load_page L4 p2>f5``."""
@@ -83,7 +84,8 @@ class Task:
         if self.kind is TaskKind.LOAD_PAGE:
             return f"{self.kind}{layer}{'+' if self.next_pass else ''} p{self.page}>f{self.frame}"
         first, last = self.micro_batches[0], self.micro_batches[-1]
-        return f"{self.kind}{layer} mb{first}" + (f"-{last}" if last != first else "")
+        part = f" part{self.part}" if self.part else ""
+        return f"{self.kind}{layer}{part} mb{first}" + (f"-{last}" if last != first else "")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ class PassShape:
     Micro-batches 0 .. num_prefill - 1 are prefill chunks, the following num_decode ones are decode. Chunks of
     one prompt are consecutive. `streamed_pages[l]` pages of layer l go through the ring of `num_frames` frames;
     the others are resident. `preloaded` says that the previous pass has loaded this pass's first pages.
+
+    Where a layer's experts are swept in parts, `part_pages` has the pages of each; the first of them are resident.
+    So frames are free again before the whole layer is done, and the ring may be smaller than a layer.
     """
 
     num_layers: int
@@ -103,6 +108,27 @@ class PassShape:
     streamed_pages: tuple[int, ...]
     num_frames: int
     preloaded: bool = False
+    part_pages: tuple[int, ...] = ()
+
+    @property
+    def num_parts(self) -> int:
+        """Sweeps over a layer's experts, each over some of them."""
+        return max(1, len(self.part_pages))
+
+    def streamed_in(self, layer: int, part: int) -> range:
+        """Which of the layer's streamed pages a part of its experts has."""
+        streamed = self.streamed_pages[layer]
+        if not self.part_pages:
+            return range(streamed)
+        resident = sum(self.part_pages) - streamed
+        start = sum(self.part_pages[:part]) - resident
+        return range(max(0, start), max(0, start + self.part_pages[part]))
+
+    @cached_property
+    def least_frames(self) -> int:
+        """Frames without which a ring does not turn: those of the largest part."""
+        layers, parts = range(self.num_layers), range(self.num_parts)
+        return max((len(self.streamed_in(layer, part)) for layer in layers for part in parts), default=0)
 
     @property
     def num_micro_batches(self) -> int:
@@ -125,12 +151,12 @@ class PassShape:
 
     @property
     def pages_ahead(self) -> int:
-        """First pages of the next pass that this pass loads in its tail.
+        """First pages of the next pass that this pass loads in its tail: as many as the ring holds.
 
-        They need frames that the last layer's own pages do not use.
+        Where a layer is one part, as in the paper, only those for which the last layer's own pages leave frames.
         """
-        total = sum(self.streamed_pages)
-        return min(self.num_frames - max(self.streamed_pages, default=0), total)
+        held = 0 if self.part_pages else max(self.streamed_pages, default=0)
+        return min(self.num_frames - held, sum(self.streamed_pages))
 
 
 @dataclass(frozen=True)

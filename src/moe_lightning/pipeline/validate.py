@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moe_lightning.errors import ScheduleError
 from moe_lightning.pipeline.hazards import LaneOrder
-from moe_lightning.pipeline.semantics import Machine, Write, kv_buffer, reference, streamed, touched
+from moe_lightning.pipeline.semantics import Machine, Place, Write, kv_buffer, reference, streamed, touched
 from moe_lightning.pipeline.symbols import Symbol, Symbols
 from moe_lightning.pipeline.task import Buffer, BufferKind, PassShape, Schedule, Task, TaskKind
 
@@ -90,7 +90,7 @@ def _check_values(schedule: Schedule) -> None:
     for index, task in enumerate(schedule.tasks):
         for write in machine.run(task):
             if task.kind is not TaskKind.LOAD_PAGE:
-                place = (task.kind, task.layer, write.j, write.buffer.kind)
+                place = (task.kind, task.layer, task.part, write.j, write.buffer.kind)
                 _check_write(schedule, index, terms, expected.get(place), write)
     for buffer, wanted in _final(shape, expected, machine):
         if machine.value(buffer) != wanted:
@@ -108,17 +108,15 @@ def _check_write(schedule: Schedule, index: int, terms: Symbols, wanted: Symbol 
         raise _error(schedule, index, f"leaves another value than the model's in {_name(write.buffer)}{text}")
 
 
-def _final(
-    shape: PassShape, expected: dict[tuple[TaskKind, int, int, BufferKind], Symbol], machine: Machine
-) -> list[tuple[Buffer, Symbol]]:
+def _final(shape: PassShape, expected: dict[Place, Symbol], machine: Machine) -> list[tuple[Buffer, Symbol]]:
     """What the pass must leave behind: tokens, the grown cache, and the first pages of the next pass."""
     micro_batches, pages = range(shape.num_micro_batches), streamed(shape)
     tokens = [
-        (Buffer(BufferKind.TOKENS, j), expected[TaskKind.SAMPLE, -1, j, BufferKind.TOKENS])
+        (Buffer(BufferKind.TOKENS, j), expected[TaskKind.SAMPLE, -1, 0, j, BufferKind.TOKENS])
         for j in micro_batches
     ]
     cache = [
-        (kv_buffer(shape, layer, j), expected[TaskKind.STORE_KV, layer, j, BufferKind.KV])
+        (kv_buffer(shape, layer, j), expected[TaskKind.STORE_KV, layer, 0, j, BufferKind.KV])
         for layer in range(shape.num_layers)
         for j in micro_batches
     ]

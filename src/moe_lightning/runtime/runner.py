@@ -14,6 +14,7 @@ from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.memory.weights import Weights
 from moe_lightning.perf.memory import HEAD_ROWS
+from moe_lightning.pipeline.shape import experts_in
 from moe_lightning.pipeline.task import BufferKind, Task, TaskKind
 from moe_lightning.runtime.buffers import PassBuffers
 from moe_lightning.runtime.micro_batch import MicroBatch
@@ -32,7 +33,7 @@ class TaskRunner:
 
     Knows nothing of lanes, order or concurrency: the schedule's dependencies make each call safe.
     `ring_offset` turns the schedule's frame numbers into places in the ring, which goes on where the previous
-    pass left it.
+    pass left it. `expert_parts` are the sweeps that the schedule makes over a layer's experts.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class TaskRunner:
         inv_freq: Tensor,
         micro_batches: Sequence[MicroBatch],
         ring_offset: int = 0,
+        expert_parts: int = 1,
     ) -> None:
         self._weights = weights
         self._spec = weights.spec
@@ -52,6 +54,7 @@ class TaskRunner:
         self._cpu_attention = cpu_attention
         self._batches = micro_batches
         self._ring_offset = ring_offset
+        self._expert_parts = expert_parts
         self._inv_freq = inv_freq
         self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
         self._kv_stage: dict[int, Tensor] = {}
@@ -162,15 +165,19 @@ class TaskRunner:
         return (frame + self._ring_offset) % self._weights.pages.placement.num_ring_frames
 
     def _experts(self, task: Task) -> None:
-        pages, b = self._weights.pages, self._buffers
+        pages, b, n = self._weights.pages, self._buffers, self._expert_parts
         frames = (buffer.index for buffer in task.reads if buffer.kind is BufferKind.FRAME)
-        pages.check(task.layer, [self._ring_frame(frame) for frame in frames])
+        pages_per_expert = pages.layout.pages_per_expert
+        experts = experts_in(pages.layout.num_experts, n, task.part)
+        pages.check(
+            task.layer, experts.start * pages_per_expert, [self._ring_frame(frame) for frame in frames]
+        )
         # A group's micro-batches are neighbours, so its rows are one slice.
         first, last = task.micro_batches[0], task.micro_batches[-1]
         rows = slice(self._batches[first].rows.start, self._batches[last].rows.stop)
         ops.experts_(
             b.hidden[rows], b.experts_in[rows], b.topk_ids[rows], b.topk_weights[rows], pages.frames,
-            pages.page_table[task.layer], pages.layout.pages_per_expert, b.experts,
+            pages.page_table[task.layer], pages_per_expert, b.experts, experts if n > 1 else None,
         )  # fmt: skip
 
     def _sample(self, task: Task) -> None:
