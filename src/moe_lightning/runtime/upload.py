@@ -1,4 +1,4 @@
-"""Small host values as tensors on the device, in one copy per pass."""
+"""Small host values as tensors on the device, sent together once a pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moe_lightning.kernels import ops
 from moe_lightning.memory.arena import HostArena
+from moe_lightning.memory.mapped import device_view
 
 Values = Sequence[int] | Sequence[float] | npt.NDArray[np.generic]
 _NUMPY = {
@@ -23,10 +25,10 @@ _CAPACITY = 2**20
 
 
 class Uploader:
-    """Gives out tensors at once and fills all of them by one copy.
+    """Gives out tensors at once and fills all of them together.
 
-    A pass has hundreds of small arrays. Copied one by one, each would wait behind the weight pages that are on the
-    link; together they wait once.
+    A pass has hundreds of small arrays. Copies of them would wait behind the weight pages that are on the link: a
+    kernel reads them all; where it cannot, one copy waits once.
     """
 
     def __init__(self, device: torch.device, capacity: int = _CAPACITY) -> None:
@@ -51,9 +53,13 @@ class Uploader:
         return self._on_device[start:end].view(dtype).view(array.shape)
 
     def send(self) -> None:
-        """Copy what was put since the last `clear`, on the current stream."""
+        """Send what was put since the last `clear`, on the current stream."""
         if self._used:
-            self._on_device[: self._used].copy_(self._host[: self._used], non_blocking=True)
+            into = self._on_device[: self._used]
+            if self._mapped is not None:
+                ops.load_host_rows(self._mapped[: self._used], into)
+            else:
+                into.copy_(self._host[: self._used], non_blocking=True)
             self._sent.record()
 
     def clear(self) -> None:
@@ -72,4 +78,5 @@ class Uploader:
             self._sent.synchronize()
         self._arena, self._host, self._on_device = host, host.tensor[0], on_device
         self._host_bytes = self._host.numpy()
+        self._mapped = None if host.refusal else device_view(self._host, self._device)
         self._used = 0
