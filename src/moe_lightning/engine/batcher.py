@@ -10,6 +10,7 @@ from itertools import islice
 from moe_lightning.engine.balance import spread
 from moe_lightning.engine.forecast import AnswerLengths, Forecast
 from moe_lightning.engine.sequence import Sequence
+from moe_lightning.engine.waiting import Waiting
 from moe_lightning.memory.blocks import BlockAllocator, num_blocks_for
 from moe_lightning.perf.memory import HEAD_ROWS
 from moe_lightning.policy import Policy
@@ -42,11 +43,13 @@ class Batcher:
     they may be, as those before them were. When blocks run out all the same, the youngest running sequences give
     theirs back and wait at the head of the queue; their tokens are computed again later. The oldest sequence is
     never put back while a younger one runs and any one sequence fits in memory alone, so the queue always moves.
+
+    Background work counts as younger than all other: it waits behind it, and is the first to be put back.
     """
 
     def __init__(self, policy: Policy, eos_token_ids: Collection[int]) -> None:
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in arrival order
+        self.waiting = Waiting()
+        self.running: list[Sequence] = []  # in the order of their ranks
         self.num_preemptions = 0
         self._policy = policy
         self._max_num_seqs = policy.max_num_seqs
@@ -63,7 +66,7 @@ class Batcher:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def adopt(self, sequence: Sequence) -> bool:
         """Count a sequence as running whose KV somebody has put in place; False if it finds no room."""
@@ -80,7 +83,7 @@ class Batcher:
         decoding = list(self.running)
         # What was just put back must not take the blocks that it gave up for others.
         admitted = [] if preempted else self._admit()
-        self.running = sorted(self.running + admitted, key=lambda s: s.order)
+        self.running = sorted(self.running + admitted, key=lambda s: s.rank)
         micro_batches = self._decode_micro_batches(decoding)
         chunks = list(self._chunks(admitted))
         return Batch(
@@ -108,7 +111,7 @@ class Batcher:
             if sequence.request.request_id in request_ids:
                 self._release(sequence)
         self.running = [s for s in self.running if s.request.request_id not in request_ids]
-        self.waiting = deque(s for s in self.waiting if s.request.request_id not in request_ids)
+        self.waiting.keep(lambda s: s.request.request_id not in request_ids)
 
     def shrink(self) -> bool:
         """Let passes be half as large from now on, after one did not fit; False if they cannot be smaller."""
@@ -152,7 +155,7 @@ class Batcher:
     def _preempt(self, victims: Iterable[Sequence]) -> None:
         for victim in sorted(victims, key=lambda s: s.order, reverse=True):
             self._release(victim)
-            self.waiting.appendleft(victim)
+            self.waiting.put_back(victim)
             self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
@@ -168,7 +171,7 @@ class Batcher:
         share = self._answer_lengths.share(sum(len(s.output_ids) for s in self.running))
         forecast = self._forecast(share)
         while self.waiting and len(self.running) + len(admitted) < self._max_num_seqs:
-            sequence = self.waiting[0]
+            sequence = self.waiting.first
             needed = self._num_blocks(sequence.num_tokens)
             # Blocks that running sequences will ask for in the next pass or so: without them a prompt would
             # be admitted only to be put back.
@@ -180,7 +183,7 @@ class Batcher:
                 break
             if not forecast.take(sequence.num_tokens, _remaining(sequence, share)) and running:
                 break
-            self.waiting.popleft()
+            self.waiting.pop()
             sequence.blocks = self.allocator.allocate(needed)
             tokens_left -= sequence.num_tokens
             admitted.append(sequence)

@@ -64,6 +64,11 @@ class Engine:
         return len(self._batcher.waiting)
 
     @property
+    def num_free_blocks(self) -> int:
+        """KV blocks that no sequence holds."""
+        return self._batcher.allocator.num_free
+
+    @property
     def num_preemptions(self) -> int:
         """How often a sequence had to give its memory back."""
         return self._batcher.num_preemptions
@@ -94,6 +99,11 @@ class Engine:
         self._num_arrived += 1
         self._unfinished[request.request_id] = [sequence]
         return True
+
+    def peek(self, request_id: str) -> RequestOutput | None:
+        """What an unfinished request has so far; None if it is not known (any more)."""
+        sequences = self._unfinished.get(request_id)
+        return None if sequences is None else self._output(sequences, finished=False)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now with what it has; None if it is not known (any more)."""
@@ -188,16 +198,21 @@ class Engine:
                 sequence.fail()
 
     def _finish(self, request_id: str) -> RequestOutput:
-        sequences = self._unfinished.pop(request_id)
+        output = self._output(self._unfinished.pop(request_id), finished=True)
+        self._prompt_logprobs.pop(request_id, None)
+        return output
+
+    def _output(self, sequences: list[Sequence], *, finished: bool) -> RequestOutput:
         request = sequences[0].request
-        prompt_logprobs = self._prompt_logprobs.pop(request_id, None)
+        prompt_logprobs = self._prompt_logprobs.get(request.request_id)
         if prompt_logprobs is None and request.params.prompt_logprobs is not None:
             prompt_logprobs = [None]
         return RequestOutput(
-            request_id=request_id,
+            request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
             outputs=[sequence.output() for sequence in sequences],
+            finished=finished,
             prompt_logprobs=prompt_logprobs,
         )
 

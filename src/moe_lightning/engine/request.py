@@ -107,13 +107,17 @@ Logprobs = dict[int, Logprob]  # token id -> its log-probability; the sampled to
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, already tokenized. `seed` fixes the random draws of all its n sequences."""
+    """One prompt, already tokenized. `seed` fixes the random draws of all its n sequences.
+
+    Background work waits behind all other.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     prompt: str | None = None
     seed: int = 0
+    is_background: bool = False
 
 
 @dataclass(frozen=True)

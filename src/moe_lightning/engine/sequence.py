@@ -33,6 +33,11 @@ class Sequence:
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=request.params.skip_special_tokens)
 
     @property
+    def rank(self) -> tuple[bool, int]:
+        """Who goes first: the oldest, and background work after all other."""
+        return self.request.is_background, self.order
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and answer so far."""
         return self._num_prompt_tokens + len(self.output_ids)

@@ -14,16 +14,9 @@ from moe_lightning.jobs.files import LineFile, encode_line
 from moe_lightning.jobs.lines import BadLine, BatchLine, read_batch
 from moe_lightning.jobs.paths import JobFiles
 from moe_lightning.jobs.survey import open_input, survey_input
+from moe_lightning.protocol.failures import failure_of
 
-# Finish reasons that are no answer, with code and message of the error line.
-_FAILURES = {
-    "abort": ("aborted", "the engine gave up on this request; run the job again to retry"),
-    "error": (
-        "non_finite_logits",
-        "the model computed NaN or infinity. The checkpoint may be damaged: run `moe-lightning verify`; or float16 "
-        "overflowed: use --dtype bfloat16",
-    ),
-}
+_RETRY = "run the job again to retry"
 
 
 @dataclass(frozen=True)
@@ -204,11 +197,10 @@ class BatchJob:
 
     def _finish(self, llm: BatchLLM, output: RequestOutput) -> None:
         position, line = self._in_flight.pop(output.request_id)
-        reasons = {c.finish_reason for c in output.outputs}
-        for reason, (code, message) in _FAILURES.items():
-            if reason in reasons:
-                self._write(position, error_line(line, code, f"line {line.number}: {message}"), is_error=True)
-                return
+        if failure := failure_of([output], _RETRY):
+            message = f"line {line.number}: {failure.message}"
+            self._write(position, error_line(line, failure.code, message), is_error=True)
+            return
         self._write(position, answer_line(llm, line, output), is_error=False)
 
     def _write(self, position: int, record: dict[str, Any], *, is_error: bool) -> None:

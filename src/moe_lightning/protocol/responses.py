@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from moe_lightning.engine.request import CompletionOutput, Logprob, Logprobs, RequestOutput
 from moe_lightning.protocol.requests import ChatCall, CompletionCall
 
 Decode = Callable[[Sequence[int]], str]
+
+
+class Scored(Protocol):
+    """Tokens with their log-probabilities: of a whole answer or of a piece of it."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """What was generated."""
+        ...
+
+    @property
+    def logprobs(self) -> list[Logprobs] | None:
+        """An entry for each token."""
+        ...
+
+
 _LOWEST_LOGPROB = -9999.0  # vLLM's floor: JSON has no -Infinity and no NaN
 
 
@@ -45,7 +61,7 @@ def chat_response(
         {
             "index": c.index,
             "message": {"role": "assistant", "content": c.text, "refusal": None},
-            "logprobs": None if top is None else _chat_logprobs(c, top, decode),
+            "logprobs": None if top is None else chat_logprobs(c, top, decode),
             "finish_reason": c.finish_reason,
         }
         for c in output.outputs
@@ -67,19 +83,28 @@ def _body(
     outputs = list(outputs)
     num_prompt = sum(len(o.prompt_token_ids) for o in outputs)
     num_generated = sum(len(c.token_ids) for o in outputs for c in o.outputs)
-    usage = {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_generated,
-        "total_tokens": num_prompt + num_generated,
-    }
     return {
         "id": response_id,
         "object": kind,
         "created": created,
         "model": model,
         "choices": choices,
-        "usage": usage,
+        "usage": usage(num_prompt, num_generated),
     }
+
+
+def usage(num_prompt: int, num_generated: int) -> dict[str, int]:
+    """How many tokens went in and came out."""
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt + num_generated,
+    }
+
+
+def prompt_text(output: RequestOutput, decode: Decode) -> str:
+    """The prompt as it was given, or its tokens' text."""
+    return output.prompt if output.prompt is not None else decode(output.prompt_token_ids)
 
 
 def _completion_choice(
@@ -87,7 +112,7 @@ def _completion_choice(
 ) -> dict[str, Any]:
     prompt, logprobs = "", None
     if call.echo or call.params.logprobs is not None:
-        prompt = output.prompt if output.prompt is not None else decode(output.prompt_token_ids)
+        prompt = prompt_text(output, decode)
     if call.params.logprobs is not None:
         tokens, entries = completion.token_ids, list[Logprobs | None](completion.logprobs or [])
         start = len(prompt)
@@ -95,7 +120,7 @@ def _completion_choice(
             tokens = output.prompt_token_ids + tokens
             entries = (output.prompt_logprobs or [None] * len(output.prompt_token_ids)) + entries
             start = 0
-        logprobs = _completion_logprobs(tokens, entries, start, decode)
+        logprobs = completion_logprobs(tokens, entries, start, decode)
     choice = {
         "index": index,
         "text": prompt + completion.text if call.echo else completion.text,
@@ -107,7 +132,7 @@ def _completion_choice(
     return choice
 
 
-def _completion_logprobs(
+def completion_logprobs(
     tokens: Sequence[int], entries: Sequence[Logprobs | None], start: int, decode: Decode
 ) -> dict[str, Any]:
     """The four parallel lists of /v1/completions; offsets count characters from the start of the prompt."""
@@ -130,7 +155,8 @@ def _top_by_text(entry: Logprobs, decode: Decode) -> dict[str, float]:
     return top
 
 
-def _chat_logprobs(completion: CompletionOutput, top: int, decode: Decode) -> dict[str, Any]:
+def chat_logprobs(completion: Scored, top: int, decode: Decode) -> dict[str, Any]:
+    """The field of /v1/chat/completions: each token with the `top` likeliest."""
     content = []
     for token, entry in zip(completion.token_ids, completion.logprobs or [], strict=True):
         likeliest = [_chat_token(t, p, decode) for t, p in _by_rank(entry) if p.rank <= top]

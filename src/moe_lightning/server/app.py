@@ -1,0 +1,92 @@
+"""The application: a loaded model as an ASGI app."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from moe_lightning import __version__
+from moe_lightning.llm import LLM
+from moe_lightning.server.desk import Desk
+from moe_lightning.server.engine_thread import EngineThread
+from moe_lightning.server.errors import HttpError, error_body
+from moe_lightning.server.limits import Limits
+from moe_lightning.server.middleware import Gate
+from moe_lightning.server.openai import openai_router
+from moe_lightning.server.responses import Disconnected, JsonResponse
+from moe_lightning.server.service import Service
+from moe_lightning.server.watch import Watch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is served; `names` are what clients may call it."""
+
+    names: Sequence[str] = ()
+    api_key: str | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+def create_app(llm: LLM, settings: Settings | None = None) -> FastAPI:
+    """An app that serves a model; its engine runs from the app's start-up to its shut-down.
+
+    `app.state.service` is what the endpoints share, `app.state.engine` the engine's thread.
+    """
+    settings = settings or Settings()
+    watch = Watch(llm)
+    engine = EngineThread(llm.engine, watch.after_pass)
+    desk = Desk(engine, settings.limits, llm.policy.max_num_seqs)
+    service = Service(llm, desk, settings.limits, watch, settings.names or (llm.model_name,))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start(asyncio.get_running_loop())
+        try:
+            yield
+        finally:
+            service.close()
+            # A pass may take seconds: others may still be told that the server closes.
+            await asyncio.to_thread(engine.stop)
+
+    app = FastAPI(
+        title="MoE-Lightning", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    app.state.service, app.state.engine = service, engine
+    app.include_router(openai_router(service))
+    _add_error_handlers(app)
+    app.add_middleware(Gate, limits=settings.limits, api_key=settings.api_key)
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """All errors in one form."""
+
+    @app.exception_handler(HttpError)
+    async def http_error(_: Request, error: HttpError) -> Response:
+        return JsonResponse(error.body(), error.status, error.all_headers())
+
+    @app.exception_handler(Disconnected)
+    async def disconnected(*_: object) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(HTTPException)
+    async def starlette_error(_: Request, error: HTTPException) -> Response:
+        body = error_body(error.status_code, str(error.detail))
+        return JsonResponse(body, error.status_code, dict(error.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        found = error.errors()[0]
+        where = ".".join(str(part) for part in found["loc"])
+        return JsonResponse(error_body(400, f"{where}: {found['msg']}"), 400)
+
+    @app.exception_handler(Exception)
+    async def failed(*_: object) -> Response:
+        return JsonResponse(error_body(500, "the server failed; its log says more", "internal_error"), 500)

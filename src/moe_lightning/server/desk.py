@@ -1,0 +1,195 @@
+"""Where requests are taken in, queued within bounds, and their news waited for; for the event loop's thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from moe_lightning.engine.request import Request, RequestOutput
+from moe_lightning.server.engine_thread import EngineThread, Ticket, Update
+from moe_lightning.server.errors import HttpError
+from moe_lightning.server.limits import Limits
+
+News = tuple[int, Update]  # which of the requests, and what is new of it
+
+
+@dataclass
+class _Held:
+    """What requests of one kind hold: answers that run or wait, and tokens of their prompts."""
+
+    answers: int = 0
+    tokens: int = 0
+    waiters: deque[asyncio.Future[None]] = field(default_factory=deque)
+
+
+class Desk:
+    """Takes requests to the engine.
+
+    Interactive ones are refused where the queue is full; background ones wait for a place.
+
+    Args:
+        engine: what answers them.
+        limits: how many may wait.
+        max_running: answers that the engine works on at once.
+    """
+
+    def __init__(self, engine: EngineThread, limits: Limits, max_running: int) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._max_running = max_running
+        self._interactive, self._background = _Held(), _Held()
+        self.is_closing = False
+        self.retry_after = 1  # seconds, for those that are refused
+
+    @property
+    def num_interactive(self) -> int:
+        """Answers in work that somebody waits for."""
+        return self._interactive.answers
+
+    async def outputs(self, requests: Sequence[Request]) -> list[RequestOutput]:
+        """All outputs; when the task is cancelled, what is unfinished is dropped.
+
+        Raises:
+            HttpError: there is no place, or the engine is out of order.
+        """
+        found: dict[int, RequestOutput] = {}
+        async for news in self._news(requests, is_stream=False):
+            found.update({position: update.output for position, update in news})
+        return [found[position] for position in range(len(requests))]
+
+    def stream(self, requests: Sequence[Request]) -> AsyncGenerator[list[News], None]:
+        """News of requests as it comes, several at a time if the reader is slow; to end early, close it.
+
+        Raises:
+            HttpError: as `outputs`.
+        """
+        return self._news(requests, is_stream=True)
+
+    async def _news(
+        self, requests: Sequence[Request], *, is_stream: bool
+    ) -> AsyncGenerator[list[News], None]:
+        held = self._background if requests[0].is_background else self._interactive
+        if held is self._background:
+            await self._wait_for_place(held)
+            self._check_open()
+        else:
+            self.check_place(requests)
+        answers, tokens = _total(requests)
+        inbox = _Inbox()
+        with self._holding(held, answers, tokens):
+            tickets = [Ticket(r, inbox.slot(i), is_stream) for i, r in enumerate(requests)]
+            pending = set(range(len(requests)))
+            self._engine.submit(tickets)
+            try:
+                while pending:
+                    news = await inbox.take()
+                    pending -= {position for position, update in news if update.output.finished}
+                    yield news
+            finally:
+                if pending:
+                    self._engine.abort([requests[position].request_id for position in pending])
+
+    def check_place(self, requests: Sequence[Request]) -> None:
+        """Make sure that there is a place for interactive requests.
+
+        Raises:
+            HttpError: there is none, or the engine is out of order.
+        """
+        self._check_open()
+        held, (answers, tokens) = self._interactive, _total(requests)
+        room = self._max_running + self._limits.max_queue
+        if not held.answers:  # one alone is always taken: its size has a limit of its own
+            return
+        if held.answers + answers > room or held.tokens + tokens > self._limits.max_queued_tokens:
+            raise HttpError(
+                429,
+                f"{held.answers} answers are in work and {room} is the most; send it again in "
+                f"{self.retry_after} s, or start the server with a larger --max-queue",
+                "queue_full",
+                self.retry_after,
+            )
+
+    async def _wait_for_place(self, held: _Held) -> None:
+        while self._is_full(held):
+            place = asyncio.get_running_loop().create_future()
+            held.waiters.append(place)
+            try:
+                await place
+            except asyncio.CancelledError:
+                self._wake_next(held)  # the place may have been given to this task
+                raise
+
+    def _is_full(self, held: _Held) -> bool:
+        # As many again as run: enough that memory never stays unused.
+        return held.answers >= 2 * self._max_running or held.tokens >= self._limits.max_queued_tokens
+
+    def _wake_next(self, held: _Held) -> None:
+        while held.waiters and not self._is_full(held):
+            place = held.waiters.popleft()
+            if not place.done():  # its task may be cancelled
+                place.set_result(None)
+                return
+
+    def _check_open(self) -> None:
+        if self._engine.broken:
+            raise HttpError(
+                503, "the engine is out of order; restart the server", "engine_broken", self.retry_after
+            )
+        if self.is_closing:
+            raise HttpError(503, "the server is shutting down", "shutting_down", self.retry_after)
+
+    @contextmanager
+    def _holding(self, held: _Held, answers: int, tokens: int) -> Iterator[None]:
+        held.answers += answers
+        held.tokens += tokens
+        self._wake_next(held)
+        try:
+            yield
+        finally:
+            held.answers -= answers
+            held.tokens -= tokens
+            self._wake_next(held)
+
+
+def _total(requests: Sequence[Request]) -> tuple[int, int]:
+    """Answers that requests get, and tokens of the prompts of all of them."""
+    return (
+        sum(request.params.n for request in requests),
+        sum(request.params.n * len(request.prompt_token_ids) for request in requests),
+    )
+
+
+class _Inbox:
+    """News that came since the reader last looked."""
+
+    def __init__(self) -> None:
+        self._news: list[News] = []
+        self._arrived = asyncio.Event()
+
+    def slot(self, position: int) -> _Slot:
+        """What takes the news of one request."""
+        return _Slot(self, position)
+
+    def put(self, position: int, update: Update) -> None:
+        """Keep a piece of news."""
+        self._news.append((position, update))
+        self._arrived.set()
+
+    async def take(self) -> list[News]:
+        """All news; waits for some."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        news, self._news = self._news, []
+        return news
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    inbox: _Inbox
+    position: int
+
+    def __call__(self, update: Update) -> None:
+        self.inbox.put(self.position, update)

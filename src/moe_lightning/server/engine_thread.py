@@ -1,0 +1,167 @@
+"""The engine in a thread of its own: requests in, updates out, one hand-over per pass."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from moe_lightning.engine.engine import Engine
+from moe_lightning.engine.pieces import Piece, Pieces
+from moe_lightning.engine.request import Request, RequestOutput
+from moe_lightning.errors import DeviceError
+
+_log = logging.getLogger(__name__)
+_FAILURES = 3  # passes in a row that may fail before the engine counts as broken
+
+
+@dataclass(frozen=True)
+class Update:
+    """News of one request: pieces of its answers if it streams, and whether `output` is its end."""
+
+    output: RequestOutput
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A request with what is to be called, on the event loop, when there is news of it."""
+
+    request: Request
+    deliver: Callable[[Update], None]
+    is_stream: bool = False
+
+
+AfterPass = Callable[[float], None]
+_Command = Callable[[], None]
+
+
+class EngineThread:
+    """Runs passes as long as there is work; all of the engine's methods are called in its thread.
+
+    Requests join and leave between passes. All news of a pass goes to the event loop in one call.
+
+    Args:
+        engine: what runs the passes; nobody else may use it.
+        after_pass: called in the thread after each pass with the seconds it took.
+    """
+
+    def __init__(self, engine: Engine, after_pass: AfterPass = lambda seconds: None) -> None:
+        self._engine = engine
+        self._after_pass = after_pass
+        self._commands: SimpleQueue[_Command] = SimpleQueue()
+        self._tickets: dict[str, Ticket] = {}
+        self._pieces: dict[str, Pieces] = {}  # of the requests that stream
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._is_stopped = False
+        self._failures = 0
+        self.broken: str | None = None  # why nothing runs any more
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin; news goes to this loop."""
+        self._loop = loop
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the pass that runs; what is unfinished gets no more news."""
+        self._commands.put(self._stop)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, tickets: list[Ticket]) -> None:
+        """Let requests join the next pass."""
+        self._commands.put(lambda: self._add(tickets))
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Let requests leave before the next pass; there will be no more news of them."""
+        self._commands.put(lambda: self._abort(request_ids))
+
+    def abort_all(self) -> None:
+        """End all requests; each gets an update that says so."""
+        self._commands.put(self._end_all)
+
+    def call(self, function: _Command) -> None:
+        """Run a function between two passes."""
+        self._commands.put(function)
+
+    def _run(self) -> None:
+        while not self._is_stopped:
+            self._obey()
+            if self._engine.num_unfinished and not self._is_stopped:
+                self._pass()
+
+    def _obey(self) -> None:
+        """All commands there are; waits for one if there is nothing else to do."""
+        try:
+            while True:
+                self._commands.get(block=not self._engine.num_unfinished and not self._is_stopped)()
+        except Empty:
+            return
+
+    def _stop(self) -> None:
+        self._is_stopped = True
+
+    def _add(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            request = ticket.request
+            self._tickets[request.request_id] = ticket
+            if ticket.is_stream:
+                self._pieces[request.request_id] = Pieces(request.params)
+            self._engine.add(request)
+        if self.broken:
+            self._end_all()
+
+    def _abort(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._engine.abort(request_id)
+            self._tickets.pop(request_id, None)
+            self._pieces.pop(request_id, None)
+
+    def _end_all(self) -> None:
+        ended = [self._engine.abort(request_id) for request_id in list(self._tickets)]
+        self._hand_over([output for output in ended if output is not None])
+
+    def _pass(self) -> None:
+        start = time.perf_counter()
+        try:
+            outputs = self._engine.step()
+        except Exception as error:  # whatever it is, the server must answer
+            self._fail(error)
+            return
+        self._failures = 0
+        self._hand_over(outputs)
+        self._after_pass(time.perf_counter() - start)
+
+    def _fail(self, error: Exception) -> None:
+        """End all requests, and for good if there is no hope."""
+        self._failures += 1
+        _log.exception("a pass failed; all requests in it end")
+        if isinstance(error, DeviceError) or self._failures >= _FAILURES:
+            self.broken = f"{type(error).__name__}: {error}"
+        self._end_all()
+
+    def _hand_over(self, outputs: list[RequestOutput]) -> None:
+        news = []
+        for output in outputs:
+            pieces = self._pieces.pop(output.request_id, None)
+            ticket = self._tickets.pop(output.request_id)
+            news.append((ticket.deliver, Update(output, pieces.take(output) if pieces else [])))
+        for request_id, pieces in self._pieces.items():
+            so_far = self._engine.peek(request_id)
+            if so_far and (new := pieces.take(so_far)):
+                news.append((self._tickets[request_id].deliver, Update(so_far, new)))
+        if news and self._loop:
+            try:
+                self._loop.call_soon_threadsafe(_deliver, news)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                _log.debug("news for a closed loop")
+
+
+def _deliver(news: list[tuple[Callable[[Update], None], Update]]) -> None:
+    for deliver, update in news:
+        deliver(update)

@@ -1,0 +1,63 @@
+"""What a server takes at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_lightning.errors import RequestError
+from moe_lightning.protocol import ChatCall, CompletionCall
+
+_STOP_CHARS = 1024
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of what clients may ask for and hold; bytes and seconds.
+
+    Attributes:
+        max_queue: answers that wait for a place beside those that run; what comes then is refused with 429.
+        max_queued_tokens: tokens of the prompts of all answers that run or wait.
+        max_choices: answers to one request, prompts times n.
+        max_stops: stop strings, and stop tokens, of one request.
+        max_body_bytes: of one request's body.
+        max_bodies_bytes: of all bodies that are being read at a time.
+        max_connections: requests in progress, whatever they are for; what comes then is refused with 503.
+        body_seconds: until a body has to be there.
+        keep_alive_seconds: of silence in a stream, after which a comment is sent.
+        shutdown_seconds: that running requests get after SIGTERM.
+    """
+
+    max_queue: int = 4096
+    max_queued_tokens: int = 16 * MIB
+    max_choices: int = 1024
+    max_stops: int = 64
+    max_body_bytes: int = 16 * MIB
+    max_bodies_bytes: int = 256 * MIB
+    max_connections: int = 8192
+    body_seconds: float = 60.0
+    keep_alive_seconds: float = 10.0
+    shutdown_seconds: float = 30.0
+
+    def check(self, call: ChatCall | CompletionCall) -> None:
+        """Make sure that a call is not larger than calls may be.
+
+        Raises:
+            RequestError: it is; the message says the limit.
+        """
+        prompts = 1 if isinstance(call, ChatCall) else len(call.prompts)
+        if prompts * call.params.n > self.max_choices:
+            raise RequestError(
+                f"{prompts} prompts with n={call.params.n} are {prompts * call.params.n} answers; "
+                f"one request gets {self.max_choices} at most"
+            )
+        params = call.params
+        for name, count in (
+            ("stop", len(params.stop_strings)),
+            ("stop_token_ids", len(params.stop_token_ids or ())),
+        ):
+            if count > self.max_stops:
+                raise RequestError(f"{name} has {count} entries; give {self.max_stops} at most")
+        longest = max(map(len, params.stop_strings), default=0)
+        if longest > _STOP_CHARS:
+            raise RequestError(f"a string of stop has {longest} characters; give {_STOP_CHARS} at most")

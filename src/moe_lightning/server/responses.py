@@ -1,0 +1,136 @@
+"""Responses that end when their client goes: JSON, and streams of server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from moe_lightning.server.errors import HttpError, error_body
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+Events = AsyncGenerator[list[dict[str, Any]], None]
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+class Disconnected(Exception):  # noqa: N818
+    """The client went before its answer was there."""
+
+
+def encode(value: Any) -> bytes:
+    """A value as JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+class JsonResponse(Response):
+    """A value as the body; numbers must be finite."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """The body's bytes."""
+        return encode(content)
+
+
+async def unless_disconnected(receive: Receive, work: Awaitable[_T]) -> _T:
+    """What `work` gives; it is cancelled when the client goes.
+
+    Raises:
+        Disconnected: the client went first.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_until_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Disconnected
+        return task.result()
+    finally:
+        await _cancel(task, gone)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Server-sent events; a comment after each silence, so that nobody on the way takes the line for dead.
+
+    A slow reader holds up nothing but its own stream: events that come meanwhile are sent together later.
+
+    Args:
+        events: lists of JSON objects, each one event; is closed when the client goes.
+        keep_alive_seconds: of silence.
+        headers: of the response.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: Events, keep_alive_seconds: float, headers: dict[str, str] | None = None):
+        # A proxy that collects what it passes on would make one piece of the stream.
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | (headers or {}))
+        del self.headers["content-length"]
+        self._events = events
+        self._keep_alive_seconds = keep_alive_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            await unless_disconnected(receive, self._send_all(send))
+        except Disconnected:
+            return
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            coming = asyncio.ensure_future(anext(events, None))
+            try:
+                while True:
+                    done, _ = await asyncio.wait({coming}, timeout=self._keep_alive_seconds)
+                    if not done:
+                        await _write(send, KEEP_ALIVE)
+                        continue
+                    batch = _result(coming)
+                    if batch is None:
+                        break
+                    await _write(send, b"".join(map(_event, batch)))
+                    if coming.exception() is not None:
+                        break
+                    coming = asyncio.ensure_future(anext(events, None))
+            finally:
+                await _cancel(coming)
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+
+def _result(coming: asyncio.Future[list[dict[str, Any]] | None]) -> list[dict[str, Any]] | None:
+    """The next events; of an error the event that says it: the status is sent already."""
+    error = coming.exception()
+    if error is None:
+        return coming.result()
+    if isinstance(error, HttpError):
+        return [error.body()]
+    _log.error("a stream failed", exc_info=error)
+    return [error_body(500, "the server failed; its log says more", "internal_error")]
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + encode(value) + b"\n\n"
+
+
+async def _write(send: Send, data: bytes) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": True})

@@ -1,0 +1,188 @@
+"""What endpoints share: bodies become requests, outputs become answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from moe_lightning.engine.draws import stable_seed
+from moe_lightning.engine.request import Request, RequestOutput
+from moe_lightning.errors import RequestError
+from moe_lightning.llm import LLM
+from moe_lightning.protocol import (
+    ChatCall,
+    CompletionCall,
+    chat_response,
+    completion_response,
+    parse_chat,
+    parse_completion,
+)
+from moe_lightning.protocol.chunks import Chunks
+from moe_lightning.protocol.failures import failure_of_reasons
+from moe_lightning.protocol.stream_options import StreamOptions
+from moe_lightning.server.bodies import BodyReader
+from moe_lightning.server.desk import Desk
+from moe_lightning.server.errors import HttpError
+from moe_lightning.server.limits import Limits
+from moe_lightning.server.watch import Watch
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+_INLINE_BYTES = 2**16  # a body up to this size is parsed and tokenized faster than another thread takes it up
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A checked call with its requests, one per prompt."""
+
+    call: ChatCall | CompletionCall
+    requests: Sequence[Request]
+    response_id: str
+
+
+class Service:
+    """One model, served.
+
+    Attributes:
+        llm: the model; its engine is the engine thread's.
+        desk: takes requests to the engine.
+        limits: what clients may ask for.
+        bodies: reads their bodies.
+        watch: what is measured.
+        names: the model's; the first is the one it answers with.
+        created: when the server began, in seconds since 1970.
+    """
+
+    def __init__(self, llm: LLM, desk: Desk, limits: Limits, watch: Watch, names: Sequence[str]) -> None:
+        self.llm, self.desk, self.limits, self.watch = llm, desk, limits, watch
+        self.bodies = BodyReader(limits)
+        self.names = tuple(names)
+        self.created = int(time.time())
+        # One thread: tokenizers are not made for several.
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        return str(self.llm.tokenizer.decode(list(ids)))
+
+    async def parsed(self, raw: bytes, parse: Callable[[bytes], _T]) -> _T:
+        """What `parse` makes of a body, without holding up other requests if that takes long.
+
+        Raises:
+            HttpError: it cannot be used.
+        """
+        try:
+            if len(raw) <= _INLINE_BYTES:
+                return parse(raw)
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, parse, raw)
+        except RequestError as error:
+            raise HttpError(400, str(error)) from error
+
+    def check_model(self, name: str | None) -> None:
+        """Make sure that a name is this model's.
+
+        Raises:
+            HttpError: it is another's.
+        """
+        if name is not None and name not in self.names:
+            raise HttpError(
+                404, f"model {name[:80]!r} is not served here; {self.names[0]!r} is", "model_not_found"
+            )
+
+    def work(self, url: str, body: dict[str, Any], request_id: str, *, is_background: bool = False) -> Work:
+        """The requests that a body asks for.
+
+        Raises:
+            RequestError, HttpError: it cannot be served.
+        """
+        call = parse_chat(body) if url == CHAT else parse_completion(body)
+        self.check_model(call.model)
+        self.limits.check(call)
+        unique = uuid.uuid4().hex
+        # The request's own id, so that whoever sends that again gets the same draws.
+        seed = stable_seed(self.llm.config.seed, request_id)
+        if isinstance(call, ChatCall):
+            requests = [self.llm.chat_request(unique, list(call.messages), call.params, seed)]
+        else:
+            requests = [
+                self.llm.completion_request(f"{unique}-{i}", prompt, call.params, _seed(seed, i))
+                for i, prompt in enumerate(call.prompts)
+            ]
+        if is_background:
+            requests = [replace(request, is_background=True) for request in requests]
+        return Work(call, requests, f"{'chatcmpl' if url == CHAT else 'cmpl'}-{unique}")
+
+    async def answer(self, work: Work) -> dict[str, Any]:
+        """The body that answers a call.
+
+        Raises:
+            HttpError: there is no answer.
+        """
+        with self.watch.request() as seen:
+            outputs = await self.desk.outputs(work.requests)
+            seen.finish(outputs)
+        self.check_finished(outputs)
+        about: dict[str, Any] = {
+            "response_id": work.response_id,
+            "model": self.names[0],
+            "created": int(time.time()),
+            "decode": self.decode,
+        }
+        if isinstance(work.call, ChatCall):
+            return chat_response(work.call, outputs[0], **about)
+        return completion_response(work.call, outputs, **about)
+
+    async def events(self, work: Work, options: StreamOptions) -> AsyncGenerator[list[dict[str, Any]], None]:
+        """The chunks that answer a call, those that come together in one list.
+
+        Raises:
+            HttpError: there is no answer, or no more of it.
+        """
+        chunks = Chunks(work.call, options, work.response_id, self.names[0], int(time.time()), self.decode)
+        with self.watch.request() as seen:
+            async with aclosing(self.desk.stream(work.requests)) as stream:
+                async for news in stream:
+                    seen.news([update for _, update in news])
+                    self.check_finished([update.output for _, update in news])
+                    found = [chunks.of(i, update.output, update.pieces) for i, update in news]
+                    yield [chunk for some in found for chunk in some]
+        yield chunks.last()
+
+    def check_finished(self, outputs: Sequence[RequestOutput]) -> None:
+        """Make sure that outputs are answers, or will be.
+
+        Raises:
+            HttpError: one is none.
+        """
+        reasons = {c.finish_reason for output in outputs for c in output.outputs}
+        if failure := failure_of_reasons(reasons):
+            status = 503 if failure.code == "aborted" else 500
+            retry_after = self.desk.retry_after if status == 503 else None
+            raise HttpError(status, failure.message, failure.code, retry_after)
+
+    async def answer_body(
+        self, url: str, body: dict[str, Any], request_id: str
+    ) -> tuple[int, dict[str, Any]]:
+        """Status and body that answer a call as background work; cancelling the task drops it."""
+        try:
+            work = self.work(url, body, request_id, is_background=True)
+            return 200, await self.answer(work)
+        except RequestError as error:
+            failed = HttpError(400, str(error))
+        except HttpError as error:
+            failed = error
+        return failed.status, failed.body()
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+
+def _seed(seed: int, index: int) -> int:
+    return stable_seed(seed, str(index)) if index else seed
