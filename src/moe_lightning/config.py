@@ -20,13 +20,14 @@ def parse_optional(text: str) -> str | None:
     return None if text.lower() == "none" else text
 
 
-def _setting(default: Any, help_text: str, **extra: Any) -> Any:
+def setting(default: Any, help_text: str, **extra: Any) -> Any:
+    """A field with what flags and environment variables need to know of it."""
     return field(default=default, metadata={"help": help_text, **extra})
 
 
 def _later(default: Any, help_text: str, **extra: Any) -> Any:
     """A setting that only takes its default so far; it is there so that what other engines take is understood."""
-    return _setting(default, f"{help_text}; only {default or 'none'} so far", is_fixed=True, **extra)
+    return setting(default, f"{help_text}; only {default or 'none'} so far", is_fixed=True, **extra)
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class EngineConfig:
         ConfigError: a value cannot be used; the message names the setting and the remedy.
     """
 
-    model: str = _setting(
+    model: str = setting(
         "", "checkpoint directory: config.json, safetensors, tokenizer", aliases=("--model-path",)
     )
-    tokenizer: str | None = _setting(None, "tokenizer directory, if it is not the checkpoint's own")
-    dtype: str = _setting("auto", "precision of weights and KV; auto takes the checkpoint's", choices=DTYPES)
+    tokenizer: str | None = setting(None, "tokenizer directory, if it is not the checkpoint's own")
+    dtype: str = setting("auto", "precision of weights and KV; auto takes the checkpoint's", choices=DTYPES)
     tensor_parallel_size: int = _later(
         1, "GPUs that share each layer", parse=parse_count, aliases=("-tp", "--tp-size")
     )
@@ -51,39 +52,39 @@ class EngineConfig:
     kv_cache_dtype: str = _later(
         "auto", "precision of the KV cache; auto takes that of dtype", metavar="TYPE"
     )
-    max_model_len: int | None = _setting(
+    max_model_len: int | None = setting(
         None, "longest prompt plus answer in tokens, such as 16k; default: what the model and the memory allow",
         parse=parse_count,
     )  # fmt: skip
-    max_num_seqs: int | None = _setting(
+    max_num_seqs: int | None = setting(
         None, "sequences that decode at once, if memory holds them; default: 256", parse=parse_count
     )
-    gpu_memory: int | None = _setting(
+    gpu_memory: int | None = setting(
         None,
         "GPU memory that the process may use, such as 16GiB; default: nearly all that is free. On device cpu, the "
         "size of a GPU that the CPU plays; default: none",
         parse=parse_bytes,
     )
-    host_memory: int | None = _setting(
+    host_memory: int | None = setting(
         None,
         "host memory for weights and KV, such as 100GiB; default: 97 % of what is free, 80 % on device cpu",
         parse=parse_bytes,
     )
-    device: str = _setting(
+    device: str = setting(
         "auto", "where the dense work runs; auto takes cuda where torch sees a GPU, else cpu", choices=DEVICES
     )
-    executor: str = _setting(
+    executor: str = setting(
         "auto",
         "how the lanes run: serial is one after the other, threads at once; auto: at once on cuda, serial on cpu",
         choices=EXECUTORS,
     )
-    load_format: str = _setting(
+    load_format: str = setting(
         "auto",
         "auto reads safetensors; dummy makes random weights of the model's shapes",
         choices=LOAD_FORMATS,
     )
-    policy: str | None = _setting(None, "JSON file with policy values that replace the default ones")
-    seed: int = _setting(0, "seed of all random draws that have none of their own", parse=parse_count)
+    policy: str | None = setting(None, "JSON file with policy values that replace the default ones")
+    seed: int = setting(0, "seed of all random draws that have none of their own", parse=parse_count)
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -6,12 +6,13 @@ import os
 from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from moe_lightning.config import EngineConfig
 from moe_lightning.errors import ConfigError
 from moe_lightning.units import parse_bytes, parse_count
 
+_T = TypeVar("_T")
 ENVIRONMENT_PREFIX = "MOE_LIGHTNING_"
 
 
@@ -22,10 +23,16 @@ def environment_name(setting: str) -> str:
 
 def add_engine_flags(parser: ArgumentParser) -> None:
     """Add a flag for each field of `EngineConfig`."""
+    group = add_settings(parser, EngineConfig, "engine", "max_num_seqs")
+    group.add_argument("--trust-remote-code", nargs=0, action=_RefuseRemoteCode, help="refused")
+
+
+def add_settings(parser: ArgumentParser, settings: type[Any], title: str, example: str) -> Any:
+    """Add a flag for each field of a dataclass of settings; the group of them. `example` is one of the fields."""
     group = parser.add_argument_group(
-        "engine", f"each also as an environment variable, such as {environment_name('max_num_seqs')}"
+        title, f"each also as an environment variable, such as {environment_name(example)}"
     )
-    for setting in fields(EngineConfig):
+    for setting in fields(settings):
         # A default of None tells "not given" from "given the default": the environment comes in between.
         group.add_argument(
             "--" + setting.name.replace("_", "-"),
@@ -35,7 +42,7 @@ def add_engine_flags(parser: ArgumentParser) -> None:
             metavar=_metavar(setting),
             help=_help(setting),
         )
-    group.add_argument("--trust-remote-code", nargs=0, action=_RefuseRemoteCode, help="refused")
+    return group
 
 
 def engine_config(args: Namespace, environment: Mapping[str, str] | None = None) -> EngineConfig:
@@ -44,9 +51,21 @@ def engine_config(args: Namespace, environment: Mapping[str, str] | None = None)
     Raises:
         ConfigError: a value cannot be used, or there is no model.
     """
+    config: EngineConfig = settings_of(EngineConfig, args, environment)
+    if not config.model:
+        raise ConfigError(f"no model is given; give --model DIR or set {environment_name('model')}")
+    return config
+
+
+def settings_of(settings: type[_T], args: Namespace, environment: Mapping[str, str] | None = None) -> _T:
+    """A dataclass of settings from the flags, else from the environment, else the defaults.
+
+    Raises:
+        ConfigError: a value cannot be used.
+    """
     environment = os.environ if environment is None else environment
     values = {}
-    for setting in fields(EngineConfig):
+    for setting in fields(settings):  # type: ignore[arg-type]
         name = environment_name(setting.name)
         if getattr(args, setting.name) is not None:
             values[setting.name] = getattr(args, setting.name)
@@ -55,10 +74,7 @@ def engine_config(args: Namespace, environment: Mapping[str, str] | None = None)
                 values[setting.name] = _parse(setting, environment[name])
             except ConfigError as e:
                 raise ConfigError(f"environment variable {name}: {e}") from e
-    config = EngineConfig(**values)
-    if not config.model:
-        raise ConfigError(f"no model is given; give --model DIR or set {environment_name('model')}")
-    return config
+    return settings(**values)
 
 
 def positive_count(text: str) -> int:

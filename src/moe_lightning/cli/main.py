@@ -9,7 +9,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from moe_lightning import __version__
-from moe_lightning.cli import bench, doctor, plan, profile, run_batch, trace, verify
+from moe_lightning.cli import bench, doctor, plan, profile, run_batch, serve, trace, verify
 from moe_lightning.errors import MoELightningError
 
 _DESCRIPTION = """\
@@ -25,6 +25,8 @@ examples:
       answer every line; run it again after a crash or Ctrl-C and it goes on where it stopped
   moe-lightning run-batch -i requests.jsonl -o answers.jsonl --model ./mixtral --limit 20 --trace pass.json
       try the first 20 lines and record when copies, GPU and CPU worked
+  moe-lightning serve ./mixtral
+      answer requests over HTTP, at http://127.0.0.1:30000/v1
   moe-lightning trace pass.json --svg pass.svg
       draw that record
 
@@ -34,6 +36,7 @@ examples:
 
 _VERBS = (
     (run_batch, "run-batch"),
+    (serve, "serve"),
     (plan, "plan"),
     (trace, "trace"),
     (verify, "verify"),

@@ -63,9 +63,7 @@ def add_flags(parser: ArgumentParser) -> None:
         help="GPU memory, such as 16GiB (default: all of the machine's)",
     )
     add("--host-memory", type=_size, metavar="SIZE", help="host memory (default: all of the machine's)")
-    add(
-        "--cpu-mem-bdw", type=_rate, metavar="GIB/S", help="bandwidth of host memory (default: the machine's)"
-    )
+    add("--cpu-mem-bdw", type=rate, metavar="GIB/S", help="bandwidth of host memory (default: the machine's)")
     add(
         "--avg-prompt-len",
         type=positive_count,
@@ -207,11 +205,12 @@ def _size(text: str) -> int:
     return size
 
 
-def _rate(text: str) -> float:
+def rate(text: str) -> float:
+    """A bandwidth in GiB/s, as an argparse type."""
     try:
-        rate = float(text)
+        found = float(text)
     except ValueError:
-        rate = math.nan
-    if not 0 < rate < math.inf:
+        found = math.nan
+    if not 0 < found < math.inf:
         raise ArgumentTypeError(f"{text!r} is no bandwidth; give GiB/s above 0, such as 76")
-    return rate
+    return found

@@ -98,8 +98,10 @@ def _token_ids(ids: Any) -> tuple[int, ...]:
     return tuple(int(token) for token in ids)
 
 
-def render(tokenizer: Any, messages: Any) -> Tokens:
+def render(tokenizer: Any, messages: Any, *, add_generation_prompt: bool = True) -> Tokens:
     """A conversation's token ids and text, through the model's chat template.
+
+    `add_generation_prompt` lets an answer begin at its end.
 
     Raises:
         RequestError: the model has no template, or the conversation does not fit it.
@@ -108,7 +110,9 @@ def render(tokenizer: Any, messages: Any) -> Tokens:
         raise RequestError("the model's tokenizer has no chat template; send a plain prompt instead")
     checked = [dict(message) for message in checked_messages(messages)]
     try:
-        rendered = tokenizer.apply_chat_template(checked, add_generation_prompt=True, tokenize=False)
+        rendered = tokenizer.apply_chat_template(
+            checked, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
     except Exception as error:  # a template raises whatever its author wrote
         raise RequestError(f"the chat template refuses these messages: {error}") from error
     return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"]), rendered

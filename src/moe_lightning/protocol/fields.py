@@ -76,6 +76,17 @@ def given_fields(body: Mapping[str, Any], own: frozenset[str]) -> dict[str, Any]
     return given
 
 
+def exactly(body: Mapping[str, Any], names: frozenset[str], where: str = "") -> dict[str, Any]:
+    """The fields of `body` that are not null, if it has no others than `names`; `where` goes before their names.
+
+    Raises:
+        RequestError: a field is not known; the message names it.
+    """
+    for name in body.keys() - names:
+        raise _not_known(name, names, where)
+    return {name: value for name, value in body.items() if value is not None}
+
+
 def typed(name: str, value: Any, types: tuple[type, ...]) -> Any:
     """`value`, if it has one of the types; JSON's true is no number.
 
@@ -101,6 +112,10 @@ def _require_neutral(name: str, value: Any) -> None:
 
 
 def _unknown(name: str, own: frozenset[str]) -> RequestError:
-    close = get_close_matches(name, sorted(own | SAMPLING.keys()), n=1)
+    return _not_known(name, own | SAMPLING.keys())
+
+
+def _not_known(name: str, known: frozenset[str], where: str = "") -> RequestError:
+    close = get_close_matches(name, sorted(known), n=1)
     remedy = f"did you mean {close[0]!r}?" if close else "remove it"
-    return RequestError(f"unknown field {shown(name)}; {remedy}")
+    return RequestError(f"unknown field {shown(where + name)}; {remedy}")

@@ -43,14 +43,16 @@ def parse_completion(body: Mapping[str, Any]) -> CompletionCall:
     given = fields.given_fields(body, fields.COMPLETION)
     if "prompt" not in given:
         raise RequestError("prompt is missing; give a string or a list of token ids")
-    sampling = _sampling(given)
+    sampling = sampling_of(given)
     sampling["max_tokens"] = fields.typed("max_tokens", given.get("max_tokens", 16), (int,))
     echo = fields.typed("echo", given.get("echo", False), (bool,))
     if "logprobs" in given:
         sampling["logprobs"] = fields.typed("logprobs", given["logprobs"], (int,))
         if echo:  # the echoed prompt comes with log-probabilities of its own
             sampling["prompt_logprobs"] = max(sampling["logprobs"], sampling.get("prompt_logprobs", 0))
-    return CompletionCall(_model(given), _prompts(given["prompt"]), SamplingParams(**sampling), echo)
+    return CompletionCall(
+        _model(given), prompts_of("prompt", given["prompt"]), SamplingParams(**sampling), echo
+    )
 
 
 def parse_chat(body: Mapping[str, Any]) -> ChatCall:
@@ -61,7 +63,7 @@ def parse_chat(body: Mapping[str, Any]) -> ChatCall:
     """
     given = fields.given_fields(body, fields.CHAT)
     messages = checked_messages(given.get("messages"))
-    sampling = _sampling(given)
+    sampling = sampling_of(given)
     sampling["max_tokens"] = _chat_max_tokens(given)
     sampling["logprobs"] = _chat_logprobs(given)
     return ChatCall(_model(given), messages, SamplingParams(**sampling))
@@ -71,7 +73,12 @@ def _model(given: Mapping[str, Any]) -> str | None:
     return text("model", given["model"]) if "model" in given else None
 
 
-def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
+def sampling_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling fields among those given, as arguments of `SamplingParams`.
+
+    Raises:
+        RequestError: one has the wrong type; the message names it.
+    """
     sampling = {
         name: fields.typed(name, given[name], types)
         for name, types in fields.SAMPLING.items()
@@ -86,15 +93,20 @@ def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
     return sampling
 
 
-def _prompts(prompt: Any) -> tuple[Prompt, ...]:
+def prompts_of(name: str, prompt: Any) -> tuple[Prompt, ...]:
+    """One prompt or several, from a field of that name.
+
+    Raises:
+        RequestError: it is neither text nor token ids, nor a list of those.
+    """
     if isinstance(prompt, str):
-        return (text("prompt", prompt),)
+        return (text(name, prompt),)
     if not isinstance(prompt, list) or not prompt:
-        raise RequestError(f"prompt={shown(prompt)}: give a string or a list of token ids")
+        raise RequestError(f"{name}={shown(prompt)}: give a string or a list of token ids")
     if isinstance(prompt[0], int):
-        return (_token_ids("prompt", prompt),)
+        return (_token_ids(name, prompt),)
     return tuple(
-        text(f"prompt[{i}]", p) if isinstance(p, str) else _token_ids(f"prompt[{i}]", p)
+        text(f"{name}[{i}]", p) if isinstance(p, str) else _token_ids(f"{name}[{i}]", p)
         for i, p in enumerate(prompt)
     )
 

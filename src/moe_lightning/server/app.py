@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,24 +15,31 @@ from starlette.responses import Response
 
 from moe_lightning import __version__
 from moe_lightning.llm import LLM
+from moe_lightning.perf.outlook import Prediction
 from moe_lightning.server.desk import Desk
 from moe_lightning.server.engine_thread import EngineThread
 from moe_lightning.server.errors import HttpError, error_body
+from moe_lightning.server.info import Info
 from moe_lightning.server.limits import Limits
 from moe_lightning.server.middleware import Gate
+from moe_lightning.server.native import native_router
 from moe_lightning.server.openai import openai_router
+from moe_lightning.server.operate import operate_router
 from moe_lightning.server.responses import Disconnected, JsonResponse
 from moe_lightning.server.service import Service
+from moe_lightning.server.tokens import tokens_router
 from moe_lightning.server.watch import Watch
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is served; `names` are what clients may call it."""
+    """How a model is served; `names` are what clients may call it, `prediction` what its plan should reach."""
 
     names: Sequence[str] = ()
     api_key: str | None = None
     limits: Limits = field(default_factory=Limits)
+    prediction: Prediction | None = None
+    data_dir: Path | None = None
 
 
 def create_app(llm: LLM, settings: Settings | None = None) -> FastAPI:
@@ -41,8 +49,8 @@ def create_app(llm: LLM, settings: Settings | None = None) -> FastAPI:
     """
     settings = settings or Settings()
     watch = Watch(llm)
-    engine = EngineThread(llm.engine, watch.after_pass)
-    desk = Desk(engine, settings.limits, llm.policy.max_num_seqs)
+    engine = EngineThread(llm.engine, watch.on_change)
+    desk = Desk(engine, settings.limits, llm.policy.max_num_seqs, lambda: watch.load.pass_seconds)
     service = Service(llm, desk, settings.limits, watch, settings.names or (llm.model_name,))
 
     @asynccontextmanager
@@ -59,7 +67,13 @@ def create_app(llm: LLM, settings: Settings | None = None) -> FastAPI:
         title="MoE-Lightning", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     app.state.service, app.state.engine = service, engine
-    app.include_router(openai_router(service))
+    for router in (
+        openai_router(service),
+        tokens_router(service),
+        native_router(service),
+        operate_router(Info(service, engine, settings.prediction)),
+    ):
+        app.include_router(router)
     _add_error_handlers(app)
     app.add_middleware(Gate, limits=settings.limits, api_key=settings.api_key)
     return app

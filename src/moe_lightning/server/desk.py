@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -34,20 +35,37 @@ class Desk:
         engine: what answers them.
         limits: how many may wait.
         max_running: answers that the engine works on at once.
+        pass_seconds: gives how long passes take now.
     """
 
-    def __init__(self, engine: EngineThread, limits: Limits, max_running: int) -> None:
+    def __init__(
+        self,
+        engine: EngineThread,
+        limits: Limits,
+        max_running: int,
+        pass_seconds: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self._engine = engine
         self._limits = limits
         self._max_running = max_running
         self._interactive, self._background = _Held(), _Held()
         self.is_closing = False
-        self.retry_after = 1  # seconds, for those that are refused
+        self._pass_seconds = pass_seconds
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds after which those that are refused may find a place: answers end with passes."""
+        return max(1, min(60, math.ceil(4 * self._pass_seconds())))
 
     @property
     def num_interactive(self) -> int:
         """Answers in work that somebody waits for."""
         return self._interactive.answers
+
+    @property
+    def num_background(self) -> int:
+        """Answers in work for batches."""
+        return self._background.answers
 
     async def outputs(self, requests: Sequence[Request]) -> list[RequestOutput]:
         """All outputs; when the task is cancelled, what is unfinished is dropped.

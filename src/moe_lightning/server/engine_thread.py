@@ -36,7 +36,7 @@ class Ticket:
     is_stream: bool = False
 
 
-AfterPass = Callable[[float], None]
+OnChange = Callable[[float | None], None]
 _Command = Callable[[], None]
 
 
@@ -47,12 +47,12 @@ class EngineThread:
 
     Args:
         engine: what runs the passes; nobody else may use it.
-        after_pass: called in the thread after each pass with the seconds it took.
+        on_change: called in the thread after each pass with the seconds it took, and with None after other changes.
     """
 
-    def __init__(self, engine: Engine, after_pass: AfterPass = lambda seconds: None) -> None:
+    def __init__(self, engine: Engine, on_change: OnChange = lambda seconds: None) -> None:
         self._engine = engine
-        self._after_pass = after_pass
+        self._on_change = on_change
         self._commands: SimpleQueue[_Command] = SimpleQueue()
         self._tickets: dict[str, Ticket] = {}
         self._pieces: dict[str, Pieces] = {}  # of the requests that stream
@@ -121,10 +121,12 @@ class EngineThread:
             self._engine.abort(request_id)
             self._tickets.pop(request_id, None)
             self._pieces.pop(request_id, None)
+        self._on_change(None)
 
     def _end_all(self) -> None:
         ended = [self._engine.abort(request_id) for request_id in list(self._tickets)]
         self._hand_over([output for output in ended if output is not None])
+        self._on_change(None)
 
     def _pass(self) -> None:
         start = time.perf_counter()
@@ -135,7 +137,7 @@ class EngineThread:
             return
         self._failures = 0
         self._hand_over(outputs)
-        self._after_pass(time.perf_counter() - start)
+        self._on_change(time.perf_counter() - start)
 
     def _fail(self, error: Exception) -> None:
         """End all requests, and for good if there is no hope."""

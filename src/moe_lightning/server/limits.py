@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moe_lightning.errors import RequestError
 from moe_lightning.protocol import ChatCall, CompletionCall
+from moe_lightning.protocol.native import NativeCall
 
 _STOP_CHARS = 1024
 MIB = 2**20
@@ -39,7 +40,7 @@ class Limits:
     keep_alive_seconds: float = 10.0
     shutdown_seconds: float = 30.0
 
-    def check(self, call: ChatCall | CompletionCall) -> None:
+    def check(self, call: ChatCall | CompletionCall | NativeCall) -> None:
         """Make sure that a call is not larger than calls may be.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_lightning.protocol import fields
+from moe_lightning.protocol import fields, native
 
 Schema = dict[str, Any]
 
@@ -99,10 +99,45 @@ def _bodies() -> dict[str, Schema]:
         "logprobs": _FLAG,
         "top_logprobs": _LOGPROBS,
     }
+    tokenize = {
+        "model": _TEXT,
+        "prompt": _TEXT,
+        "messages": _array(_MESSAGE, minItems=1),
+        "add_special_tokens": _FLAG,
+        "add_generation_prompt": _FLAG,
+        "return_token_strs": _FLAG,
+    }
+    token = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
     return {
         "completions": _body({**common, **completion}, ("prompt",)),
         "chat": _body({**common, **chat}, ("messages",)),
+        "tokenize": _body(tokenize, ()),
+        "detokenize": _body({"model": _TEXT, "tokens": _array(token)}, ("tokens",)),
+        "generate": _native(sampling),
     }
+
+
+def _native(sampling: dict[str, Schema]) -> Schema:
+    own = {
+        name: sampling.get({"max_new_tokens": "", "min_new_tokens": ""}.get(name, name), _COUNT)
+        for name in native.PARAMS
+    }
+    own["no_stop_trim"] = _FLAG
+    own["sampling_seed"] = sampling["seed"]
+    return _body(
+        {
+            "text": {"anyOf": [_TEXT, _array(_TEXT, minItems=1)]},
+            "input_ids": {"anyOf": [_IDS, _array(_IDS, minItems=1)]},
+            "sampling_params": _body(own, ()),
+            "rid": _TEXT,
+            "stream": _FLAG,
+            "return_logprob": _FLAG,
+            "top_logprobs_num": _LOGPROBS,
+            "logprob_start_len": {"enum": [-1, 0]},
+            "return_text_in_logprobs": _FLAG,
+        },
+        (),
+    )
 
 
 _USAGE = _object(
@@ -130,6 +165,10 @@ def _choices(kind: str, own: str, schema: Schema) -> Schema:
 
 
 _MODEL = _object({"id": _TEXT, "object": {"const": "model"}, "max_model_len": _COUNT}, ("id", "object"))
+_NATIVE = _object(
+    {"text": _TEXT, "output_ids": _array(_COUNT), "meta_info": {"type": "object"}},
+    ("text", "output_ids", "meta_info"),
+)
 _ANSWERS: dict[str, Schema] = {
     "completions": _choices("text_completion", "text", _TEXT),
     "chat": _choices(
@@ -139,7 +178,15 @@ _ANSWERS: dict[str, Schema] = {
     ),
     "models": _object({"object": {"const": "list"}, "data": _array(_MODEL)}, ("object", "data")),
     "model": _MODEL,
-}
+    "tokenize": _object({"count": _COUNT, "max_model_len": _COUNT, "tokens": _array(_COUNT)},
+                        ("count", "max_model_len", "tokens")),
+    "detokenize": _object({"prompt": _TEXT}, ("prompt",)),
+    "tokenizer_info": _object({"tokenizer_class": _TEXT}, ("tokenizer_class",)),
+    "generate": {"anyOf": [_NATIVE, _array(_NATIVE)]},
+    "info": _object({"model_path": _TEXT, "version": _TEXT}, ("model_path", "version")),
+    "health": _object({"status": {"const": "ok"}}, ("status",)),
+    "ready": _object({"status": {"const": "ok"}}, ("status",)),
+}  # fmt: skip
 _ERROR = _object(
     {
         "error": _object(

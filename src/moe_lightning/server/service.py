@@ -25,9 +25,10 @@ from moe_lightning.protocol import (
 )
 from moe_lightning.protocol.chunks import Chunks
 from moe_lightning.protocol.failures import failure_of_reasons
+from moe_lightning.protocol.native import NativeCall
 from moe_lightning.protocol.stream_options import StreamOptions
 from moe_lightning.server.bodies import BodyReader
-from moe_lightning.server.desk import Desk
+from moe_lightning.server.desk import Desk, News
 from moe_lightning.server.errors import HttpError
 from moe_lightning.server.limits import Limits
 from moe_lightning.server.watch import Watch
@@ -35,13 +36,14 @@ from moe_lightning.server.watch import Watch
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _INLINE_BYTES = 2**16  # a body up to this size is parsed and tokenized faster than another thread takes it up
 _T = TypeVar("_T")
+Call = ChatCall | CompletionCall | NativeCall
 
 
 @dataclass(frozen=True)
 class Work:
     """A checked call with its requests, one per prompt."""
 
-    call: ChatCall | CompletionCall
+    call: Call
     requests: Sequence[Request]
     response_id: str
 
@@ -96,16 +98,24 @@ class Service:
             )
 
     def work(self, url: str, body: dict[str, Any], request_id: str, *, is_background: bool = False) -> Work:
-        """The requests that a body asks for.
+        """The requests that a body of an OpenAI endpoint asks for.
 
         Raises:
             RequestError, HttpError: it cannot be served.
         """
         call = parse_chat(body) if url == CHAT else parse_completion(body)
+        return self.work_of(call, request_id, is_background=is_background)
+
+    def work_of(self, call: Call, request_id: str, *, is_background: bool = False) -> Work:
+        """The requests that a call asks for.
+
+        Raises:
+            RequestError, HttpError: it cannot be served.
+        """
         self.check_model(call.model)
         self.limits.check(call)
         unique = uuid.uuid4().hex
-        # The request's own id, so that whoever sends that again gets the same draws.
+        # Of the request's own id, so that whoever sends that again gets the same draws.
         seed = stable_seed(self.llm.config.seed, request_id)
         if isinstance(call, ChatCall):
             requests = [self.llm.chat_request(unique, list(call.messages), call.params, seed)]
@@ -116,18 +126,40 @@ class Service:
             ]
         if is_background:
             requests = [replace(request, is_background=True) for request in requests]
-        return Work(call, requests, f"{'chatcmpl' if url == CHAT else 'cmpl'}-{unique}")
+        return Work(call, requests, f"{'chatcmpl' if isinstance(call, ChatCall) else 'cmpl'}-{unique}")
 
-    async def answer(self, work: Work) -> dict[str, Any]:
-        """The body that answers a call.
+    async def outputs(self, work: Work) -> list[RequestOutput]:
+        """All outputs of a call's requests.
 
         Raises:
-            HttpError: there is no answer.
+            HttpError: one is no answer.
         """
         with self.watch.request() as seen:
             outputs = await self.desk.outputs(work.requests)
             seen.finish(outputs)
         self.check_finished(outputs)
+        return outputs
+
+    async def news(self, work: Work) -> AsyncGenerator[list[News], None]:
+        """What is new of a call's requests, as it comes.
+
+        Raises:
+            HttpError: there is no answer, or no more of it.
+        """
+        with self.watch.request() as seen:
+            async with aclosing(self.desk.stream(work.requests)) as stream:
+                async for news in stream:
+                    seen.news([update for _, update in news])
+                    self.check_finished([update.output for _, update in news])
+                    yield news
+
+    async def answer(self, work: Work) -> dict[str, Any]:
+        """The body that answers a call of an OpenAI endpoint.
+
+        Raises:
+            HttpError: there is no answer.
+        """
+        outputs = await self.outputs(work)
         about: dict[str, Any] = {
             "response_id": work.response_id,
             "model": self.names[0],
@@ -136,22 +168,21 @@ class Service:
         }
         if isinstance(work.call, ChatCall):
             return chat_response(work.call, outputs[0], **about)
+        assert isinstance(work.call, CompletionCall)
         return completion_response(work.call, outputs, **about)
 
     async def events(self, work: Work, options: StreamOptions) -> AsyncGenerator[list[dict[str, Any]], None]:
-        """The chunks that answer a call, those that come together in one list.
+        """The chunks that answer a call of an OpenAI endpoint, those that come together in one list.
 
         Raises:
             HttpError: there is no answer, or no more of it.
         """
+        assert not isinstance(work.call, NativeCall)
         chunks = Chunks(work.call, options, work.response_id, self.names[0], int(time.time()), self.decode)
-        with self.watch.request() as seen:
-            async with aclosing(self.desk.stream(work.requests)) as stream:
-                async for news in stream:
-                    seen.news([update for _, update in news])
-                    self.check_finished([update.output for _, update in news])
-                    found = [chunks.of(i, update.output, update.pieces) for i, update in news]
-                    yield [chunk for some in found for chunk in some]
+        async with aclosing(self.news(work)) as stream:
+            async for news in stream:
+                found = [chunks.of(i, update.output, update.pieces) for i, update in news]
+                yield [chunk for some in found for chunk in some]
         yield chunks.last()
 
     def check_finished(self, outputs: Sequence[RequestOutput]) -> None:

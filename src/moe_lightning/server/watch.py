@@ -90,8 +90,8 @@ class Watch:
         """Since the server began."""
         return time.monotonic() - self._start
 
-    def after_pass(self, seconds: float) -> None:
-        """Take down how the engine stands; in its thread."""
+    def on_change(self, seconds: float | None) -> None:
+        """Take down how the engine stands, after a pass of so many seconds if there was one; in its thread."""
         engine, last = self._llm.engine, self.load
         self.load = Load(
             engine.num_running,
@@ -101,9 +101,9 @@ class Watch:
             engine.num_generated_tokens,
             self._llm.policy.num_blocks - engine.num_free_blocks,
             self._llm.policy.num_blocks,
-            last.passes + 1,
-            seconds,
-            last.busy_seconds + seconds,
+            last.passes + (seconds is not None),
+            last.pass_seconds if seconds is None else seconds,
+            last.busy_seconds + (seconds or 0.0),
         )
         self._note_point()
 

@@ -1,0 +1,148 @@
+"""The verb `serve`: answers requests over HTTP."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_lightning.cli.flags import (
+    add_engine_flags,
+    add_settings,
+    engine_config,
+    environment_name,
+    settings_of,
+)
+from moe_lightning.config import EngineConfig
+from moe_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moe_lightning.engine.plan import Plan
+    from moe_lightning.llm import LLM
+    from moe_lightning.server.config import ServerConfig
+
+SUMMARY = "serve a model over HTTP (OpenAI's API)"
+DESCRIPTION = (
+    "Serves a model over HTTP with OpenAI's API: completions, chat completions, streaming, and more. Many requests "
+    "at a time make it fast. It listens on this machine alone unless --host says otherwise."
+)
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """Add the verb's flags."""
+    from moe_lightning.server.config import ServerConfig
+
+    parser.add_argument("model_dir", nargs="?", metavar="MODEL", help="checkpoint directory, as --model")
+    add_settings(parser, ServerConfig, "server", "api_key")
+    add_engine_flags(parser)
+
+
+def run(args: Namespace) -> int:
+    """Serve until a signal comes; the exit status.
+
+    Raises:
+        MoELightningError: something the user can act on.
+    """
+    from moe_lightning.server.config import ServerConfig
+
+    if args.model_dir and args.model and args.model_dir != args.model:
+        raise ConfigError(
+            f"MODEL {args.model_dir!r} and --model {args.model!r} contradict each other; give one"
+        )
+    args.model = args.model_dir or args.model
+    return serve(engine_config(args), settings_of(ServerConfig, args))
+
+
+def serve(config: EngineConfig, server: ServerConfig) -> int:
+    """Load a model and serve it.
+
+    Raises:
+        MoELightningError: something the user can act on.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"{error.name} is not installed; run `pip install 'moe-lightning[serve]'`"
+        ) from error
+    from moe_lightning.server.run import listen
+    from moe_lightning.server.run import serve as run_server
+
+    listening = listen(server.host, server.port)  # before minutes go into loading
+    llm, plan = _load(config, server)
+    from moe_lightning.engine.garbage import collect_rarely
+    from moe_lightning.server.app import Settings, create_app
+
+    app = create_app(
+        llm,
+        Settings(
+            server.served_model_name, server.api_key, server.limits, plan.prediction if plan else None,
+            Path(server.data_dir) if server.data_dir else None,
+        ),
+    )  # fmt: skip
+    collect_rarely()
+    host, port = listening.getsockname()[:2]
+    if server.api_key is None and not _is_loopback(host):
+        _note(
+            f"everybody who reaches {host} can use this server; set {environment_name('api_key')} to ask for a key"
+        )
+
+    def on_ready() -> None:
+        shown = f"[{host}]" if ":" in host else host
+        print(f"{app.state.service.names[0]} is served at http://{shown}:{port}", flush=True)
+
+    run_server(app, listening, on_ready)
+    return 0
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "::1" or host.startswith("127.")
+
+
+def _load(config: EngineConfig, server: ServerConfig) -> tuple[LLM, Plan | None]:
+    from moe_lightning.llm import LLM
+
+    template = _read_template(server.chat_template)
+    plan, settings = _plan(config, server), asdict(config)
+    if plan:
+        settings |= {"policy": plan.policy, "max_model_len": plan.max_model_len}
+    llm = LLM(**settings)
+    if template is not None:
+        llm.tokenizer.chat_template = template
+    return llm, plan
+
+
+def _read_template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template {path}: {error}") from error
+
+
+def _plan(config: EngineConfig, server: ServerConfig) -> Plan | None:
+    """The plan that should be fastest for the lengths that were given; None without a GPU or lengths."""
+    import torch
+
+    from moe_lightning.engine.plan import make_plan
+    from moe_lightning.perf.workload import Workload
+
+    if server.avg_prompt_len is None or server.gen_len is None or config.policy:
+        return None
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return None
+    # Lengths are what is usual, not what is the most: longer requests have to fit too.
+    workload = Workload((server.avg_prompt_len,), server.gen_len)
+    plan = make_plan(config, workload=workload, longest=4 * workload.longest)
+    if plan.prediction:
+        _note(f"the plan: {plan.prediction.tokens_per_s:.0f} tokens/s, {plan.prediction.pass_s:.2f} s a pass")
+    return plan
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)

@@ -1,0 +1,78 @@
+"""Runs an app until a signal ends it, and lets requests finish."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from moe_lightning.errors import ConfigError
+from moe_lightning.server.engine_thread import EngineThread
+from moe_lightning.server.service import Service
+
+_GRACE_S = 5.0  # for the last words of requests that did not finish in time
+_BACKLOG = 2048
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        ConfigError: the address cannot be used.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error}; choose another --host or --port"
+        ) from error
+
+
+def serve(app: FastAPI, listening: socket.socket, on_ready: Callable[[], None]) -> None:
+    """Serve until SIGTERM or SIGINT; then running requests get some time, and new ones are refused.
+
+    A second signal ends all at once.
+    """
+    service: Service = app.state.service
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, backlog=_BACKLOG,
+        timeout_graceful_shutdown=int(service.limits.shutdown_seconds + _GRACE_S),
+        server_header=False,
+    )  # fmt: skip
+    server = _Server(config, service, app.state.engine, on_ready)
+    with listening:
+        server.run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Tells requests in time that they will not finish, instead of cutting their connections."""
+
+    def __init__(
+        self, config: uvicorn.Config, service: Service, engine: EngineThread, on_ready: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._service, self._engine, self._on_ready = service, engine, on_ready
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        if self.started:
+            self._on_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take a signal."""
+        if self._loop and not self._service.desk.is_closing:
+            self._loop.call_soon_threadsafe(self._close)
+        super().handle_exit(sig, frame)
+
+    def _close(self) -> None:
+        self._service.desk.is_closing = True
+        assert self._loop
+        self._loop.call_later(self._service.limits.shutdown_seconds, self._engine.abort_all)
