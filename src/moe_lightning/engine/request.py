@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from moe_lightning.errors import RequestError
 
+MAX_LOGPROBS = 100
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -52,7 +54,7 @@ class SamplingParams:
             raise RequestError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 0, 100)
+                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
         self._check_stops()
 
     def _check_stops(self) -> None:

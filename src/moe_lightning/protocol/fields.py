@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from moe_lightning.engine.checks import shown
+from moe_lightning.engine.request import MAX_LOGPROBS
 from moe_lightning.errors import RequestError
 
 # Sampling fields that go to SamplingParams under their own name, with the types JSON may give them.
@@ -98,6 +99,18 @@ def typed(name: str, value: Any, types: tuple[type, ...]) -> Any:
     names = {int: "an integer", float: "a number", str: "a string", list: "a list", bool: "true or false"}
     wanted = " or ".join(names[t] for t in types if not (t is int and float in types))
     raise RequestError(f"{name}={shown(value)}: give {wanted}")
+
+
+def num_logprobs(name: str, value: Any) -> int:
+    """How many of the likeliest tokens to give, under a name that is not that of `SamplingParams`.
+
+    Raises:
+        RequestError: it is no such number.
+    """
+    count: int = typed(name, value, (int,))
+    if not 0 <= count <= MAX_LOGPROBS:
+        raise RequestError(f"{name}={shown(value)}: give an integer from 0 to {MAX_LOGPROBS}")
+    return count
 
 
 def _is_known(name: str, own: frozenset[str]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from moe_lightning.engine.checks import shown, text
 from moe_lightning.engine.request import CompletionOutput, Logprobs, RequestOutput, SamplingParams
 from moe_lightning.errors import RequestError
-from moe_lightning.protocol.fields import SAMPLING, exactly, typed
+from moe_lightning.protocol.fields import SAMPLING, exactly, num_logprobs, typed
 from moe_lightning.protocol.requests import Prompt, prompts_of, sampling_of
 from moe_lightning.protocol.responses import Decode
 
@@ -77,7 +77,7 @@ def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
     sampling = sampling_of({_RENAMED.get(name, name): value for name, value in own.items()})
     limit = own.get("max_new_tokens", _MAX_NEW_TOKENS)
     sampling["max_tokens"] = typed("sampling_params.max_new_tokens", limit, (int,))
-    top = typed("top_logprobs_num", given.get("top_logprobs_num", 0), (int,))
+    top = num_logprobs("top_logprobs_num", given.get("top_logprobs_num", 0))
     start = typed("logprob_start_len", given.get("logprob_start_len", -1), (int,))
     if not typed("return_logprob", given.get("return_logprob", False), (bool,)):
         return sampling

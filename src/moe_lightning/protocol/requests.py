@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_lightning.engine.checks import shown, text
@@ -48,11 +48,10 @@ def parse_completion(body: Mapping[str, Any]) -> CompletionCall:
     echo = fields.typed("echo", given.get("echo", False), (bool,))
     if "logprobs" in given:
         sampling["logprobs"] = fields.typed("logprobs", given["logprobs"], (int,))
-        if echo:  # the echoed prompt comes with log-probabilities of its own
-            sampling["prompt_logprobs"] = max(sampling["logprobs"], sampling.get("prompt_logprobs", 0))
-    return CompletionCall(
-        _model(given), prompts_of("prompt", given["prompt"]), SamplingParams(**sampling), echo
-    )
+    params = SamplingParams(**sampling)
+    if echo and params.logprobs is not None:  # the echoed prompt comes with log-probabilities of its own
+        params = replace(params, prompt_logprobs=max(params.logprobs, params.prompt_logprobs or 0))
+    return CompletionCall(_model(given), prompts_of("prompt", given["prompt"]), params, echo)
 
 
 def parse_chat(body: Mapping[str, Any]) -> ChatCall:
@@ -133,9 +132,9 @@ def _chat_max_tokens(given: Mapping[str, Any]) -> int | None:
 
 def _chat_logprobs(given: Mapping[str, Any]) -> int | None:
     wanted = fields.typed("logprobs", given.get("logprobs", False), (bool,))
-    top = fields.typed("top_logprobs", given.get("top_logprobs", 0), (int,))
+    top = fields.num_logprobs("top_logprobs", given.get("top_logprobs", 0))
     if wanted:
-        return int(top)
+        return top
     if top:
         raise RequestError(f"top_logprobs={top} needs logprobs=true; set it")
     return None

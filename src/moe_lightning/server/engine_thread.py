@@ -136,8 +136,8 @@ class EngineThread:
             self._fail(error)
             return
         self._failures = 0
+        self._on_change(time.perf_counter() - start)  # before anybody hears of what it counts
         self._hand_over(outputs)
-        self._on_change(time.perf_counter() - start)
 
     def _fail(self, error: Exception) -> None:
         """End all requests, and for good if there is no hope."""

@@ -38,25 +38,28 @@ def serve(app: FastAPI, listening: socket.socket, on_ready: Callable[[], None]) 
 
     A second signal ends all at once.
     """
-    service: Service = app.state.service
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, backlog=_BACKLOG,
-        timeout_graceful_shutdown=int(service.limits.shutdown_seconds + _GRACE_S),
-        server_header=False,
-    )  # fmt: skip
-    server = _Server(config, service, app.state.engine, on_ready)
     with listening:
-        server.run(sockets=[listening])
+        Server(app, on_ready).run(sockets=[listening])
 
 
-class _Server(uvicorn.Server):
-    """Tells requests in time that they will not finish, instead of cutting their connections."""
+class Server(uvicorn.Server):
+    """Tells requests in time that they will not finish, instead of cutting their connections.
 
-    def __init__(
-        self, config: uvicorn.Config, service: Service, engine: EngineThread, on_ready: Callable[[], None]
-    ) -> None:
+    Args:
+        app: of `create_app`.
+        on_ready: called when connections are taken.
+    """
+
+    def __init__(self, app: FastAPI, on_ready: Callable[[], None]) -> None:
+        self._service: Service = app.state.service
+        self._engine: EngineThread = app.state.engine
+        patience = int(self._service.limits.shutdown_seconds + _GRACE_S)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, backlog=_BACKLOG, server_header=False,
+            timeout_graceful_shutdown=patience,
+        )  # fmt: skip
         super().__init__(config)
-        self._service, self._engine, self._on_ready = service, engine, on_ready
+        self._on_ready = on_ready
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

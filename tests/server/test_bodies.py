@@ -1,0 +1,161 @@
+"""Bodies that cannot be served: each gets a message, and none reaches the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+
+import pytest
+from asgi import error_of, send
+
+from moe_lightning.server.app import Settings, create_app
+from moe_lightning.server.limits import Limits
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the fox"}]
+GOOD = {
+    "/v1/completions": {
+        "prompt": "the fox", "max_tokens": 4, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "n": 2,
+        "seed": 3, "stop": ["x"], "stop_token_ids": [7], "presence_penalty": 0.1, "frequency_penalty": 0.1,
+        "repetition_penalty": 1.1, "ignore_eos": True, "min_tokens": 1, "logprobs": 1, "echo": True,
+        "prompt_logprobs": 1, "stream": True, "stream_options": {"include_usage": True}, "model": None,
+    },
+    "/v1/chat/completions": {
+        "messages": MESSAGES, "max_completion_tokens": 4, "logprobs": True, "top_logprobs": 2, "n": 1,
+        "temperature": 0.5, "stream": False, "stop": "x",
+    },
+    "/generate": {
+        "text": ["the fox", "dog"], "sampling_params": {"max_new_tokens": 4, "temperature": 0.5, "top_k": 3},
+        "return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 0, "stream": False,
+    },
+    "/tokenize": {"prompt": "the fox", "add_special_tokens": True, "return_token_strs": True},
+    "/detokenize": {"tokens": [4, 5, 6]},
+}  # fmt: skip
+NUMBERS = ["1", [], {}, True, -1e9, 1e400, 10**30, [1]]
+INTEGERS = [*NUMBERS, 1.5, -7]
+FLAGS = ["true", 1, 0, [], {}, 0.0]
+PROMPTS = [
+    5,
+    1.5,
+    True,
+    {},
+    [],
+    [[]],
+    [1.5],
+    [-1],
+    [True],
+    [["a"]],
+    ["a", 5],
+    "\ud800",
+    "",
+    [10**9],
+    [[3], "", []],
+]
+TEXTS = [5, 1.5, True, {}, [1], "\ud800"]
+WRONG = {
+    "temperature": NUMBERS, "top_p": [*NUMBERS, 0, 1.1], "top_k": INTEGERS, "min_p": [*NUMBERS, 1.1],
+    "n": [*INTEGERS, 0, 2000], "seed": ["1", [], {}, True, 1.5, 10**30], "stop": [5, [5], [""], "", {}, ["a"] * 65,
+    "a" * 2000, ["\ud800"]], "stop_token_ids": [5, "5", ["5"], [-1], [1.5], [2**40], {}, [1] * 65],
+    "presence_penalty": [*NUMBERS, 2.1], "frequency_penalty": [*NUMBERS, -2.1],
+    "repetition_penalty": [*NUMBERS, 0, 101], "ignore_eos": FLAGS, "min_tokens": [*INTEGERS, 100], "echo": FLAGS,
+    "prompt_logprobs": [*INTEGERS, 101], "stream": FLAGS,
+    "stream_options": [5, "x", [], {"include_usage": 1}, {"x": True}, True], "model": [*TEXTS, "gpt-9", ""],
+    "prompt": PROMPTS, "max_tokens": INTEGERS, "max_completion_tokens": INTEGERS,
+    "messages": [5, "x", {}, [], [5], [{}], [{"role": "user"}], [{"role": "x", "content": "a"}], [MESSAGES],
+                 [{"role": "user", "content": 5}], [{"role": "user", "content": []}],
+                 [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}],
+                 [{"role": "user", "content": "a", "tool_calls": []}], [{"role": "user", "content": "\ud800"}]],
+    "top_logprobs": [*INTEGERS, 101], "text": PROMPTS, "input_ids": ["a", 5],
+    "sampling_params": [5, "x", [], {"x": 1}, {"temperature": "1"}, {"max_new_tokens": 1.5}, {"stop": 5},
+                        {"n": 0}, {"json_schema": "{}"}, {"max_new_tokens": -1}],
+    "return_logprob": FLAGS, "top_logprobs_num": [*INTEGERS, 101], "logprob_start_len": [*INTEGERS, 5],
+    "add_special_tokens": FLAGS, "return_token_strs": FLAGS,
+    "tokens": [5, "x", {}, ["a"], [1.5], [-1], [True], [10**9], [2**40], [None]],
+}  # fmt: skip
+LOGPROBS = {"/v1/completions": [*INTEGERS, 101], "/v1/chat/completions": FLAGS}
+# Messages about these speak of what is in them.
+_INNER = ("prompt", "text", "tokens", "model", "sampling_params")
+NAMED = [(path, name) for path in GOOD for name in GOOD[path] if name in WRONG and name not in _INNER]
+UNSUPPORTED = {
+    "best_of": 2, "logit_bias": {"5": 1}, "suffix": "x", "tools": [{"type": "function"}], "tool_choice": "auto",
+    "response_format": {"type": "xml"}, "audio": {}, "modalities": ["audio"], "prediction": {}, "unheard_of": 1,
+    "Temperature": 1, "": 1, "\ud800": 1, "__class__": {}, "extra_body": {},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def app(alone):
+    """Its engine does not run: a body that got there would never come back."""
+    return create_app(alone, Settings(limits=Limits(max_choices=64)))
+
+
+def encode(value) -> bytes:
+    return json.dumps(value).replace("Infinity", "1e400").encode()
+
+
+def bad_bodies(path: str) -> list[bytes]:
+    """Bodies that have one thing wrong each."""
+    good, found = GOOD[path], []
+    for name in good:
+        wrong = LOGPROBS.get(path, []) if name == "logprobs" else WRONG[name]
+        wrong = [
+            value for value in wrong if (path, value) != ("/tokenize", "")
+        ]  # has no tokens, and that is all
+        found += [encode({**good, name: value}) for value in wrong]
+    found += [encode({**good, name: value}) for name, value in UNSUPPORTED.items()]
+    whole = json.dumps(good).encode()
+    rng = random.Random(path)
+    found += [whole[: rng.randrange(len(whole))] for _ in range(250)]  # torn
+    found += [whole + bytes([rng.randrange(33, 127)]) for _ in range(50)]
+    for _ in range(150):  # a byte that UTF-8 never has
+        at = rng.randrange(len(whole))
+        found.append(whole[:at] + bytes([rng.randrange(0xF8, 0x100)]) + whole[at + 1 :])
+    found += [json.dumps(value).encode() for value in ([], 5, "x", None, True, [good], {})]
+    found += [b"", b"{" * 10**5, b"[" * 10**5, b'{"a":' * 10**5, b"nan", b'{"n": NaN}', b"9" * 10**5]
+    return found
+
+
+@pytest.mark.parametrize("path", GOOD)
+def test_each_bad_body_gets_a_message_and_none_reaches_the_engine(path, app, alone):
+    bodies = bad_bodies(path)
+    assert len(bodies) > 450
+
+    async def send_all():
+        for body in bodies:
+            status, _, data = await send(app, path, body)
+            assert len(data) < 2000, "a message does not repeat the body"
+            error_of(status, data)
+
+    asyncio.run(send_all())
+    assert app.state.service.desk.num_interactive == alone.engine.num_unfinished == 0
+
+
+@pytest.mark.parametrize("name", [n for n in UNSUPPORTED if n.isidentifier()])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_field_that_is_not_supported_is_named(path, name, app):
+    body = json.dumps({**GOOD[path], name: UNSUPPORTED[name]}).encode()
+    status, _, data = asyncio.run(send(app, path, body))
+    assert status == 400
+    assert name in error_of(status, data)
+
+
+@pytest.mark.parametrize("path, name", NAMED)
+def test_a_field_with_a_wrong_value_is_named(path, name, app):
+    for value in WRONG[name]:
+        status, _, data = asyncio.run(send(app, path, encode({**GOOD[path], name: value})))
+        assert name.removeprefix("max_completion_").removesuffix("_num") in error_of(status, data)
+
+
+def test_more_answers_than_one_request_may_have_are_refused(app):
+    for body in ({"prompt": ["a"] * 65}, {"prompt": ["a"] * 8, "n": 9}):
+        status, _, data = asyncio.run(send(app, "/v1/completions", json.dumps(body).encode()))
+        assert (status, "64 at most" in error_of(status, data)) == (400, True)
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(app, alone, monkeypatch):
+    template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    monkeypatch.setattr(alone.tokenizer, "chat_template", template)
+    status, _, data = asyncio.run(
+        send(app, "/v1/chat/completions", json.dumps({"messages": MESSAGES}).encode())
+    )
+    assert "unsafe" in error_of(status, data)

@@ -1,0 +1,74 @@
+"""Requests made of the server's own OpenAPI document: no 5xx, and responses are what it says."""
+
+from __future__ import annotations
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from live import serving
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from checkpoints import tiny_policy
+from moe_lightning import LLM
+from moe_lightning.server.app import Settings
+from moe_lightning.server.limits import Limits
+
+CHECKS = [
+    not_a_server_error, content_type_conformance, response_headers_conformance, response_schema_conformance,
+    status_code_conformance,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(mixtral):
+    """Answers of it are short, so that many fit in a few seconds."""
+    llm = LLM(mixtral, policy=tiny_policy(), max_model_len=16, executor="serial", device="cpu")
+    with serving(llm, Settings(limits=Limits(max_choices=4))) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def document(small):
+    return schemathesis.openapi.from_url(f"{small.url}/openapi.json")
+
+
+@pytest.mark.parametrize(
+    "method, path, max_examples",
+    [
+        ("POST", "/v1/completions", 120),
+        ("POST", "/v1/chat/completions", 120),
+        ("POST", "/generate", 120),
+        ("POST", "/tokenize", 80),
+        ("POST", "/detokenize", 80),
+        ("GET", "/v1/models", 5),
+        ("GET", "/v1/models/{name}", 40),
+        ("GET", "/tokenizer_info", 5),
+        ("GET", "/get_server_info", 5),
+        ("GET", "/health", 5),
+        ("GET", "/health/ready", 5),
+    ],
+)
+def test_responses_are_what_the_document_says(document, method, path, max_examples):
+    operation = document[path][method]
+
+    @settings(max_examples=max_examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(operation.as_strategy() | operation.as_strategy(GenerationMode.NEGATIVE))
+    def check(case):
+        case.call_and_validate(checks=CHECKS)
+
+    check()
+
+
+def test_the_document_has_all_endpoints(small):
+    _, document = small.get("/openapi.json")
+    assert {
+        "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{name}", "/tokenize", "/detokenize",
+        "/tokenizer_info", "/generate", "/health", "/health/ready", "/get_server_info",
+    } <= set(document["paths"])  # fmt: skip

@@ -1,0 +1,293 @@
+"""What can go wrong around a request: keys, queues, disconnects, slow readers, failing passes, the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from live import Stream, serving
+
+from checkpoints import MAX_POSITION, load
+from moe_lightning import SamplingParams
+from moe_lightning.server.app import Settings
+from moe_lightning.server.limits import Limits
+
+LONG = {"prompt": "the fox", "max_tokens": MAX_POSITION, "ignore_eos": True, "temperature": 0}
+SHORT = {"prompt": "the fox", "max_tokens": 3, "ignore_eos": True, "temperature": 0}
+COMPLETIONS = "/v1/completions"
+KEY = "sk-a-key-of-some-length"
+
+
+def server_of(mixtral, limits=None, **settings):
+    return serving(load(mixtral, max_num_seqs=2), Settings(limits=limits or Limits(), **settings))
+
+
+@pytest.fixture(scope="module")
+def locked(mixtral):
+    with server_of(mixtral, api_key=KEY) as server:
+        yield server
+
+
+class TestKey:
+    @pytest.mark.parametrize("given", [None, "", "Bearer", "Bearer wrong", "Bearer é", f"Basic {KEY}", KEY])
+    def test_nothing_is_answered_without_the_key(self, locked, given, caplog):
+        headers = {} if given is None else {"Authorization": given.encode("latin-1")}
+        with caplog.at_level(logging.DEBUG):
+            for method, path in (
+                ("POST", COMPLETIONS), ("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/get_server_info"),
+                ("GET", "/openapi.json"), ("GET", "/nothing"),
+            ):  # fmt: skip
+                status, answer, body = locked.send(method, path, SHORT if method == "POST" else None, headers)
+                assert status == 401
+                assert answer["www-authenticate"] == "Bearer"
+                assert KEY.encode() not in body
+        assert KEY not in caplog.text
+
+    def test_the_key_opens_everything_and_is_shown_nowhere(self, locked, caplog):
+        headers = {"Authorization": f"Bearer {KEY}"}
+        with caplog.at_level(logging.DEBUG):
+            assert locked.send("POST", COMPLETIONS, SHORT, headers)[0] == 200
+            for path in ("/get_server_info", "/metrics", "/openapi.json", "/"):
+                status, _, body = locked.send("GET", path, headers=headers)
+                assert status == 200
+                assert KEY.encode() not in body
+        assert KEY not in caplog.text
+
+    @pytest.mark.parametrize("path", ["/health", "/health/ready", "/"])
+    def test_probes_and_the_empty_page_need_no_key(self, locked, path):
+        assert locked.send("GET", path)[0] == 200
+
+
+class TestQueue:
+    def test_what_does_not_fit_is_refused_with_a_time_and_the_others_are_answered(self, mixtral, alone):
+        limits = Limits(max_queue=2)
+        with server_of(mixtral, limits) as server, ThreadPoolExecutor(4) as threads:
+            with server.held():
+                running = [threads.submit(server.post, COMPLETIONS, SHORT) for _ in range(4)]
+                server.until(lambda: server.desk.num_interactive == 4)
+                for body in (SHORT, {**SHORT, "stream": True}):
+                    status, headers, data = server.send("POST", COMPLETIONS, body)
+                    assert status == 429
+                    assert int(headers["retry-after"]) >= 1
+                    assert "4 answers are in work" in json.loads(data)["error"]["message"]
+                assert server.send("POST", "/generate", {"text": "a"})[0] == 429
+            (want,) = alone.generate(["the fox"], _params(3), use_tqdm=False)
+            for answer in running:
+                assert answer.result()[1]["choices"][0]["text"] == want.outputs[0].text
+            assert server.post(COMPLETIONS, SHORT)[0] == 200
+
+    def test_a_request_larger_than_the_queue_is_taken_when_there_is_no_other(self, mixtral):
+        with server_of(mixtral, Limits(max_queue=1)) as server:
+            status, body = server.post(COMPLETIONS, {**SHORT, "n": 8})
+            assert (status, len(body["choices"])) == (200, 8)
+
+    def test_more_requests_than_connections_are_refused(self, mixtral):
+        with server_of(mixtral, Limits(max_connections=1)) as server, ThreadPoolExecutor(1) as threads:
+            with server.held():
+                running = threads.submit(server.post, COMPLETIONS, SHORT)
+                server.until(lambda: server.desk.num_interactive == 1)
+                status, headers, _ = server.send("GET", "/v1/models")
+                assert (status, "retry-after" in headers) == (503, True)
+                assert server.send("GET", "/health")[0] == 200, "a busy server lives"
+            assert running.result()[0] == 200
+
+    def test_background_work_goes_behind_interactive_requests_and_waits_for_places(self, mixtral):
+        order = []
+        with server_of(mixtral) as server, ThreadPoolExecutor(1) as threads:
+            with server.held() as held:
+                jobs = [server.background(COMPLETIONS, {**SHORT, "max_tokens": 9}, str(i)) for i in range(9)]
+                for i, job in enumerate(jobs):
+                    job.add_done_callback(lambda _, i=i: order.append(i))
+                server.until(lambda: server.desk.num_background == 4)  # twice what runs at once
+                held.let_pass(1)
+                asked = threads.submit(server.post, COMPLETIONS, SHORT)
+                asked.add_done_callback(lambda _: order.append("interactive"))
+                server.until(lambda: server.desk.num_interactive == 1)
+            assert asked.result()[0] == 200
+            answers = [job.result(30) for job in jobs]
+        assert [status for status, _ in answers] == [200] * 9
+        assert len({body["choices"][0]["text"] for _, body in answers}) == 1
+        assert order.index("interactive") <= 2, "two may have been running before it came"
+
+    def test_background_work_that_is_cancelled_leaves_waiting_or_running(self, mixtral):
+        with server_of(mixtral) as server:
+            with server.held() as held:
+                jobs = [server.background(COMPLETIONS, LONG, str(i)) for i in range(9)]
+                server.until(lambda: server.desk.num_background == 4)
+                held.let_pass(2)
+                for job in jobs:
+                    job.cancel()
+                server.until(lambda: server.desk.num_background == 0)
+            server.until(lambda: server.engine.num_unfinished == 0)
+            assert server.post(COMPLETIONS, SHORT)[0] == 200
+
+    def test_a_background_body_gets_the_status_and_body_that_the_endpoint_gives(self, live):
+        for url, body in (
+            (COMPLETIONS, {**SHORT, "n": 2, "seed": 1, "temperature": 1}),
+            (COMPLETIONS, {"prompt": "a", "tools": [1]}),
+            (COMPLETIONS, {"prompt": "a", "model": "gpt-9"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "temperature": 0}),
+        ):
+            status, direct = live.post(url, body)
+            got = live.background(url, body).result(30)
+            assert got[0] == status
+            for answer in (direct, got[1]):
+                answer.pop("id", None)
+                answer.pop("created", None)
+            assert got[1] == direct
+        assert live.background(COMPLETIONS, {**SHORT, "stream": True}).result(30)[0] == 400
+
+
+class TestConnections:
+    def test_a_client_that_goes_frees_what_it_waited_for(self, live):
+        with live.held():
+            for body in (LONG, {**LONG, "stream": True}):
+                stream = live.open_stream(COMPLETIONS, body)
+                live.until(lambda: live.desk.num_interactive == 1)
+                stream.close()
+                live.until(lambda: live.desk.num_interactive == 0)
+        live.until(lambda: live.engine.num_unfinished == 0)
+
+    def test_a_silent_stream_sends_comments(self, mixtral):
+        with server_of(mixtral, Limits(keep_alive_seconds=0.05)) as server:
+            with server.held():
+                stream = server.open_stream(COMPLETIONS, {**SHORT, "stream": True})
+                stream.until(b": keep-alive\n\n")
+                assert b"data:" not in stream.data
+            assert "".join(e["choices"][0]["text"] for e in stream.events())
+
+    def test_a_slow_reader_holds_up_nobody_and_gets_everything(self, live, alone):
+        body = {**LONG, "n": 4, "logprobs": 20}
+        slow = Stream(live.port, COMPLETIONS, {**body, "stream": True}, receive_buffer=4096)
+        slow.until(b"data:")
+        for _ in range(3):
+            assert live.post(COMPLETIONS, SHORT)[0] == 200
+        live.until(lambda: live.engine.num_unfinished == 0)  # the engine did not wait for the reader
+        assert len(slow.data) < 2**20
+        texts = dict.fromkeys(range(4), "")
+        for event in slow.events():
+            for choice in event["choices"]:
+                texts[choice["index"]] += choice["text"]
+        (want,) = alone.generate(["the fox"], _params(MAX_POSITION), use_tqdm=False)
+        assert set(texts.values()) == {want.outputs[0].text}
+
+    def test_the_clients_request_id_comes_back_if_a_header_can_hold_it(self, live):
+        _, headers, _ = live.send("GET", "/health", headers={"X-Request-Id": "mine-1"})
+        assert headers["x-request-id"] == "mine-1"
+        for given in ("", "a b", "x" * 129):
+            _, headers, _ = live.send("GET", "/health", headers={"X-Request-Id": given})
+            assert headers["x-request-id"].startswith("req_")
+
+    def test_one_request_id_twice_at_a_time_is_answered_twice(self, live):
+        body = {**SHORT, "temperature": 1.0}
+        with live.held() as held, ThreadPoolExecutor(2) as threads:
+            both = [
+                threads.submit(live.send, "POST", COMPLETIONS, body, {"X-Request-Id": "one"})
+                for _ in range(2)
+            ]
+            live.until(lambda: live.desk.num_interactive == 2)
+            held.free()
+            first, second = (json.loads(each.result()[2]) for each in both)
+        assert first["id"] != second["id"]
+        assert first["choices"] == second["choices"], "the id decides the draws"
+
+    def test_a_body_that_does_not_come_is_not_waited_for_forever(self, mixtral):
+        with (
+            server_of(mixtral, Limits(body_seconds=0.05)) as server,
+            socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection,
+        ):
+            head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            assert b"408" in connection.recv(65536)
+
+    @pytest.mark.parametrize("is_declared", [True, False])
+    def test_a_body_that_is_too_large_is_refused(self, mixtral, is_declared):
+        with server_of(mixtral, Limits(max_body_bytes=1000)) as server:
+            body = json.dumps({"prompt": "x" * 1000}).encode()
+            with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+                length = f"Content-Length: {len(body)}" if is_declared else "Transfer-Encoding: chunked"
+                head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{length}"
+                data = body if is_declared else f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
+                connection.sendall(head.encode() + b"\r\n\r\n" + data)
+                assert b"413" in connection.recv(65536)
+
+
+class TestFailures:
+    def test_a_pass_that_fails_ends_its_requests_alone(self, mixtral, monkeypatch):
+        with server_of(mixtral) as server:
+            step = server.engine.step
+
+            def fail():
+                monkeypatch.setattr(server.engine, "step", step)
+                raise RuntimeError("something secret")
+
+            monkeypatch.setattr(server.engine, "step", fail)
+            status, headers, data = server.send("POST", COMPLETIONS, SHORT)
+            assert (status, "retry-after" in headers) == (503, True)
+            assert b"secret" not in data
+            assert b"Traceback" not in data
+            assert server.post(COMPLETIONS, SHORT)[0] == 200
+            assert server.send("GET", "/health")[0] == 200
+
+    def test_an_engine_that_fails_again_and_again_is_out_of_order(self, mixtral, monkeypatch):
+        with server_of(mixtral) as server:
+            monkeypatch.setattr(server.engine, "step", lambda: 1 / 0)
+            statuses = [server.post(COMPLETIONS, SHORT)[0] for _ in range(4)]
+            assert statuses == [503] * 4
+            for path in ("/health", "/health/ready"):
+                assert server.send("GET", path)[0] == 503
+            assert server.get("/get_server_info")[1]["status"] == "broken"
+            assert server.engine.num_unfinished == 0
+
+    def test_a_stream_whose_pass_fails_ends_with_the_error(self, mixtral, monkeypatch):
+        with server_of(mixtral) as server, server.held() as held:
+            stream = server.open_stream(COMPLETIONS, {**LONG, "stream": True})
+            held.let_pass(8)
+            stream.until(b"data:")
+            monkeypatch.setattr(held, "_step", lambda: 1 / 0)
+            held.let_pass(1)
+            last = stream.events()[-1]
+            assert last["error"]["code"] == "aborted"
+
+    def test_a_bug_in_an_endpoint_shows_no_stack(self, live, monkeypatch):
+        monkeypatch.setattr(live.app.state.service, "work", lambda *_, **__: {}["something secret"])
+        status, _, data = live.send("POST", COMPLETIONS, SHORT)
+        assert status == 500
+        assert json.loads(data)["error"]["code"] == "internal_error"
+        assert b"secret" not in data
+
+
+class TestEnd:
+    def test_running_requests_finish_and_nothing_new_is_taken(self, mixtral, alone):
+        with server_of(mixtral) as server:
+            with server.held():
+                stream = server.open_stream(COMPLETIONS, {**SHORT, "stream": True})
+                server.until(lambda: server.desk.num_interactive == 1)
+                server.server.handle_exit(signal.SIGTERM, None)
+                server.until(lambda: server.desk.is_closing)
+                assert server.background(COMPLETIONS, SHORT).result(30)[0] == 503
+            text = "".join(event["choices"][0]["text"] for event in stream.events())
+            (want,) = alone.generate(["the fox"], _params(3), use_tqdm=False)
+            assert text == want.outputs[0].text
+
+    def test_what_takes_longer_than_it_may_is_told_so(self, mixtral):
+        with server_of(mixtral, Limits(shutdown_seconds=0.05)) as server, ThreadPoolExecutor(1) as threads:
+            with server.held() as held:
+                stream = server.open_stream(COMPLETIONS, {**LONG, "stream": True})
+                whole = threads.submit(server.send, "POST", COMPLETIONS, LONG)
+                server.until(lambda: server.desk.num_interactive == 2)
+                server.server.handle_exit(signal.SIGTERM, None)
+                server.until(lambda: server.desk.is_closing)
+                # The engine looks at what it was told after each pass; all would take half a thousand.
+                server.until(lambda: held.let_pass(1) or server.desk.num_interactive == 0)
+            assert stream.events()[-1]["error"]["code"] == "aborted"
+            status, _, data = whole.result()
+            assert (status, json.loads(data)["error"]["code"]) == (503, "aborted")
+
+
+def _params(n):
+    return SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
