@@ -23,7 +23,7 @@ def native_router(service: Service) -> APIRouter:
     """Generate."""
     router = APIRouter(tags=["SGLang"])
 
-    @router.post("/generate", **schemas.operation("generate"))
+    @router.post("/generate", **schemas.operation("generate", service.names, service.llm.spec.vocab_size))
     async def generate(request: Request) -> Response:
         """Continue one prompt or several."""
         request_id = request.state.request_id

@@ -19,12 +19,12 @@ def openai_router(service: Service) -> APIRouter:
     """Completions, chat completions, models."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post(COMPLETIONS, **schemas.operation("completions"))
+    @router.post(COMPLETIONS, **schemas.operation("completions", service.names, service.llm.spec.vocab_size))
     async def completions(request: Request) -> Response:
         """Continue one prompt or several: texts or lists of token ids."""
         return await _respond(service, COMPLETIONS, request)
 
-    @router.post(CHAT, **schemas.operation("chat"))
+    @router.post(CHAT, **schemas.operation("chat", service.names, service.llm.spec.vocab_size))
     async def chat(request: Request) -> Response:
         """Answer a conversation."""
         return await _respond(service, CHAT, request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from moe_lightning.protocol import fields, native
@@ -17,7 +18,7 @@ _RANGES: dict[str, Schema] = {
     "min_p": {"minimum": 0, "maximum": 1},
     "presence_penalty": {"minimum": -2, "maximum": 2},
     "frequency_penalty": {"minimum": -2, "maximum": 2},
-    "repetition_penalty": {"exclusiveMinimum": 0, "maximum": 100},
+    "repetition_penalty": {"minimum": 0.01, "maximum": 100},
     "seed": {"minimum": -(2**63), "maximum": 2**64 - 1},
     "min_tokens": {"minimum": 0, "maximum": 2**31},
     "prompt_logprobs": {"minimum": 0, "maximum": 100},
@@ -25,7 +26,6 @@ _RANGES: dict[str, Schema] = {
 _COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": 2**31}
 _LOGPROBS: Schema = {"type": "integer", "minimum": 0, "maximum": 100}
 _TEXT: Schema = {"type": "string"}
-_IDS: Schema = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 _FLAG: Schema = {"type": "boolean"}
 _ANY: Schema = {}
 
@@ -58,10 +58,6 @@ _STREAM: dict[str, Schema] = {
     ),
 }
 _IGNORED: dict[str, Schema] = {"user": _TEXT, "metadata": {"type": "object"}, "store": _FLAG}
-_PROMPT: Schema = {
-    "anyOf": [_TEXT, _IDS, _array(_TEXT, minItems=1), _array(_IDS, minItems=1)],
-    "description": "Texts or lists of token ids",
-}
 _MESSAGE = _object(
     {
         "role": {"enum": ["system", "developer", "user", "assistant"]},
@@ -88,10 +84,15 @@ def _body(properties: dict[str, Schema], required: tuple[str, ...]) -> Schema:
     return _object(nullable, required, additionalProperties=False)
 
 
-def _bodies() -> dict[str, Schema]:
+def _bodies(model: Schema, token: Schema) -> dict[str, Schema]:
     sampling = _sampling()
-    common = {"model": _TEXT, **sampling, **_IGNORED, **_STREAM}
-    completion = {"prompt": _PROMPT, "max_tokens": _COUNT, "logprobs": _LOGPROBS, "echo": _FLAG}
+    common = {"model": model, **sampling, **_IGNORED, **_STREAM}
+    ids = _array(token, minItems=1)
+    prompt: Schema = {
+        "anyOf": [_TEXT, ids, _array(_TEXT, minItems=1), _array(ids, minItems=1)],
+        "description": "Texts or lists of token ids",
+    }
+    completion = {"prompt": prompt, "max_tokens": _COUNT, "logprobs": _LOGPROBS, "echo": _FLAG}
     chat = {
         "messages": _array(_MESSAGE, minItems=1),
         "max_tokens": _COUNT,
@@ -100,24 +101,23 @@ def _bodies() -> dict[str, Schema]:
         "top_logprobs": _LOGPROBS,
     }
     tokenize = {
-        "model": _TEXT,
+        "model": model,
         "prompt": _TEXT,
         "messages": _array(_MESSAGE, minItems=1),
         "add_special_tokens": _FLAG,
         "add_generation_prompt": _FLAG,
         "return_token_strs": _FLAG,
     }
-    token = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
     return {
         "completions": _body({**common, **completion}, ("prompt",)),
         "chat": _body({**common, **chat}, ("messages",)),
         "tokenize": _body(tokenize, ()),
-        "detokenize": _body({"model": _TEXT, "tokens": _array(token)}, ("tokens",)),
-        "generate": _native(sampling),
+        "detokenize": _body({"model": model, "tokens": _array(token)}, ("tokens",)),
+        "generate": _native(sampling, ids),
     }
 
 
-def _native(sampling: dict[str, Schema]) -> Schema:
+def _native(sampling: dict[str, Schema], ids: Schema) -> Schema:
     own = {
         name: sampling.get({"max_new_tokens": "", "min_new_tokens": ""}.get(name, name), _COUNT)
         for name in native.PARAMS
@@ -127,7 +127,7 @@ def _native(sampling: dict[str, Schema]) -> Schema:
     return _body(
         {
             "text": {"anyOf": [_TEXT, _array(_TEXT, minItems=1)]},
-            "input_ids": {"anyOf": [_IDS, _array(_IDS, minItems=1)]},
+            "input_ids": {"anyOf": [ids, _array(ids, minItems=1)]},
             "sampling_params": _body(own, ()),
             "rid": _TEXT,
             "stream": _FLAG,
@@ -210,9 +210,12 @@ _ERRORS = {
 _STREAMS = ("completions", "chat", "generate")
 
 
-def operation(name: str) -> dict[str, Any]:
-    """Arguments of a route: the schemas of its body and responses."""
-    bodies = _bodies()
+def operation(name: str, models: Sequence[str] = (), vocab_size: int = 2**31) -> dict[str, Any]:
+    """Arguments of a route: the schemas of its body and responses.
+
+    `models` are the names that a body may give, `vocab_size` says which token ids.
+    """
+    bodies = _bodies({"enum": list(models)}, {"type": "integer", "minimum": 0, "maximum": vocab_size - 1})
     content: Schema = {"application/json": {"schema": _ANSWERS.get(name, {"type": "object"})}}
     if name in _STREAMS:
         content["text/event-stream"] = {"schema": _TEXT}

@@ -49,12 +49,12 @@ def tokens_router(service: Service) -> APIRouter:
                 raise RequestError(f"{token} in tokens is no token id; they run from 0 to {last}")
         return {"prompt": service.decode(call.tokens)}
 
-    @router.post("/tokenize", **schemas.operation("tokenize"))
+    @router.post("/tokenize", **schemas.operation("tokenize", service.names, service.llm.spec.vocab_size))
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt or a conversation."""
         return JsonResponse(await service.parsed(await service.bodies.read(request), tokenized))
 
-    @router.post("/detokenize", **schemas.operation("detokenize"))
+    @router.post("/detokenize", **schemas.operation("detokenize", service.names, service.llm.spec.vocab_size))
     async def detokenize(request: Request) -> Response:
         """Text of token ids."""
         return JsonResponse(await service.parsed(await service.bodies.read(request), detokenized))
