@@ -218,7 +218,7 @@ def operation(name: str, models: Sequence[str] = (), vocab_size: int = 2**31) ->
     bodies = _bodies({"enum": list(models)}, {"type": "integer", "minimum": 0, "maximum": vocab_size - 1})
     content: Schema = {"application/json": {"schema": _ANSWERS.get(name, {"type": "object"})}}
     if name in _STREAMS:
-        content["text/event-stream"] = {"schema": _TEXT}
+        content["text/event-stream"] = {}  # server-sent events: what one is differs by tool
     failing = _ERRORS if name in bodies else {s: _ERRORS[s] for s in (401, 404, 503)}
     errors = {"application/json": {"schema": _ERROR}}
     responses: dict[str, Any] = {"200": {"description": "The answer", "content": content}}
