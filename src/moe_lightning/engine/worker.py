@@ -127,6 +127,6 @@ def attention_threads(device: torch.device) -> int:
     return cores if device.type == "cpu" else max(1, cores - 2)
 
 
-@lru_cache(maxsize=32)  # some ten thousand tasks each
+@lru_cache(maxsize=96)  # some thousand tasks each, a megabyte
 def _build(name: str, shape: PassShape) -> Schedule:
     return SCHEDULES[name](shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from moe_lightning.pipeline.task import Buffer, Lane, Task
 
@@ -16,67 +16,54 @@ def derive(tasks: Sequence[Task]) -> tuple[tuple[int, ...], ...]:
     these, only those are kept that no other kept dependency and no lane order implies: taking any one away is
     a race.
     """
-    last_writer: dict[Buffer, int] = {}
-    readers: dict[Buffer, list[int]] = {}
     order = LaneOrder(tasks)
+    users: dict[Buffer, list[int]] = {}  # the last writer of each, -1 for none, and its readers since
     deps = []
     for index, task in enumerate(tasks):
-        needed = _conflicts(task, last_writer, readers)
-        deps.append(order.reduce(index, needed))
+        needed: list[int] = []
         for buffer in task.reads:
-            readers.setdefault(buffer, []).append(index)
+            if known := users.get(buffer):
+                needed.append(known[0])
+                known.append(index)
+            else:
+                users[buffer] = [-1, index]
         for buffer in task.writes:
-            last_writer[buffer] = index
-            readers[buffer] = []
+            if known := users.get(buffer):
+                needed += known
+            users[buffer] = [index]
+        deps.append(order.reduce(index, needed))
     return tuple(deps)
 
 
-def _conflicts(task: Task, last_writer: dict[Buffer, int], readers: dict[Buffer, list[int]]) -> set[int]:
-    needed: set[int] = set()
-    for buffer in task.reads:
-        if buffer in last_writer:
-            needed.add(last_writer[buffer])
-    for buffer in task.writes:
-        if readers.get(buffer):
-            needed.update(readers[buffer])
-        elif buffer in last_writer:
-            needed.add(last_writer[buffer])
-    return needed
-
-
 class LaneOrder:
-    """What is known to be done when a task starts, as one position per lane (a vector clock)."""
+    """What is known to be done when a task is, as the last such task of each lane (a vector clock)."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
-        counts = [0] * len(_LANES)
-        self._place: list[tuple[int, int]] = []  # (lane, 1-based position in it)
-        for task in tasks:
-            lane = _LANES[task.lane]
-            counts[lane] += 1
-            self._place.append((lane, counts[lane]))
-        self._done: list[list[int]] = []  # clock once task t is done
-        self._lane_clock = [[0] * len(_LANES) for _ in _LANES]
+        self._lanes = [_LANES[task.lane] for task in tasks]
+        self._clocks: list[list[int]] = []  # by task
+        self._lane_clocks = [[-1] * len(_LANES) for _ in _LANES]  # of the last task of each lane
 
-    def reduce(self, index: int, needed: set[int]) -> tuple[int, ...]:
+    def reduce(self, index: int, needed: Iterable[int]) -> tuple[int, ...]:
         """The members of `needed` that nothing else implies; call it for every task, in launch order.
 
-        A dependency that implies another one comes later in launch order, so the latest are looked at first.
+        A dependency that implies another one comes later in launch order, so the latest are looked at first. The
+        task itself, and -1, are implied.
         """
-        lane, position = self._place[index]
-        clock = list(self._lane_clock[lane])
-        kept = []
-        for other in sorted(needed, reverse=True):
-            other_lane, other_position = self._place[other]
-            if clock[other_lane] >= other_position:
-                continue
-            kept.append(other)
-            clock = [max(a, b) for a, b in zip(clock, self._done[other], strict=True)]
-        clock[lane] = position
-        self._done.append(clock)
-        self._lane_clock[lane] = clock
-        return tuple(reversed(kept))
+        lanes = self._lanes
+        lane = lanes[index]
+        clock = self._lane_clocks[lane].copy()
+        clock[lane] = index
+        kept: tuple[int, ...] = ()
+        rest = [other for other in needed if other > clock[lanes[other]]]  # nearly all are done since long
+        while rest:
+            latest = max(rest)
+            kept = (latest, *kept)
+            clock = list(map(max, clock, self._clocks[latest]))
+            rest = [other for other in rest if other > clock[lanes[other]]]
+        self._clocks.append(clock)
+        self._lane_clocks[lane] = clock
+        return kept
 
     def is_before(self, earlier: int, later: int) -> bool:
         """Whether `earlier` is done whenever `later` starts; both have been through `reduce`."""
-        lane, position = self._place[earlier]
-        return earlier != later and self._done[later][lane] >= position
+        return earlier != later and self._clocks[later][self._lanes[earlier]] >= earlier

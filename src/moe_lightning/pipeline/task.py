@@ -58,9 +58,9 @@ class Buffer(NamedTuple):
     index: int  # type: ignore[assignment]  # tuple.index is hidden: nobody searches a buffer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Task:
-    """One launch on one lane.
+    """One launch on one lane, to be read only: if frozen, the thousands of a pass took five times as long to make.
 
     `layer` is -1 outside the layers; `micro_batches` are those it works on; `page` counts the streamed pages of
     its layer and `frame` is the place in the ring (LOAD_PAGE only). A page may belong to the next pass: then
@@ -149,7 +149,7 @@ class PassShape:
             for start in range(part.start, part.stop, g)
         )
 
-    @property
+    @cached_property
     def pages_ahead(self) -> int:
         """First pages of the next pass that this pass loads in its tail: as many as the ring holds.
 
