@@ -12,7 +12,7 @@ from moe_lightning.config import EngineConfig
 from moe_lightning.engine.build import build_worker
 from moe_lightning.engine.draws import stable_seed
 from moe_lightning.engine.engine import Engine
-from moe_lightning.engine.plan import checkpoint_directory, make_plan
+from moe_lightning.engine.plan import Plan, checkpoint_directory, make_plan
 from moe_lightning.engine.prompts import (
     Prompt,
     Tokens,
@@ -26,9 +26,11 @@ from moe_lightning.engine.prompts import (
 from moe_lightning.engine.request import Request, RequestOutput, SamplingParams
 from moe_lightning.engine.runs import OnPass, Runs
 from moe_lightning.engine.tokenizer import dummy_tokenizer, load_tokenizer
+from moe_lightning.engine.watch import Watch
 from moe_lightning.engine.worker import Worker
 from moe_lightning.errors import ConfigError
 from moe_lightning.memory import checkpoint
+from moe_lightning.perf.facts import PassFacts
 from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.policy import Policy
 
@@ -99,7 +101,23 @@ class LLM:
     @property
     def fullest_pass(self) -> Timeline | None:
         """When each task ran in the pass with the most decode micro-batches so far, then the most chunks."""
-        return self._worker.fullest_pass
+        return self._worker.fullest.timeline() if self._worker.fullest else None
+
+    @property
+    def fullest_facts(self) -> PassFacts | None:
+        """What that pass was."""
+        return self._worker.fullest.facts if self._worker.fullest else None
+
+    def keep_to(self, plan: Plan) -> None:
+        """Compare passes with what the plan predicts, and when they drift, go on as the measured rates suggest.
+
+        Only where lanes work at once, as predictions suppose, and for a plan that was searched for.
+        """
+        if self.config.executor != "serial" and plan.rates and plan.workload:
+            dtype = str(self.dtype).removeprefix("torch.")
+            self.engine.watch = Watch(
+                self.spec, dtype, self.policy, plan.rates, plan.workload, self.max_model_len
+            )
 
     def generate(
         self,

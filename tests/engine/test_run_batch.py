@@ -15,12 +15,21 @@ from fake_llm import FakeLLM
 from moe_lightning.cli.main import main
 from moe_lightning.engine.request import RequestOutput
 from moe_lightning.errors import ConfigError
+from moe_lightning.hardware.presets import preset
+from moe_lightning.models.registry import resolve
+from moe_lightning.perf.cost import PassWork
+from moe_lightning.perf.facts import PassFacts
 from moe_lightning.perf.outlook import Prediction
+from moe_lightning.perf.rates import DatasheetRates
+from moe_lightning.perf.refit import kind_seconds
 from moe_lightning.pipeline.draw import from_chrome
-from moe_lightning.pipeline.task import Lane, TaskKind
+from moe_lightning.pipeline.task import Lane, PassShape, TaskKind
 from moe_lightning.pipeline.timeline import Record, Timeline
 
 TIMELINE = Timeline("pass", (Record("embed mb0", TaskKind.EMBED, Lane.GPU, -1, (0,), 1.0, 2.0),))
+
+SHAPE = PassShape(32, 0, 1, 1, 0, (4,) * 32, 8)
+FACTS = PassFacts("cgopipe", SHAPE, PassWork(resolve("mixtral-8x7b"), "bfloat16", 1, (10,), (200,), (10,)))
 
 
 class CommandLLM(FakeLLM):
@@ -30,11 +39,16 @@ class CommandLLM(FakeLLM):
     loaded: list[dict[str, Any]] = []
     name = "fake-model"
     fullest_pass = TIMELINE
+    fullest_facts = FACTS
+    kept_to: list[Any] = []
 
     def __init__(self, model: str, **settings: Any) -> None:
         self.loaded.append({"model": model} | settings)
         super().__init__(model, seed=settings["seed"])
         self.model_name = self.name
+
+    def keep_to(self, plan: Any) -> None:
+        self.kept_to.append(plan)
 
     def run(self, *args: Any) -> Iterator[RequestOutput]:
         for i, output in enumerate(super().run(*args)):
@@ -45,7 +59,7 @@ class CommandLLM(FakeLLM):
 @pytest.fixture(autouse=True)
 def llm(monkeypatch: pytest.MonkeyPatch) -> type[CommandLLM]:
     module = ModuleType("moe_lightning.llm")
-    module.LLM = type("LLM", (CommandLLM,), {"loaded": []})  # type: ignore[attr-defined]
+    module.LLM = type("LLM", (CommandLLM,), {"loaded": [], "kept_to": []})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "moe_lightning.llm", module)
     return module.LLM  # type: ignore[attr-defined,no-any-return]
 
@@ -231,11 +245,57 @@ def test_a_plan_for_the_files_lengths_is_run_and_its_promise_is_printed_beside_w
     job: list[str], llm: type[CommandLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prediction = Prediction(1.5, {"h2d": 1.4}, 900, 800, 600.0, 512.3, 75.0)
-    plan = SimpleNamespace(policy="a policy", max_model_len=777, prediction=prediction)
+    plan = SimpleNamespace(
+        policy="a policy", max_model_len=777, prediction=prediction, rates=DatasheetRates(preset("l4"))
+    )
     monkeypatch.setattr("moe_lightning.cli.run_batch._plan", lambda config, survey: plan)
     assert main(job) == 0
     assert (llm.loaded[0]["policy"], llm.loaded[0]["max_model_len"]) == ("a policy", 777)
+    assert llm.kept_to == [plan]
     captured = capsys.readouterr()
     assert "note: the plan: 512 tokens/s, " in captured.err
-    assert captured.out.splitlines()[-1].startswith("the plan said 512 tokens/s, ")
-    assert captured.out.endswith(" in all, 1.50 s a pass\n")
+    said, title, header, gpu, whole = captured.out.splitlines()[-5:]
+    assert said.startswith("the plan said 512 tokens/s, ") and said.endswith(" in all, 1.50 s a pass")
+    assert title == "the fullest pass: 10 sequences decode, 0 tokens of prompts"
+    assert header.split() == ["tasks", "predicted", "s", "measured", "s", "measured", "/", "predicted"]
+    predicted = FACTS.predict(plan.rates)
+    for line, name, seconds in (
+        (gpu, "gpu", predicted.busy_seconds()[Lane.GPU]),
+        (whole, "pass", predicted.until_tokens),
+    ):
+        assert line.split() == [name, "1", f"{seconds:.4f}", "1.0000", f"{1 / seconds:.2f}"]
+
+
+def test_a_trace_holds_what_the_pass_was_and_what_the_plan_predicted_of_it(
+    job: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = DatasheetRates(preset("l4"))
+    plan = SimpleNamespace(policy=None, max_model_len=777, prediction=None, rates=rates)
+    monkeypatch.setattr("moe_lightning.cli.run_batch._plan", lambda config, survey: plan)
+    trace = tmp_path / "trace.json"
+    assert main([*job, "--trace", str(trace)]) == 0
+    capsys.readouterr()
+    seconds = kind_seconds(FACTS.predict(rates))[TaskKind.EMBED]
+    for flags in ([], ["--model", "mixtral-8x7b", "--hardware", "l4"]):
+        assert main(["trace", str(trace), *flags]) == 0
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.split() == ["embed", "1", f"{seconds:.4f}", "1.0000", f"{1 / seconds:.2f}"]
+    assert main(["trace", str(trace), "--model", "mixtral-8x7b", "--hardware", "t4"]) == 2
+    assert "bfloat16" in capsys.readouterr().err
+    assert main(["trace", str(trace), "--model", "mixtral-8x22b"]) == 2
+    assert "num_layers=32, but MixtralForCausalLM has 56" in capsys.readouterr().err
+
+
+def test_a_trace_of_a_pass_without_a_plan_shows_what_was_measured(
+    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.json"
+    assert main([*job, "--trace", str(trace)]) == 0
+    capsys.readouterr()
+    assert main(["trace", str(trace)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["embed", "1", "-", "1.0000", "-"]
+    broken = json.loads(trace.read_text())
+    broken["otherData"]["predicted"] = {"dance": 1}
+    trace.write_text(json.dumps(broken))
+    assert main(["trace", str(trace)]) == 2
+    assert "record it anew" in capsys.readouterr().err

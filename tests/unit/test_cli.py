@@ -341,10 +341,14 @@ def test_a_model_that_does_not_fit_is_refused_with_flags_that_trace_has(capsys):
     assert "gpu_memory" not in message and "max_num_seqs" not in message
 
 
-def test_trace_wants_a_file_or_a_model_and_not_both(capsys):
+def test_trace_wants_a_file_or_a_model(capsys):
     assert main(["trace"]) == 2
-    assert main(["trace", "x.json", "--model", "mixtral-8x7b"]) == 2
     assert "FILE, or --model" in capsys.readouterr().err
+
+
+def test_a_trace_that_does_not_say_what_its_pass_was_cannot_be_predicted(recorded, capsys):
+    assert main(["trace", str(recorded), "--model", "mixtral-8x7b"]) == 2
+    assert "does not say what its pass was" in capsys.readouterr().err
 
 
 # -- bench ------------------------

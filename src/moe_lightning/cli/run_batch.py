@@ -156,12 +156,26 @@ def _run_job(config: EngineConfig, files: JobFiles, args: Namespace) -> int:
     except KeyboardInterrupt as e:
         return _report_interrupt(e, job.status, resume=args.resume)
     if files.trace:
-        _write_trace(files.trace, llm)
+        _write_trace(files.trace, llm, plan)
     errors = f", errors in {files.errors}" if files.errors.exists() else ""
     print(f"{summarize(status)}; answers in {files.output}{errors}")
     if plan and plan.prediction:
         print(f"the plan said {_describe(plan.prediction)}")
+        if llm:
+            _print_lanes(llm, plan)
     return 0
+
+
+def _print_lanes(llm: LLM, plan: Plan) -> None:
+    """Seconds of each lane in the fullest pass, as the plan's rates predict just that pass and as they were."""
+    from moe_lightning.cli.beside_table import print_rows
+    from moe_lightning.perf.beside import by_lane
+
+    timeline, facts = llm.fullest_pass, llm.fullest_facts
+    if timeline is None or facts is None or plan.rates is None:
+        return
+    title = f"the fullest pass: {facts.num_decode} sequences decode, {facts.num_prompt} tokens of prompts"
+    print_rows(title, by_lane(facts.predict(plan.rates), timeline))
 
 
 def _load(config: EngineConfig, survey: Survey, plan: Plan | None) -> LLM:
@@ -173,6 +187,8 @@ def _load(config: EngineConfig, survey: Survey, plan: Plan | None) -> LLM:
         _note(f"the plan: {_describe(plan.prediction)}")
         settings |= {"policy": plan.policy, "max_model_len": plan.max_model_len}
     llm = LLM(**settings)
+    if plan:
+        llm.keep_to(plan)
     collect_rarely()
     if others := [m for m in survey.models if m not in (llm.model_name, config.model)]:
         _note(f"{llm.model_name} answers also the lines that name {', '.join(others)}")
@@ -183,14 +199,18 @@ def _note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def _write_trace(path: Path, llm: LLM | None) -> None:
+def _write_trace(path: Path, llm: LLM | None, plan: Plan | None) -> None:
+    from moe_lightning.perf.refit import kind_seconds
     from moe_lightning.pipeline.draw import to_chrome
 
-    timeline = llm.fullest_pass if llm else None
-    if timeline is None:
+    timeline, facts = (llm.fullest_pass, llm.fullest_facts) if llm else (None, None)
+    if timeline is None or facts is None:
         _note(f"{path} is not written, because no pass was run")
-    else:
-        write_text(path, json.dumps(to_chrome(timeline)))
+        return
+    extra: dict[str, object] = {"pass": facts.to_json()}
+    if plan and plan.rates:
+        extra["predicted"] = kind_seconds(facts.predict(plan.rates))
+    write_text(path, json.dumps(to_chrome(timeline, extra)))
 
 
 def _report_interrupt(interrupt: KeyboardInterrupt, status: JobStatus, *, resume: bool) -> int:

@@ -9,20 +9,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moe_lightning.cli.beside_table import print_rows
 from moe_lightning.cli.flags import positive_count
 from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.hardware.presets import preset
+from moe_lightning.hardware.profile_cache import cache_path, load_profile
 from moe_lightning.models.registry import resolve
+from moe_lightning.perf.beside import Row, by_kind
 from moe_lightning.perf.default_policy import Memory, default_policy
+from moe_lightning.perf.facts import PassFacts
 from moe_lightning.perf.predict import predict
+from moe_lightning.perf.rates import DatasheetRates, MeasuredRates, Rates
+from moe_lightning.perf.refit import kind_seconds
 from moe_lightning.pipeline.shape import pass_shape
+from moe_lightning.pipeline.task import TaskKind
 from moe_lightning.pipeline.timeline import Timeline
 
 SUMMARY = "draw when copies, GPU and CPU worked during a pass"
 DESCRIPTION = (
     "Draws a trace that `run-batch --trace` recorded, or the pass that is predicted for a model on a machine "
     "(--model and --hardware; nothing needs to be downloaded), as text, as an SVG Gantt chart, or as JSON that "
-    "chrome://tracing and ui.perfetto.dev open. Without a format, as text."
+    "chrome://tracing and ui.perfetto.dev open. Without a format, as text. Below the text of a recorded pass stand "
+    "the seconds of each kind of task, beside those of the job's plan, or a prediction for --model and --hardware."
 )
 
 
@@ -38,7 +46,8 @@ def add_flags(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("predicted pass")
     add = group.add_argument
     add("--model", metavar="MODEL", help="checkpoint, config.json or a name such as mixtral-8x7b")
-    add("--hardware", default="l4", metavar="NAME", help="machine, such as t4, l4, h100-sxm (default: l4)")
+    machine = "machine, such as t4, l4, h100-sxm (default: l4); for a recorded pass also this: see `profile`"
+    add("--hardware", default="l4", metavar="NAME", help=machine)
     add("--num-seqs", type=positive_count, default=1024, metavar="N", help="decode sequences (default: 1024)")
     add(
         "--micro-batch-size",
@@ -60,19 +69,52 @@ def run(args: Namespace) -> int:
     """
     from moe_lightning.pipeline.draw import from_chrome, to_chrome, to_svg, to_text
 
-    if (args.trace is None) == (args.model is None):
+    if args.trace is None and args.model is None:
         raise ConfigError("give a recorded trace FILE, or --model for a predicted pass")
-    timeline = predicted(args) if args.model else from_chrome(load_json(args.trace))
+    trace = load_json(args.trace) if args.trace else None
+    timeline = predicted(args) if trace is None else from_chrome(trace)
+    rows = None if trace is None else beside(trace, timeline, args)
     if args.svg:
         write_text(args.svg, to_svg(timeline))
     if args.chrome:
-        write_text(args.chrome, json.dumps(to_chrome(timeline)))
+        write_text(args.chrome, json.dumps(to_chrome(timeline, trace and trace["otherData"])))
     if args.text or not (args.svg or args.chrome):
         print(to_text(timeline, args.width))
+        if rows:
+            print()
+            print_rows("seconds of all tasks", rows)
     for path in (args.svg, args.chrome):
         if path:
             print(f"wrote {path}", file=sys.stderr)
     return 0
+
+
+def beside(trace: dict[str, Any], measured: Timeline, args: Namespace) -> list[Row] | None:
+    """What was predicted beside what was measured; None for a trace that is not of a pass that ran.
+
+    Raises:
+        ConfigError: a prediction is asked for, and the trace does not say what its pass was.
+    """
+    extra = trace["otherData"]
+    if args.model:
+        facts = PassFacts.from_json(extra.get("pass", {}), resolve(args.model))
+        return by_kind(kind_seconds(facts.predict(_rates(args.hardware))), measured)
+    if "pass" not in extra:
+        return None
+    try:
+        by_plan = {TaskKind(kind): float(seconds) for kind, seconds in extra.get("predicted", {}).items()}
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ConfigError(
+            f"the trace's prediction is no seconds by kind of task ({e}); record it anew"
+        ) from e
+    return by_kind(by_plan, measured)
+
+
+def _rates(name: str) -> Rates:
+    """Of a machine by name, or of this one as `profile` measured it."""
+    if name == "this":
+        return MeasuredRates(load_profile(cache_path()))
+    return DatasheetRates(preset(name))
 
 
 def predicted(args: Namespace) -> Timeline:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from moe_lightning.engine.balance import spread
@@ -51,10 +51,7 @@ class Batcher:
         self.waiting = Waiting()
         self.running: list[Sequence] = []  # in the order of their ranks
         self.num_preemptions = 0
-        self._policy = policy
-        self._max_num_seqs = policy.max_num_seqs
-        self._micro_batch_size = policy.micro_batch_size
-        self._prefill_tokens = policy.prefill_tokens
+        self.keep_to(policy)
         self._eos_token_ids = eos_token_ids
         self.allocator = BlockAllocator(policy.num_blocks)
         self._answer_lengths = AnswerLengths()
@@ -63,6 +60,24 @@ class Batcher:
     def has_work(self) -> bool:
         """Some sequence is not finished."""
         return bool(self.waiting or self.running)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy with the limits that the next pass keeps."""
+        return replace(
+            self._policy, max_num_seqs=self._max_num_seqs, micro_batch_size=self._micro_batch_size,
+            prefill_tokens=self._prefill_tokens,
+        )  # fmt: skip
+
+    def keep_to(self, policy: Policy) -> None:
+        """Keep to a policy's limits from the next pass on; the cache stays what it is.
+
+        What runs goes on, also if it is more than would be admitted now.
+        """
+        self._policy = policy
+        self._max_num_seqs = policy.max_num_seqs
+        self._micro_batch_size = policy.micro_batch_size
+        self._prefill_tokens = policy.prefill_tokens
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from moe_lightning.engine.batcher import Batch, Batcher
 from moe_lightning.engine.request import Logprob, Logprobs, Request, RequestOutput
 from moe_lightning.engine.sequence import Sequence
 from moe_lightning.engine.stopping import Finish
+from moe_lightning.engine.watch import Watch
 from moe_lightning.engine.worker import Worker
 from moe_lightning.errors import DeviceError
 from moe_lightning.policy import Policy
@@ -27,6 +30,8 @@ class Engine:
     Attributes:
         num_prompt_tokens: of all prompts computed so far, each counted once.
         num_generated_tokens: of all answers so far.
+        watch: compares passes with their predictions; None for an engine without any.
+        clock: seconds, for the watch.
     """
 
     def __init__(
@@ -47,6 +52,8 @@ class Engine:
         self._num_arrived = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
+        self.watch: Watch | None = None
+        self.clock: Callable[[], float] = time.perf_counter
 
     @property
     def num_unfinished(self) -> int:
@@ -120,6 +127,7 @@ class Engine:
         """One pass; the requests it finished."""
         if not self._batcher.has_work:
             return []
+        start = self.clock()
         batch = self._batcher.next()
         reason, outputs = "", []
         try:
@@ -136,7 +144,19 @@ class Engine:
         ended = {s.request.request_id for s in self._batcher.running if s.finish}
         self._batcher.retire()
         done = [r for r in ended if all(s.finish for s in self._unfinished[r])]
-        return [self._finish(request_id) for request_id in sorted(done, key=self._order)]
+        outputs_of_ended = [self._finish(request_id) for request_id in sorted(done, key=self._order)]
+        if self.watch:
+            self._compare(self.watch, batch, self.clock() - start)
+        return outputs_of_ended
+
+    def _compare(self, watch: Watch, batch: Batch, seconds: float) -> None:
+        """Tell the watch of a pass; go on as it says."""
+        revision = watch.note(batch.step, seconds, self._worker.recorded)
+        self._worker.record_next = watch.wants_recording
+        if revision:
+            self._batcher.keep_to(revision.policy)
+            self._worker.keep_to(revision.policy)
+            _log.warning(revision.message)
 
     def _back_off(self, reason: str) -> None:
         """Go on with smaller passes; what ran is computed again."""
@@ -148,6 +168,8 @@ class Engine:
                 f"a pass of one sequence does not fit ({reason}); raise gpu_memory, or give a policy with fewer "
                 "resident_pages"
             )
+        if self.watch:
+            self.watch.shrink_to(self._batcher.policy)
         _log.warning("a pass did not fit in GPU memory; going on with passes of half its size (%s)", reason)
 
     def _order(self, request_id: str) -> int:

@@ -31,7 +31,7 @@ from moe_lightning.units import GIB
 class Plan:
     """How a model will run; `max_model_len` is the longest sequence that the policy can hold.
 
-    `prediction` says what the policy should reach, where it was searched for.
+    `prediction` says what the policy should reach where it was searched for, by `rates` and for `workload`.
     """
 
     spec: ModelSpec
@@ -40,6 +40,8 @@ class Plan:
     policy: Policy
     max_model_len: int
     prediction: Prediction | None = None
+    rates: Rates | None = None
+    workload: Workload | None = None
 
 
 def make_plan(
@@ -67,10 +69,11 @@ def make_plan(
         length = min(config.max_model_len or spec.max_position, policy.num_blocks * policy.block_size)
         return Plan(spec, device, dtype, policy, min(length, policy.prefill_tokens))
     memory = Memory(config.host_memory or usable_host_memory(device), gpu)
-    prediction = None
+    prediction = rates = None
     if workload is not None and device.type == "cuda":
+        rates = measured_rates(device, dtype)
         planned = search(
-            spec, str(dtype).removeprefix("torch."), memory, measured_rates(device, dtype), workload,
+            spec, str(dtype).removeprefix("torch."), memory, rates, workload,
             max_model_len=config.max_model_len or _within(longest, spec), max_num_seqs=config.max_num_seqs,
         )  # fmt: skip
         policy, prediction = planned.policy, planned.prediction
@@ -83,7 +86,7 @@ def make_plan(
         policy = load_policy(config.policy, policy)
         length = min(length, policy.prefill_tokens, policy.num_blocks * policy.block_size)
         _check_pages(policy, spec)
-    return Plan(spec, device, dtype, policy, length, prediction)
+    return Plan(spec, device, dtype, policy, length, prediction, rates, workload)
 
 
 def _within(length: int | None, spec: ModelSpec) -> int | None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
+from moe_lightning.engine.facts import pass_work
 from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.kernels.reference import inverse_frequencies
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.memory.weights import Weights
+from moe_lightning.perf.facts import PassFacts
+from moe_lightning.perf.replan import only_limits_differ
 from moe_lightning.pipeline.baselines import SCHEDULES
 from moe_lightning.pipeline.shape import pass_shape
 from moe_lightning.pipeline.task import PassShape, Schedule
@@ -28,8 +32,23 @@ from moe_lightning.runtime.upload import Uploader
 _RECORD_EVERY = 16  # passes as full as the fullest: recording one makes its launches slower
 
 
+@dataclass(frozen=True)
+class RecordedPass:
+    """A pass whose tasks were timed; `timeline` waits for those that still run."""
+
+    facts: PassFacts
+    timeline: Callable[[], Timeline]
+
+
 class Worker:
-    """Runs steps under one policy; remembers between passes only where the ring of frames stands."""
+    """Runs steps under one policy; remembers between passes only where the ring of frames stands.
+
+    Attributes:
+        fullest: the last recorded pass with the most decode micro-batches so far, then the most chunks.
+        recorded: the last pass, if it was.
+        record_next: record the next pass, whatever it is.
+        record_every: passes as full as the fullest, of which one is recorded.
+    """
 
     def __init__(
         self, weights: Weights, policy: Policy, kv: KVCache, executor: Executor, device: torch.device
@@ -47,15 +66,17 @@ class Worker:
         self._cpu_attention = CpuAttention(attention_threads(device))
         self._ring_offset = 0
         self._is_preloaded = False
-        self._timeline: Callable[[], Timeline] | None = None
+        self.fullest: RecordedPass | None = None
+        self.recorded: RecordedPass | None = None
+        self.record_next = False
         self.record_every = _RECORD_EVERY
         self._num_unrecorded = 0
         self._fullness = (0, 0)  # of that pass: decode micro-batches, chunks
 
-    @property
-    def fullest_pass(self) -> Timeline | None:
-        """When each task ran in the last pass with the most decode micro-batches so far, then the most chunks."""
-        return self._timeline() if self._timeline else None
+    def keep_to(self, policy: Policy) -> None:
+        """Run the next passes under other limits: no more than this worker was made for."""
+        assert only_limits_differ(policy, self._policy), f"{policy} takes other memory than {self._policy}"
+        self._policy = policy
 
     def run(self, step: Step) -> list[MicroBatchOutput]:
         """One pass; its outputs by micro-batch, prefill first."""
@@ -79,17 +100,24 @@ class Worker:
         # Until the pass is whole, nothing is known of the ring.
         offset, self._ring_offset, self._is_preloaded = self._ring_offset, 0, False
         fullness = (len(step.decode), len(step.prefill))
-        record = self._is_to_record(fullness)
+        is_fullest = self._is_fullest(fullness)
+        record, self.record_next = is_fullest or self.record_next, False
         timeline = self._run(schedule, self._wrap(runner), record)
-        if record:
-            self._fullness, self._timeline, self._num_unrecorded = fullness, timeline, 0
+        self.recorded = RecordedPass(self._facts(step, schedule), timeline) if record else None
+        if is_fullest:
+            self._fullness, self.fullest, self._num_unrecorded = fullness, self.recorded, 0
         if schedule.shape.pages_ahead:
             loaded = sum(schedule.shape.streamed_pages)
             self._ring_offset = (offset + loaded) % self._policy.num_frames
             self._is_preloaded = True
         return [runner.outputs[j] for j in range(len(batches))]
 
-    def _is_to_record(self, fullness: tuple[int, int]) -> bool:
+    def _facts(self, step: Step, schedule: Schedule) -> PassFacts:
+        dtype = str(self._weights.embed.dtype).removeprefix("torch.")
+        work = pass_work(self._weights.spec, dtype, self._policy.pages_per_expert, step)
+        return PassFacts(schedule.name, schedule.shape, work)
+
+    def _is_fullest(self, fullness: tuple[int, int]) -> bool:
         """Whether this pass is to be kept: one fuller than all before, and now and then one that is as full."""
         self._num_unrecorded += 1
         return fullness > self._fullness or (

@@ -49,7 +49,7 @@ def outlook(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload:
     n = policy.max_num_seqs
     # Where answers are short, prompts come no faster than passes have room for them.
     steady = min(round(n * workload.mean_prompt / workload.gen_len), policy.prefill_tokens)
-    model = _Passes(spec, dtype, policy, rates, workload)
+    model = Passes(spec, dtype, policy, rates, workload.mean_context(), workload.mean_prompt)
     pass_s, lane_s = model.steady(n, steady)
     ramp_s = model.ramp(min(n + policy.prefill_tokens, round(n * workload.mean_prompt)))
     ramp = n * workload.mean_prompt / (n + policy.prefill_tokens)
@@ -65,12 +65,24 @@ def outlook(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload:
 
 
 @dataclass(frozen=True)
-class _Passes:
+class Passes:
+    """What passes take under a policy.
+
+    Attributes:
+        spec: the model.
+        dtype: of weights, activations and KV.
+        policy: how it runs.
+        rates: of the machine.
+        mean_context: tokens that a decoding sequence holds.
+        mean_prompt: tokens of a prompt.
+    """
+
     spec: ModelSpec
     dtype: str
     policy: Policy
     rates: Rates
-    workload: Workload
+    mean_context: float
+    mean_prompt: float
 
     def steady(self, decode: int, prefill: int) -> tuple[float, dict[str, float]]:
         """Seconds of a pass in the middle of many, and of each lane in it."""
@@ -92,16 +104,15 @@ class _Passes:
 
     def _simulated(self, decode: int, prefill: int, layers: int) -> tuple[float, dict[Lane, float]]:
         """Seconds until the last token of a pass of fewer layers, and those that each lane works."""
-        policy, work = self.policy, self.workload
+        policy = self.policy
         chunks, groups = _cut(prefill, policy.chunk_tokens), _cut(decode, policy.micro_batch_size)
         shape = pass_shape(policy, self.spec.experts.num_experts, len(chunks), len(groups), num_layers=layers)
         timeline = predict(
-            replace(self.spec, num_layers=layers), shape, chunks + groups, work.mean_context(), self.rates,
+            replace(self.spec, num_layers=layers), shape, chunks + groups, self.mean_context, self.rates,
             pages_per_expert=policy.pages_per_expert, dtype=self.dtype, schedule=policy.schedule,
-            prompt_len=work.mean_prompt,
+            prompt_len=self.mean_prompt,
         )  # fmt: skip
-        end = max((r.end for r in timeline.records if r.lane is not Lane.H2D), default=timeline.end)
-        return end - timeline.start, timeline.busy_seconds()
+        return timeline.until_tokens, timeline.busy_seconds()
 
 
 def _cut(total: int, size: int) -> list[int]:

@@ -79,6 +79,11 @@ class Timeline:
         """Seconds from the first start to the last end."""
         return self.end - self.start
 
+    @property
+    def until_tokens(self) -> float:
+        """Seconds until the tokens are there: pages of the next pass may come later."""
+        return max((r.end for r in self.records if r.lane is not Lane.H2D), default=self.end) - self.start
+
     def busy(self, lane: Lane) -> list[tuple[float, float]]:
         """The intervals in which the lane runs something, in order, apart from each other."""
         # Recorded runs of one lane can overlap a little, so that adding them up would count time twice.

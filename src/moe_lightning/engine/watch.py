@@ -1,0 +1,160 @@
+"""Passes beside their predictions, and another plan when the two drift apart."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from moe_lightning.engine.facts import mean_context
+from moe_lightning.engine.worker import RecordedPass
+from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.drift import Drift, is_close
+from moe_lightning.perf.memory import HEAD_ROWS
+from moe_lightning.perf.outlook import Passes, outlook
+from moe_lightning.perf.rates import Rates
+from moe_lightning.perf.refit import Refitted, fit, kind_seconds
+from moe_lightning.perf.replan import LIMITS, Bounds, replan
+from moe_lightning.perf.workload import Workload
+from moe_lightning.pipeline.task import TaskKind
+from moe_lightning.pipeline.timeline import Timeline
+from moe_lightning.policy import Policy
+from moe_lightning.runtime.micro_batch import Step
+
+MOST_REVISIONS = 3  # of a job: what drifts on and on is nothing that a plan follows
+_FULL = 0.5  # of the sequences that the policy has room for: smaller passes tell little of the plan
+_STEPS = 32  # in an octave of contexts, in the room for sequences and for prompts: those between share a prediction
+_NOTABLE = 0.02  # of the busy seconds of a pass: less is not worth a word
+
+
+@dataclass(frozen=True)
+class Revision:
+    """How to go on, and why, in words."""
+
+    policy: Policy
+    message: str
+
+
+class Watch:
+    """Says what each pass should take and, when many took something else, how to go on.
+
+    Then one pass is recorded, the rates are fitted to it, and the plan is searched for anew among those that need
+    no other memory. What the fitted rates do not explain is kept as a factor of whole passes: so passes that go on
+    as they are drift no more, and only another change leads to another revision.
+
+    Args:
+        spec: the model.
+        dtype: of weights, activations and KV.
+        policy: that runs.
+        rates: by which it was planned.
+        workload: for which it was planned.
+        max_model_len: tokens of the longest prompt.
+
+    Attributes:
+        wants_recording: the next pass is to be recorded.
+        num_revisions: so far.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dtype: str,
+        policy: Policy,
+        rates: Rates,
+        workload: Workload,
+        max_model_len: int,
+    ) -> None:
+        self._spec, self._dtype, self._workload = spec, dtype, workload
+        # Memory is set aside for this many rows of logits, whatever the plan.
+        most = max(policy.micro_batch_size, min(HEAD_ROWS, policy.max_num_seqs))
+        self._bounds = Bounds(
+            replace(policy, micro_batch_size=most), min(max_model_len, policy.prefill_tokens)
+        )
+        self._policy = policy
+        self._planned_rates = self._rates = rates
+        self._rest = 1.0  # what a pass takes beyond what its tasks explain
+        self._drift = Drift()
+        self._expected: dict[tuple[int, int, int], float] = {}
+        self.wants_recording = False
+        self.num_revisions = 0
+
+    def shrink_to(self, policy: Policy) -> None:
+        """Passes have been made smaller, because one did not fit: none will be larger again."""
+        self._policy = policy
+        least = min(self._bounds.least_prefill, policy.prefill_tokens)
+        self._bounds = Bounds(policy, least)
+        self._expected.clear()
+        self._drift.forget()
+
+    def note(self, step: Step, seconds: float, recorded: RecordedPass | None) -> Revision | None:
+        """A pass has run, and maybe was recorded; how to go on, if otherwise than until now."""
+        self.wants_recording = False
+        decode = sum(map(len, step.decode))
+        if decode < _FULL * self._policy.max_num_seqs or self.num_revisions >= MOST_REVISIONS:
+            return None
+        ratio = seconds / (self._rest * self._seconds(step))
+        self._drift.note(ratio)
+        if not self._drift.is_large:
+            return None
+        # A recorded pass that was not as the others would be a wrong example.
+        if recorded is None or not is_close(ratio, self._drift.ratio):
+            self.wants_recording = True
+            return None
+        return self._revise(step, seconds, recorded)
+
+    def _seconds(self, step: Step) -> float:
+        """What a pass like this should take, by its tasks alone."""
+        policy = self._policy
+        decode = sum(map(len, step.decode))
+        prompt = sum(len(piece.token_ids) for chunk in step.prefill for piece in chunk)
+        sequences, tokens = -(-policy.max_num_seqs // _STEPS), -(-policy.prefill_tokens // _STEPS)
+        key = (-(-decode // sequences), -(-prompt // tokens), round(_STEPS * math.log2(mean_context(step))))
+        if key not in self._expected:
+            passes = Passes(
+                self._spec,
+                self._dtype,
+                policy,
+                self._rates,
+                2 ** (key[2] / _STEPS),
+                self._workload.mean_prompt,
+            )
+            self._expected[key] = passes.steady(decode, prompt)[0]
+        return self._expected[key]
+
+    def _revise(self, step: Step, seconds: float, recorded: RecordedPass) -> Revision:
+        timeline, predicted = recorded.timeline(), recorded.facts.predict(self._planned_rates)
+        factors = fit(predicted, timeline)
+        drift, before = self._drift.ratio, self._policy
+        was = outlook(self._spec, self._dtype, before, self._rates, self._workload).tokens_per_s / self._rest
+        self._rates = Refitted(self._planned_rates, factors)
+        self._expected.clear()
+        self._rest = seconds / self._seconds(step)
+        self._policy, found = replan(
+            self._spec, self._dtype, before, self._bounds, self._rates, self._workload
+        )
+        self._expected.clear()
+        self._drift.forget()
+        self.num_revisions += 1
+        message = (
+            f"passes take {drift:.2f} times what was predicted ({_causes(factors, timeline)}); fitted to what was "
+            f"measured, {_changes(before, self._policy)}: {found.tokens_per_s / self._rest:.0f} tokens/s expected "
+            f"while memory is full, where {was:.0f} were"
+        )
+        return Revision(self._policy, message)
+
+
+def _causes(factors: dict[TaskKind, float], measured: Timeline) -> str:
+    """Kinds of tasks that took notably more or less, as far as they weigh."""
+    seconds = kind_seconds(measured)
+    least = _NOTABLE * sum(seconds.values())
+    notable = [k for k, f in factors.items() if not is_close(f, 1.0) and seconds[k] >= least]
+    named = ", ".join(f"{kind} {factors[kind]:.2f} times" for kind in notable)
+    return named or "no kind of task stands out"
+
+
+def _changes(before: Policy, now: Policy) -> str:
+    changed = [
+        f"{name} {getattr(before, name)} -> {getattr(now, name)}"
+        for name in LIMITS
+        if getattr(before, name) != getattr(now, name)
+    ]
+    return f"the plan changes ({', '.join(changed)})" if changed else "the plan stays"

@@ -1,0 +1,107 @@
+"""The best of the policies that a running engine can change to: those that take the memory it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from math import ceil
+
+from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.outlook import Prediction, outlook
+from moe_lightning.perf.rates import Rates
+from moe_lightning.perf.workload import Workload
+from moe_lightning.policy import Policy
+
+# What no arena, ring or cache depends on, as long as it does not grow. Fewer sequences never finish sooner, and the
+# other schedules are slower than CGOPipe: the search leaves both as they are.
+LIMITS = ("max_num_seqs", "micro_batch_size", "group_size", "look_ahead", "prefill_tokens", "chunk_tokens")
+_GAIN = 1.03  # less is what predictions are worth, and no reason for a change
+_ONE_SWEEP = 2**16
+_MICRO_BATCHES = (4, 6, 8, 12, 16)
+_SHARES = (1.0, 0.75, 0.5, 0.25)  # of what there is room for
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far limits may go.
+
+    Attributes:
+        most: no limit is larger than this policy's.
+        least_prefill: prompt tokens that a pass must have room for: those of the longest prompt.
+    """
+
+    most: Policy
+    least_prefill: int
+
+
+def only_limits_differ(policy: Policy, other: Policy) -> bool:
+    """Whether an engine can go over from one to the other without new memory."""
+    return replace(policy, **{name: getattr(other, name) for name in LIMITS}) == other
+
+
+def replan(
+    spec: ModelSpec, dtype: str, now: Policy, bounds: Bounds, rates: Rates, workload: Workload
+) -> tuple[Policy, Prediction]:
+    """The policy that generates fastest while memory is full, of those within bounds; `now` where none gains much.
+
+    Args:
+        spec: the model.
+        dtype: of weights, activations and KV.
+        now: the policy that runs.
+        bounds: of what it may become.
+        rates: of the machine.
+        workload: what is computed.
+    """
+
+    @cache
+    def predicted(policy: Policy) -> Prediction:
+        return outlook(spec, dtype, policy, rates, workload)
+
+    best = now
+    for _ in range(2):
+        for variants in _AXES:
+            best = max((best, *variants(best, bounds)), key=lambda p: predicted(p).tokens_per_s)
+    if predicted(best).tokens_per_s < _GAIN * predicted(now).tokens_per_s:
+        best = now
+    return best, predicted(best)
+
+
+def _micro_batches(policy: Policy, bounds: Bounds) -> Iterator[Policy]:
+    """Ever smaller ones; attention runs as far ahead as it did, counted in passes over the micro-batches."""
+    n, before = policy.max_num_seqs, _count(policy)
+    for count in _MICRO_BATCHES:
+        size = ceil(n / count)
+        if size <= bounds.most.micro_batch_size:
+            ahead = ceil(policy.look_ahead * ceil(n / size) / before)
+            yield replace(policy, micro_batch_size=size, look_ahead=ahead)
+
+
+def _look_aheads(policy: Policy, _: Bounds) -> Iterator[Policy]:
+    for passes in (0.5, 1, 2):
+        yield replace(policy, look_ahead=ceil(passes * _count(policy)))
+
+
+def _groups(policy: Policy, _: Bounds) -> Iterator[Policy]:
+    for size in (_ONE_SWEEP, ceil(_count(policy) / 2)):
+        yield replace(policy, group_size=size)
+
+
+def _prefills(policy: Policy, bounds: Bounds) -> Iterator[Policy]:
+    for share in _SHARES:
+        tokens = max(bounds.least_prefill, int(share * bounds.most.prefill_tokens))
+        yield replace(policy, prefill_tokens=min(tokens, bounds.most.prefill_tokens))
+
+
+def _chunks(policy: Policy, bounds: Bounds) -> Iterator[Policy]:
+    for share in _SHARES:
+        yield replace(policy, chunk_tokens=max(1, int(share * bounds.most.chunk_tokens)))
+
+
+def _count(policy: Policy) -> int:
+    return ceil(policy.max_num_seqs / policy.micro_batch_size)
+
+
+_AXES: tuple[Callable[[Policy, Bounds], Iterator[Policy]], ...] = (
+    _micro_batches, _prefills, _chunks, _groups, _look_aheads,
+)  # fmt: skip
