@@ -1,0 +1,70 @@
+"""Plans that a running engine can change to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_lightning.hardware.presets import preset
+from moe_lightning.models.registry import resolve
+from moe_lightning.perf.default_policy import Memory
+from moe_lightning.perf.outlook import outlook
+from moe_lightning.perf.planner import search
+from moe_lightning.perf.rates import DatasheetRates
+from moe_lightning.perf.refit import Refitted
+from moe_lightning.perf.replan import LIMITS, Bounds, only_limits_differ, replan
+from moe_lightning.perf.workload import Workload
+from moe_lightning.pipeline.task import TaskKind
+from moe_lightning.units import GIB
+
+SPEC = replace(resolve("mixtral-8x7b"), num_layers=3)
+RATES = DatasheetRates(preset("l4"))
+WORK = Workload((40, 77, 120), 32)
+PLANNED = search(SPEC, "bfloat16", Memory(14 * GIB, 6 * GIB), RATES, WORK).policy
+BOUNDS = Bounds(PLANNED, 200)
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    factors=st.dictionaries(st.sampled_from(TaskKind), st.floats(0.1, 20)),
+    micro_batch_size=st.integers(1, PLANNED.micro_batch_size),
+    prefill=st.integers(200, PLANNED.prefill_tokens),
+)
+def test_a_new_plan_keeps_within_bounds_takes_the_same_memory_and_is_not_slower(
+    factors, micro_batch_size, prefill
+):
+    # Micro-batches no smaller than a sixteenth: schedules of more take long to build.
+    size = max(micro_batch_size, PLANNED.max_num_seqs // 16)
+    now = replace(PLANNED, micro_batch_size=size, prefill_tokens=prefill)
+    rates = Refitted(RATES, factors)
+    found, predicted = replan(SPEC, "bfloat16", now, BOUNDS, rates, WORK)
+    assert only_limits_differ(found, PLANNED)
+    for name in ("max_num_seqs", "micro_batch_size", "prefill_tokens", "chunk_tokens"):
+        assert 1 <= getattr(found, name) <= getattr(PLANNED, name)
+    assert found.prefill_tokens >= BOUNDS.least_prefill
+    was = outlook(SPEC, "bfloat16", now, rates, WORK)
+    assert predicted.tokens_per_s >= was.tokens_per_s
+    if found != now:
+        assert predicted.tokens_per_s >= 1.03 * was.tokens_per_s
+    assert predicted == outlook(SPEC, "bfloat16", found, rates, WORK)
+
+
+def test_the_planners_policy_stays_while_rates_are_what_they_were():
+    assert replan(SPEC, "bfloat16", PLANNED, BOUNDS, RATES, WORK)[0] == PLANNED
+
+
+def test_where_attention_takes_as_long_as_the_gpu_experts_sweep_for_half_of_the_sequences_at_a_time():
+    lanes = outlook(SPEC, "bfloat16", PLANNED, RATES, WORK).lane_s
+    rates = Refitted(RATES, {TaskKind.ATTENTION: lanes["gpu"] / lanes["cpu"]})
+    found, _ = replan(SPEC, "bfloat16", PLANNED, BOUNDS, rates, WORK)
+    assert found.group_size < PLANNED.group_size
+
+
+@pytest.mark.parametrize("name", ["num_frames", "num_blocks", "block_size", "pages_per_expert"])
+def test_what_takes_other_memory_is_told(name):
+    assert not only_limits_differ(replace(PLANNED, **{name: getattr(PLANNED, name) + 1}), PLANNED)
+    changed = replace(PLANNED, **{limit: getattr(PLANNED, limit) + 1 for limit in LIMITS})
+    assert only_limits_differ(changed, PLANNED)
