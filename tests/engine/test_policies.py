@@ -199,19 +199,23 @@ def test_after_an_error_generate_raises_it_and_serves_the_next_call(mixtral, pro
 def test_passes_that_do_not_fit_are_made_smaller_and_no_token_changes(
     num_failures, mixtral, prompts, answers, monkeypatch, caplog
 ):
-    llm, sizes = load(mixtral), []
+    llm, sizes, largest = load(mixtral), [], []
     run = llm._worker.run
 
     def run_out_of_memory(step):
         sizes.append(sum(map(len, step.decode)))
+        largest.append(max(map(len, step.decode), default=0))
         if 3 <= len(sizes) < 3 + num_failures:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
         return run(step)
 
     monkeypatch.setattr(llm._worker, "run", run_out_of_memory)
     assert tokens_of(llm, prompts) == answers
-    assert max(sizes[2 + num_failures :]) <= max(1, sizes[2] // 2**num_failures)
+    # Micro-batches first, and sequences only when that was not enough.
+    assert max(largest[2 + num_failures :]) <= max(1, largest[2] // 2**num_failures)
+    assert max(sizes[2 + num_failures :]) == max(1, sizes[2] // 2 ** (num_failures - 1))
     assert len(caplog.records) == num_failures
+    assert "going on with micro_batch_size 3 -> 1, chunk_tokens 24 -> 12" in caplog.messages[0]
 
 
 def test_a_pass_of_one_sequence_that_does_not_fit_is_an_error_with_a_remedy(mixtral, prompts, monkeypatch):

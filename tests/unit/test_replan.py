@@ -15,7 +15,7 @@ from moe_lightning.perf.outlook import outlook
 from moe_lightning.perf.planner import search
 from moe_lightning.perf.rates import DatasheetRates
 from moe_lightning.perf.refit import Refitted
-from moe_lightning.perf.replan import LIMITS, Bounds, only_limits_differ, replan
+from moe_lightning.perf.replan import LIMITS, Bounds, changes, only_limits_differ, replan, smaller
 from moe_lightning.perf.workload import Workload
 from moe_lightning.pipeline.task import TaskKind
 from moe_lightning.units import GIB
@@ -68,3 +68,24 @@ def test_what_takes_other_memory_is_told(name):
     assert not only_limits_differ(replace(PLANNED, **{name: getattr(PLANNED, name) + 1}), PLANNED)
     changed = replace(PLANNED, **{limit: getattr(PLANNED, limit) + 1 for limit in LIMITS})
     assert only_limits_differ(changed, PLANNED)
+
+
+def test_a_policy_that_did_not_fit_is_made_finer_first_and_then_smaller_until_nothing_is_left():
+    finer = smaller(PLANNED, PLANNED.max_num_seqs, 0)
+    half = PLANNED.micro_batch_size // 2
+    assert changes(PLANNED, finer) == (
+        f"micro_batch_size {PLANNED.micro_batch_size} -> {half}, "
+        f"chunk_tokens {PLANNED.chunk_tokens} -> {PLANNED.chunk_tokens // 2}"
+    )
+    policy, num_failures = finer, 1
+    while (next_one := smaller(policy, 0, num_failures)) is not None:
+        assert only_limits_differ(next_one, PLANNED)
+        assert next_one.max_num_seqs == max(1, policy.max_num_seqs // 2)
+        assert next_one.prefill_tokens == max(1, policy.prefill_tokens // 2)
+        policy, num_failures = next_one, num_failures + 1
+    assert (policy.max_num_seqs, policy.micro_batch_size, policy.prefill_tokens) == (1, 1, 1)
+
+
+def test_what_ran_counts_where_it_was_less_than_might_have_run():
+    assert smaller(PLANNED, 10, 0).micro_batch_size == 5
+    assert smaller(PLANNED, 10, 1).max_num_seqs == 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 from moe_lightning.engine.balance import spread
@@ -63,11 +63,8 @@ class Batcher:
 
     @property
     def policy(self) -> Policy:
-        """The policy with the limits that the next pass keeps."""
-        return replace(
-            self._policy, max_num_seqs=self._max_num_seqs, micro_batch_size=self._micro_batch_size,
-            prefill_tokens=self._prefill_tokens,
-        )  # fmt: skip
+        """Whose limits the next pass keeps."""
+        return self._policy
 
     def keep_to(self, policy: Policy) -> None:
         """Keep to a policy's limits from the next pass on; the cache stays what it is.
@@ -127,15 +124,6 @@ class Batcher:
                 self._release(sequence)
         self.running = [s for s in self.running if s.request.request_id not in request_ids]
         self.waiting.keep(lambda s: s.request.request_id not in request_ids)
-
-    def shrink(self) -> bool:
-        """Let passes be half as large from now on, after one did not fit; False if they cannot be smaller."""
-        if self._max_num_seqs == 1 and self._prefill_tokens == 1:
-            return False
-        self._max_num_seqs = max(1, min(self._max_num_seqs, len(self.running) or self._max_num_seqs) // 2)
-        self._prefill_tokens = max(1, self._prefill_tokens // 2)
-        self._micro_batch_size = max(1, self._micro_batch_size // 2)
-        return True
 
     def put_back(self) -> None:
         """Return all running sequences to the queue: a failed pass has left their KV undefined."""

@@ -17,6 +17,7 @@ from moe_lightning.engine.stopping import Finish
 from moe_lightning.engine.watch import Watch
 from moe_lightning.engine.worker import Worker
 from moe_lightning.errors import DeviceError
+from moe_lightning.perf.replan import changes, smaller
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.runner import MicroBatchOutput
 from moe_lightning.runtime.sampler import NOT_FINITE, SampleOutput
@@ -49,7 +50,7 @@ class Engine:
         self._batcher = Batcher(policy, self._eos_token_ids)
         self._unfinished: dict[str, list[Sequence]] = {}
         self._prompt_logprobs: dict[str, list[Logprobs | None]] = {}
-        self._num_arrived = 0
+        self._num_arrived = self._num_too_large = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
         self.watch: Watch | None = None
@@ -154,23 +155,28 @@ class Engine:
         revision = watch.note(batch.step, seconds, self._worker.recorded)
         self._worker.record_next = watch.wants_recording
         if revision:
-            self._batcher.keep_to(revision.policy)
-            self._worker.keep_to(revision.policy)
+            self._keep_to(revision.policy)
             _log.warning(revision.message)
 
     def _back_off(self, reason: str) -> None:
         """Go on with smaller passes; what ran is computed again."""
-        can_shrink = self._batcher.shrink()
+        before = self._batcher.policy
+        policy = smaller(before, len(self._batcher.running), self._num_too_large)
+        self._num_too_large += 1
         self._batcher.put_back()
         self._worker.give_back()
-        if not can_shrink:
+        if policy is None:
             raise DeviceError(
                 f"a pass of one sequence does not fit ({reason}); raise gpu_memory, or give a policy with fewer "
                 "resident_pages"
             )
-        if self.watch:
-            self.watch.shrink_to(self._batcher.policy)
-        _log.warning("a pass did not fit in GPU memory; going on with passes of half its size (%s)", reason)
+        self._keep_to(self.watch.shrink_to(policy) if self.watch else policy)
+        changed = changes(before, self._batcher.policy)
+        _log.warning("a pass did not fit in GPU memory (%s); going on with %s", reason, changed)
+
+    def _keep_to(self, policy: Policy) -> None:
+        self._batcher.keep_to(policy)
+        self._worker.keep_to(policy)
 
     def _order(self, request_id: str) -> int:
         return self._unfinished[request_id][0].order

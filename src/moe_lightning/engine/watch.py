@@ -10,10 +10,10 @@ from moe_lightning.engine.worker import RecordedPass
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.drift import Drift, is_close
 from moe_lightning.perf.memory import HEAD_ROWS
-from moe_lightning.perf.outlook import Passes, outlook
+from moe_lightning.perf.outlook import Passes, Prediction, outlook
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.refit import Refitted, fit, kind_seconds
-from moe_lightning.perf.replan import LIMITS, Bounds, replan
+from moe_lightning.perf.replan import Bounds, changes, replan
 from moe_lightning.perf.workload import Workload
 from moe_lightning.pipeline.task import TaskKind
 from moe_lightning.pipeline.timeline import Timeline
@@ -23,7 +23,7 @@ from moe_lightning.runtime.micro_batch import Step
 MOST_REVISIONS = 3  # of a job: what drifts on and on is nothing that a plan follows
 _FULL = 0.5  # of the sequences that the policy has room for: smaller passes tell little of the plan
 _STEPS = 32  # in an octave of contexts, in the room for sequences and for prompts: those between share a prediction
-_NOTABLE = 0.02  # of the busy seconds of a pass: less is not worth a word
+_CAUSES = 3  # that are named
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,12 @@ class Watch:
     """
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        dtype: str,
-        policy: Policy,
-        rates: Rates,
-        workload: Workload,
-        max_model_len: int,
-    ) -> None:
+        self, spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload: Workload, max_model_len: int
+    ) -> None:  # fmt: skip
         self._spec, self._dtype, self._workload = spec, dtype, workload
         # Memory is set aside for this many rows of logits, whatever the plan.
-        most = max(policy.micro_batch_size, min(HEAD_ROWS, policy.max_num_seqs))
-        self._bounds = Bounds(
-            replace(policy, micro_batch_size=most), min(max_model_len, policy.prefill_tokens)
-        )
+        size = max(policy.micro_batch_size, min(HEAD_ROWS, policy.max_num_seqs))
+        self._bounds = Bounds(replace(policy, micro_batch_size=size), max_model_len)
         self._policy = policy
         self._planned_rates = self._rates = rates
         self._rest = 1.0  # what a pass takes beyond what its tasks explain
@@ -77,13 +69,11 @@ class Watch:
         self.wants_recording = False
         self.num_revisions = 0
 
-    def shrink_to(self, policy: Policy) -> None:
-        """Passes have been made smaller, because one did not fit: none will be larger again."""
-        self._policy = policy
-        least = min(self._bounds.least_prefill, policy.prefill_tokens)
-        self._bounds = Bounds(policy, least)
-        self._expected.clear()
-        self._drift.forget()
+    def shrink_to(self, policy: Policy) -> Policy:
+        """A pass did not fit, and none is to be larger than this from now on: the best policy that keeps to it."""
+        self._bounds = Bounds(policy, self._bounds.least_prefill)
+        self._replan(policy)
+        return self._policy
 
     def note(self, step: Step, seconds: float, recorded: RecordedPass | None) -> Revision | None:
         """A pass has run, and maybe was recorded; how to go on, if otherwise than until now."""
@@ -109,14 +99,8 @@ class Watch:
         sequences, tokens = -(-policy.max_num_seqs // _STEPS), -(-policy.prefill_tokens // _STEPS)
         key = (-(-decode // sequences), -(-prompt // tokens), round(_STEPS * math.log2(mean_context(step))))
         if key not in self._expected:
-            passes = Passes(
-                self._spec,
-                self._dtype,
-                policy,
-                self._rates,
-                2 ** (key[2] / _STEPS),
-                self._workload.mean_prompt,
-            )
+            context, prompt_len = 2 ** (key[2] / _STEPS), self._workload.mean_prompt
+            passes = Passes(self._spec, self._dtype, policy, self._rates, context, prompt_len)
             self._expected[key] = passes.steady(decode, prompt)[0]
         return self._expected[key]
 
@@ -128,33 +112,31 @@ class Watch:
         self._rates = Refitted(self._planned_rates, factors)
         self._expected.clear()
         self._rest = seconds / self._seconds(step)
+        found = self._replan(before)
+        self.num_revisions += 1
+        what = changes(before, self._policy)
+        now = f"the plan changes ({what})" if what else "the plan stays"
+        message = (
+            f"passes take {drift:.2f} times what was predicted ({_causes(factors, timeline)}); fitted to what was "
+            f"measured, {now}: {found.tokens_per_s / self._rest:.0f} tokens/s expected "
+            f"while memory is full, where {was:.0f} were"
+        )
+        return Revision(self._policy, message)
+
+    def _replan(self, before: Policy) -> Prediction:
+        """Go over to the best policy; what was seen under another one says nothing of it."""
         self._policy, found = replan(
             self._spec, self._dtype, before, self._bounds, self._rates, self._workload
         )
         self._expected.clear()
         self._drift.forget()
-        self.num_revisions += 1
-        message = (
-            f"passes take {drift:.2f} times what was predicted ({_causes(factors, timeline)}); fitted to what was "
-            f"measured, {_changes(before, self._policy)}: {found.tokens_per_s / self._rest:.0f} tokens/s expected "
-            f"while memory is full, where {was:.0f} were"
-        )
-        return Revision(self._policy, message)
+        return found
 
 
 def _causes(factors: dict[TaskKind, float], measured: Timeline) -> str:
-    """Kinds of tasks that took notably more or less, as far as they weigh."""
+    """The kinds of tasks that took notably more or less, those that weigh most."""
     seconds = kind_seconds(measured)
-    least = _NOTABLE * sum(seconds.values())
-    notable = [k for k, f in factors.items() if not is_close(f, 1.0) and seconds[k] >= least]
-    named = ", ".join(f"{kind} {factors[kind]:.2f} times" for kind in notable)
-    return named or "no kind of task stands out"
-
-
-def _changes(before: Policy, now: Policy) -> str:
-    changed = [
-        f"{name} {getattr(before, name)} -> {getattr(now, name)}"
-        for name in LIMITS
-        if getattr(before, name) != getattr(now, name)
-    ]
-    return f"the plan changes ({', '.join(changed)})" if changed else "the plan stays"
+    weights = {kind: abs(seconds[kind] * (1 - 1 / factor)) for kind, factor in factors.items()}
+    notable = [kind for kind, factor in factors.items() if not is_close(factor, 1.0)]
+    heaviest = sorted(notable, key=lambda kind: weights[kind], reverse=True)[:_CAUSES]
+    return ", ".join(f"{kind} {factors[kind]:.2f} times" for kind in heaviest) or "no kind of task stands out"

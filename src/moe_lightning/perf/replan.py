@@ -28,7 +28,8 @@ class Bounds:
 
     Attributes:
         most: no limit is larger than this policy's.
-        least_prefill: prompt tokens that a pass must have room for: those of the longest prompt.
+        least_prefill: prompt tokens that a pass should have room for, as far as `most` has: those of the longest
+            prompt.
     """
 
     most: Policy
@@ -38,6 +39,34 @@ class Bounds:
 def only_limits_differ(policy: Policy, other: Policy) -> bool:
     """Whether an engine can go over from one to the other without new memory."""
     return replace(policy, **{name: getattr(other, name) for name in LIMITS}) == other
+
+
+def smaller(policy: Policy, num_seqs: int, num_failures: int) -> Policy | None:
+    """The largest policy that promises to fit where a pass of this one did not; None if there is none.
+
+    What a pass takes beside its buffers goes with micro-batches and chunks, so these are halved first, which costs
+    little. If that was not it, nobody knows what is missing, and each further failure makes the engine compute anew
+    all that ran: then everything is halved.
+
+    Args:
+        policy: that was too large.
+        num_seqs: that ran; 0 if that is not known.
+        num_failures: of larger policies before.
+    """
+    n = min(policy.max_num_seqs, num_seqs or policy.max_num_seqs)
+    size, chunk = min(policy.micro_batch_size, n), policy.chunk_tokens
+    finer = replace(policy, micro_batch_size=max(1, size // 2), chunk_tokens=max(1, chunk // 2))
+    if num_failures == 0 and finer != policy:
+        return finer
+    if policy.max_num_seqs == 1 and policy.prefill_tokens == 1:
+        return None
+    return replace(finer, max_num_seqs=max(1, n // 2), prefill_tokens=max(1, policy.prefill_tokens // 2))
+
+
+def changes(before: Policy, now: Policy) -> str:
+    """The limits that differ, in words."""
+    pairs = ((name, getattr(before, name), getattr(now, name)) for name in LIMITS)
+    return ", ".join(f"{name} {old} -> {new}" for name, old, new in pairs if old != new)
 
 
 def replan(
