@@ -7,7 +7,9 @@ from moe_lightning.perf.cost import PassWork
 from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step
 
 
-def pass_work(spec: ModelSpec, dtype: str, pages_per_expert: int, step: Step) -> PassWork:
+def pass_work(
+    spec: ModelSpec, dtype: str, pages_per_expert: int, step: Step, expert_parts: int = 1
+) -> PassWork:
     """What the tasks of a step's pass work on; sequences are counted, not looked into."""
     window = spec.attention.sliding_window or spec.max_position
     chunks, groups = step.prefill, step.decode
@@ -16,7 +18,9 @@ def pass_work(spec: ModelSpec, dtype: str, pages_per_expert: int, step: Step) ->
     rows = [sum(len(piece.next_ids) + (piece.sampling is not None) for piece in chunk) for chunk in chunks]
     sizes = [len(members) for members in groups]
     keys += [_context(members, window) for members in groups]
-    return PassWork(spec, dtype, pages_per_expert, tuple(tokens + sizes), tuple(keys), tuple(rows + sizes))
+    return PassWork(
+        spec, dtype, pages_per_expert, tuple(tokens + sizes), tuple(keys), tuple(rows + sizes), expert_parts
+    )
 
 
 def mean_context(step: Step) -> float:

@@ -114,8 +114,9 @@ class Worker:
 
     def _facts(self, step: Step, schedule: Schedule) -> PassFacts:
         dtype = str(self._weights.embed.dtype).removeprefix("torch.")
-        work = pass_work(self._weights.spec, dtype, self._policy.pages_per_expert, step)
-        return PassFacts(schedule.name, schedule.shape, work)
+        shape = schedule.shape
+        work = pass_work(self._weights.spec, dtype, self._policy.pages_per_expert, step, shape.num_parts)
+        return PassFacts(schedule.name, shape, work)
 
     def _is_fullest(self, fullness: tuple[int, int]) -> bool:
         """Whether this pass is to be kept: one fuller than all before, and now and then one that is as full."""
