@@ -10,13 +10,21 @@ import pytest
 import torch
 
 from checkpoints import load, prompts_of
-from fake_machine import FakeMachine, slower
+from fake_machine import RATES, FakeMachine, slower
 from moe_lightning import SamplingParams
-from moe_lightning.engine.watch import MOST_REVISIONS
+from moe_lightning.engine.facts import pass_work
+from moe_lightning.engine.watch import MOST_REVISIONS, Watch
+from moe_lightning.engine.worker import RecordedPass
+from moe_lightning.models.registry import resolve
 from moe_lightning.perf.drift import WINDOW
+from moe_lightning.perf.facts import PassFacts
+from moe_lightning.perf.outlook import Passes
+from moe_lightning.perf.refit import Refitted
 from moe_lightning.perf.replan import LIMITS
 from moe_lightning.perf.workload import Workload
-from moe_lightning.pipeline.task import TaskKind
+from moe_lightning.pipeline.task import PassShape, TaskKind
+from moe_lightning.policy import Policy
+from moe_lightning.runtime.micro_batch import DecodeRow, Step
 from policies import drawn_policy
 
 LENGTHS = (1, 5, 16, 17, 33, 9, 4, 12, 20, 7)
@@ -26,6 +34,8 @@ WORK = Workload(LENGTHS, NEW_TOKENS)
 ROOMY = {"num_blocks": 128, "num_frames": 16}
 SLOW_ATTENTION = {TaskKind.ATTENTION: 3.0}
 ALL_SLOW = dict.fromkeys(TaskKind, 2.0)
+SPEC = replace(resolve("mixtral-8x7b"), num_layers=3, dtype="float32")
+POLICY = Policy(8, 4, 2**16, 4, 256, 256, 1, (0, 0, 0), 16, 64)
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +113,53 @@ def test_a_few_slow_passes_are_no_drift(mixtral, prompts, caplog):
 
 
 def test_what_drifts_on_and_on_is_followed_a_few_times_only(mixtral, prompts, answers):
-    factors = {number: dict.fromkeys(TaskKind, 2.0 ** (number // (WINDOW + 2))) for number in range(1, 100)}
-    job = Job(mixtral, prompts, factors)
+    period = WINDOW + 2
+    factors = {number: dict.fromkeys(TaskKind, 2.0 ** (number // period)) for number in range(1, 200)}
+    job = Job(mixtral, prompts, factors, max_num_seqs=4, micro_batch_size=2)
     assert job.tokens == answers
-    assert job.machine.num_passes > (MOST_REVISIONS + 2) * (WINDOW + 2)
+    assert job.machine.num_passes > (MOST_REVISIONS + 3) * period
     assert job.num_revisions == MOST_REVISIONS
+
+
+class Watched:
+    """A watch over passes of one kind, which take so many times what was predicted."""
+
+    def __init__(self):
+        self.watch = Watch(SPEC, "float32", POLICY, RATES, WORK, 64)
+        passes = Passes(SPEC, "float32", POLICY, RATES, 64.0, WORK.mean_prompt)
+        self.predicted, _ = passes.steady(8, 0)
+        row = DecodeRow(1, 63, (0,), None)
+        self.step = Step(decode=((row,) * 4, (row,) * 4))
+        shape = PassShape(SPEC.num_layers, 0, 2, 2**16, 4, (8, 8, 8), 16, preloaded=True)
+        self.facts = PassFacts("cgopipe", shape, pass_work(SPEC, "float32", 1, self.step))
+
+    def note(self, factor, recorded=False):
+        timeline = self.facts.predict(Refitted(RATES, dict.fromkeys(TaskKind, factor)))
+        example = RecordedPass(self.facts, lambda: timeline) if recorded else None
+        return self.watch.note(self.step, factor * self.predicted, example)
+
+
+def test_a_recorded_pass_that_was_not_as_the_others_is_no_example():
+    watched = Watched()
+    assert not any(watched.note(2.0, recorded=True) for _ in range(WINDOW - 1))
+    assert not watched.watch.wants_recording
+    assert watched.note(2.0) is None and watched.watch.wants_recording
+    assert watched.note(9.0, recorded=True) is None and watched.watch.wants_recording
+    assert "passes take 2.00 times" in watched.note(2.0, recorded=True).message
+    assert not watched.watch.wants_recording
+
+
+def test_after_a_revision_as_many_passes_must_drift_again_and_rates_are_fitted_to_those_of_the_plan():
+    watched = Watched()
+    for factor, drift in ((2.0, 2.0), (4.0, 2.0), (1.0, 0.25)):
+        assert not any(watched.note(factor, recorded=True) for _ in range(WINDOW - 1))
+        message = watched.note(factor, recorded=True).message
+        assert f"passes take {drift:.2f} times" in message
+        assert factor == 1.0 or f"experts {factor:.2f} times" in message
+        assert watched.watch._rest == pytest.approx(1.0, rel=0.1), (
+            "tasks explain all but the time between passes"
+        )
+    assert "no kind of task stands out" in message
 
 
 def test_passes_made_smaller_for_want_of_memory_stay_so_when_the_plan_changes(
