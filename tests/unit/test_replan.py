@@ -57,10 +57,11 @@ def test_the_planners_policy_stays_while_rates_are_what_they_were():
 
 
 def test_where_attention_takes_as_long_as_the_gpu_experts_sweep_for_half_of_the_sequences_at_a_time():
-    lanes = outlook(SPEC, "bfloat16", PLANNED, RATES, WORK).lane_s
+    whole = replace(PLANNED, expert_parts=1, num_frames=SPEC.experts.num_experts * PLANNED.pages_per_expert)
+    lanes = outlook(SPEC, "bfloat16", whole, RATES, WORK).lane_s
     rates = Refitted(RATES, {TaskKind.ATTENTION: lanes["gpu"] / lanes["cpu"]})
-    found, _ = replan(SPEC, "bfloat16", PLANNED, BOUNDS, rates, WORK)
-    assert found.group_size < PLANNED.group_size
+    found, _ = replan(SPEC, "bfloat16", whole, Bounds(whole, BOUNDS.least_prefill), rates, WORK)
+    assert found.group_size < whole.group_size
 
 
 @pytest.mark.parametrize("name", ["num_frames", "num_blocks", "block_size", "pages_per_expert"])
