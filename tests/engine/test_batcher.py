@@ -25,10 +25,11 @@ def policy_of(**changes):
     return Policy(**{**values, **changes})
 
 
-def sequence_of(order, num_prompt, num_new, max_model_len):
+def sequence_of(order, num_prompt, num_new, max_model_len, is_background=False):
     prompt = tuple(range(100 * order, 100 * order + num_prompt))
     params = SamplingParams(max_tokens=num_new, temperature=0)
-    return Sequence(Request(str(order), prompt, params), 0, order, max_model_len, None)
+    request = Request(str(order), prompt, params, is_background=is_background)
+    return Sequence(request, 0, order, max_model_len, None)
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Arrival:
     num_prompt: int
     num_new: int
     aborted_before_pass: int | None
+    is_background: bool
 
 
 @st.composite
@@ -62,6 +64,7 @@ def runs(draw):
         num_prompt=st.integers(1, longest - 1),
         num_new=st.integers(0, 12),
         aborted_before_pass=st.none() | st.integers(1, 12),
+        is_background=st.booleans(),
     )
     failing = draw(st.sets(st.integers(0, 20), max_size=3))
     return policy, longest, draw(st.booleans()), draw(st.lists(arrivals, min_size=1, max_size=12)), failing
@@ -78,8 +81,8 @@ class Run:
         self.arrived = []
         self.aborted = set()
 
-    def arrive(self, num_prompt, num_new):
-        sequence = sequence_of(len(self.arrived), num_prompt, num_new, self.longest)
+    def arrive(self, num_prompt, num_new, is_background=False):
+        sequence = sequence_of(len(self.arrived), num_prompt, num_new, self.longest, is_background)
         self.arrived.append(sequence)
         self.batcher.add(sequence)
         return sequence
@@ -126,8 +129,13 @@ class Run:
         ended = {s.order for s in self.arrived if s.finish} | self.aborted
         assert sorted([*running, *waiting, *ended]) == [s.order for s in self.arrived]
         assert len(running) <= self.policy.max_num_seqs
-        # Fair: whoever came first runs first.
-        assert [*running, *waiting] == sorted([*running, *waiting])
+        # Fair: of each kind, whoever came first runs first.
+        for kind in (False, True):
+            of_kind = [s.order for s in (*self.batcher.running, *self.batcher.waiting)
+                       if s.request.is_background is kind]  # fmt: skip
+            assert of_kind == sorted(of_kind)
+        for queue in (self.batcher.running, list(self.batcher.waiting)):
+            assert queue == sorted(queue, key=lambda s: s.rank)
 
     def check_step(self, batch):
         policy, running = self.policy, {s.order for s in self.batcher.running}
@@ -163,7 +171,7 @@ def test_no_block_has_two_owners_no_sequence_is_lost_and_the_queue_always_moves(
     aborts = {}
     while pending or run.batcher.has_work:
         for arrival in [a for a in pending if a.before_pass <= number]:
-            sequence = run.arrive(arrival.num_prompt, arrival.num_new)
+            sequence = run.arrive(arrival.num_prompt, arrival.num_new, arrival.is_background)
             if arrival.aborted_before_pass is not None:
                 aborts.setdefault(max(arrival.aborted_before_pass, number + 1), []).append(sequence)
         pending = [a for a in pending if a.before_pass > number]
@@ -193,6 +201,28 @@ def test_the_youngest_gives_its_blocks_back_first_and_returns_to_the_head_of_the
     while run.batcher.has_work:
         run.run_pass()
     assert [len(s.output_ids) for s in run.arrived] == [8, 8, 8]
+
+
+def test_background_work_gives_its_blocks_back_before_younger_requests():
+    run = Run(policy_of(num_blocks=4, block_size=4), longest=16, expects_short=True)
+    background = run.arrive(4, 8, is_background=True)
+    run.run_pass()
+    asked = run.arrive(3, 8)
+    while run.batcher.num_preemptions == 0:
+        run.run_pass()
+    assert (run.batcher.running, list(run.batcher.waiting)) == ([asked], [background])
+    while run.batcher.has_work:
+        run.run_pass()
+    assert [len(s.output_ids) for s in run.arrived] == [8, 8]
+
+
+def test_a_waiting_request_overtakes_background_work_that_waits():
+    run = Run(policy_of(num_blocks=32, max_num_seqs=1), longest=24)
+    running, background, asked = run.arrive(3, 2), run.arrive(3, 2, is_background=True), run.arrive(3, 2)
+    run.run_pass()
+    assert (run.batcher.running, list(run.batcher.waiting)) == ([running], [asked, background])
+    run.batcher.put_back()
+    assert list(run.batcher.waiting) == [running, asked, background]
 
 
 def test_a_long_prompt_at_the_head_is_not_overtaken():

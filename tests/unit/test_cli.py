@@ -158,6 +158,7 @@ def test_help_names_each_verb_with_a_line_and_shows_examples() -> None:
     for needle in (
         "Mixture-of-Experts",
         "run-batch",
+        "serve",
         "plan",
         "trace",
         "verify",

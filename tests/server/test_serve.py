@@ -1,0 +1,176 @@
+"""The commands that start a server, and those of docs/serving.md, as processes with the demo model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+
+from demo_model import MOE, ROOT
+from moe_lightning.cli.main import main
+
+DOCUMENT = ROOT / "docs" / "serving.md"
+ARTIFACT = ["--cpu-mem-bdw", "76", "--avg-prompt-len", "77", "--gen-len", "32"]
+
+
+@contextmanager
+def process(*arguments, port=0):
+    """A server's process, its port, and the lines that it has printed by now."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    small = ["--max-num-seqs", "16", "--max-model-len", "512"]
+    command = [sys.executable, *arguments, "--port", str(port), *small]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    printed = []
+    try:
+        for line in server.stdout:
+            printed.append(line)
+            if found := re.fullmatch(r".* is served at http://127\.0\.0\.1:(\d+)\n", line):
+                break
+        else:
+            raise AssertionError(f"it ended with status {server.wait()}")
+        # Whatever it prints later must not block it.
+        threading.Thread(target=server.stdout.read, daemon=True).start()
+        yield server, int(found[1]), printed
+    finally:
+        server.kill()
+        server.wait()
+
+
+def blocks(kind):
+    """Blocks that need a server, in order; of console blocks what follows the prompts."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    found = re.findall(rf"^```{kind} server\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    if kind == "console":
+        found = [[x.removeprefix("$ ") for x in b.splitlines() if x.startswith("$ ")] for b in found]
+    return found
+
+
+def run(program, script, port):
+    done = subprocess.run(
+        [*program, script.replace(":30000/", f":{port}/")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.demo
+def test_the_documents_commands_and_the_artifacts_work_and_sigterm_lets_a_stream_finish(tmp_path):
+    with process("-m", "moe_lightning.launch_server", "--model-path", str(MOE), *ARTIFACT) as (
+        server,
+        port,
+        out,
+    ):
+        assert re.search(r"ubs, n_ub\s+\d+, \d+", "".join(out))
+        assert re.search(r"throughput\s+[\d.]+ token/s", "".join(out))
+        asking, scoring, watching = (
+            [run(["bash", "-ec"], command, port) for command in commands] for commands in blocks("console")
+        )
+        chat, stream, tokens, generated = asking
+        assert "Paris" in json.loads(chat)["choices"][0]["message"]["content"]
+        assert stream.endswith("data: [DONE]\n\n")
+        assert json.loads(tokens)["count"] == 4
+        assert "Paris" in json.loads(generated)["text"]
+        scores = json.loads(scoring[0])["choices"][0]["logprobs"]["token_logprobs"]
+        assert scores[0] is None
+        assert all(score < 0 for score in scores[1:])
+        assert json.loads(watching[0]) == {"status": "ok"}
+        assert "moe_lightning:generation_tokens_total" in watching[1]
+        (python,) = blocks("python")
+        assert run([sys.executable, "-c"], python, port).count("Paris") == 2
+        result = tmp_path / "result.json"
+        bench = [
+            sys.executable, str(ROOT / "benchmarks" / "mtbench" / "bench.py"), "--port", str(port),
+            "--max-new-tokens", "2", "--ubs", "2", "--n-ub", "2", "--result-file", str(result),
+        ]  # fmt: skip
+        subprocess.run(bench, check=True, timeout=120, capture_output=True)
+        measured = json.loads(result.read_text())
+        assert (measured["generated_tokens"], measured["workload"]["prompts"]) == (8, 4)
+        assert 40 < measured["workload"]["mean_prompt_tokens"] < 120
+
+        connection = HTTPConnection("127.0.0.1", port, timeout=120)
+        body = {"prompt": "Once", "max_tokens": 6, "ignore_eos": True, "stream": True}
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        response.readline()
+        server.send_signal(signal.SIGTERM)
+        assert response.read().endswith(b"data: [DONE]\n\n")
+        assert server.wait(60) == -signal.SIGTERM
+
+
+def test_the_documents_flags_and_variables_exist(capsys):
+    text = DOCUMENT.read_text(encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    known = capsys.readouterr().out
+    own = {
+        "--host",
+        "--max-queue",
+        "--max-body-size",
+        "--keep-alive",
+        "--shutdown-timeout",
+        "--avg-prompt-len",
+    }
+    assert own <= set(re.findall(r"--[a-z-]+", text))
+    assert all(flag in known for flag in own)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["serve"], "no model is given"),
+        (["serve", "a", "--model", "b"], "contradict each other"),
+        (["serve", "a", "--avg-prompt-len", "5"], "avg_prompt_len and gen_len belong together"),
+        (["serve", "/nonexistent", "--port", "0"], "neither a path nor a known model"),
+        (["serve", "a", "--host", "256.1.1.1", "--port", "0"], "cannot listen on 256.1.1.1"),
+        (["serve", "a", "--api-key", "é"], "ASCII"),
+    ],
+)
+def test_what_cannot_be_served_is_said(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("--port", "70000"), ("--max-queue", "0"), ("--keep-alive", "-1"), ("--shutdown-timeout", "soon")],
+)
+def test_values_that_cannot_be_are_refused(flag, value, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["serve", "m", flag, value])
+    assert error.value.code == 2
+    assert flag in capsys.readouterr().err
+
+
+def test_a_chat_template_that_is_not_there_is_said_before_the_model_is_read(mixtral, capsys):
+    assert main(["serve", str(mixtral), "--port", "0", "--chat-template", "/nonexistent"]) == 2
+    assert "/nonexistent" in capsys.readouterr().err
+
+
+def test_the_key_comes_from_the_environment_and_stays_out_of_sight(monkeypatch):
+    from moe_lightning.cli.flags import settings_of
+    from moe_lightning.cli.main import build_parser
+    from moe_lightning.server.config import ServerConfig
+
+    monkeypatch.setenv("MOE_LIGHTNING_API_KEY", "sk-secret")
+    monkeypatch.setenv("MOE_LIGHTNING_SERVED_MODEL_NAME", "one, two")
+    config = settings_of(ServerConfig, build_parser().parse_args(["serve", "m", "--port", "1"]))
+    assert (config.api_key, config.served_model_name, config.port) == ("sk-secret", ("one", "two"), 1)
+    assert "sk-secret" not in repr(config)
+
+
+def test_paths_in_the_document_exist():
+    for path in re.findall(r"benchmarks/[\w/]+\.py", DOCUMENT.read_text(encoding="utf-8")):
+        assert (Path(ROOT) / path).exists()
