@@ -125,6 +125,17 @@ class TestQueue:
             server.until(lambda: server.engine.num_unfinished == 0)
             assert server.post(COMPLETIONS, SHORT)[0] == 200
 
+    def test_bad_background_bodies_take_no_place_from_those_that_wait(self, mixtral):
+        with server_of(mixtral) as server:
+            with server.held():
+                running = [server.background(COMPLETIONS, SHORT, str(i)) for i in range(4)]
+                server.until(lambda: server.desk.num_background == 4)
+                bad = [server.background(COMPLETIONS, {"prompt": ""}, str(i)) for i in range(9)]
+                last = server.background(COMPLETIONS, SHORT, "last")
+            assert [job.result(30)[0] for job in running] == [200] * 4
+            assert [job.result(30)[0] for job in bad] == [400] * 9
+            assert last.result(30)[0] == 200
+
     def test_a_background_body_gets_the_status_and_body_that_the_endpoint_gives(self, live):
         for url, body in (
             (COMPLETIONS, {**SHORT, "n": 2, "seed": 1, "temperature": 1}),

@@ -91,8 +91,7 @@ class Desk:
     ) -> AsyncGenerator[list[News], None]:
         held = self._background if requests[0].is_background else self._interactive
         if held is self._background:
-            await self._wait_for_place(held)
-            self._check_open()
+            await self.background_place()
         else:
             self.check_place(requests)
         answers, tokens = _total(requests)
@@ -130,7 +129,13 @@ class Desk:
                 self.retry_after,
             )
 
-    async def _wait_for_place(self, held: _Held) -> None:
+    async def background_place(self) -> None:
+        """Wait until there is a place for background work.
+
+        Raises:
+            HttpError: the engine is out of order, or the server is closing.
+        """
+        held = self._background
         while self._is_full(held):
             place = asyncio.get_running_loop().create_future()
             held.waiters.append(place)
@@ -139,6 +144,8 @@ class Desk:
             except asyncio.CancelledError:
                 self._wake_next(held)  # the place may have been given to this task
                 raise
+        self._wake_next(held)  # who was woken for a body that turns out bad takes no place
+        self._check_open()
 
     def _is_full(self, held: _Held) -> bool:
         # As many again as run: enough that memory never stays unused.

@@ -202,6 +202,7 @@ class Service:
     ) -> tuple[int, dict[str, Any]]:
         """Status and body that answer a call as background work; cancelling the task drops it."""
         try:
+            await self.desk.background_place()  # not before is it tokenized: thousands may wait
             work = self.work(url, body, request_id, is_background=True)
             return 200, await self.answer(work)
         except RequestError as error:
