@@ -124,7 +124,7 @@ def test_one_prompt_is_accepted_in_each_form(tmp_path: Path, prompt: Any) -> Non
 def test_an_endless_line_is_one_error_and_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_lines, "MAX_LINE_BYTES", 500)
+    monkeypatch.setattr(job_lines, "_RULES", job_lines.LineRules(max_bytes=500))
     desk = Desk(tmp_path, encode(b"\0" * 1700, completion("a")))
     desk.run()
     assert sorted(desk.answers()) == ["a"]

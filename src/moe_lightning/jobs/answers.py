@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from moe_lightning.config import EngineConfig
 from moe_lightning.engine.request import PassStats, Request, RequestOutput, SamplingParams
-from moe_lightning.jobs.lines import LINE_ID_PREFIX, BadLine, BatchLine
+from moe_lightning.jobs.lines import LINE_ID_PREFIX, BadLine, BatchLine, Envelope
 from moe_lightning.protocol import ChatCall, chat_response, completion_response
 
 
@@ -70,11 +70,18 @@ def answer_line(llm: BatchLLM, line: BatchLine, output: RequestOutput) -> dict[s
         body = chat_response(line.call, output, response_id=f"chatcmpl-{name}", **about)
     else:
         body = completion_response(line.call, [output], response_id=f"cmpl-{name}", **about)
-    response = {"status_code": 200, "request_id": f"req_{name}", "body": body}
+    return response_line(line, 200, f"req_{name}", body)
+
+
+def response_line(
+    line: BatchLine | Envelope, status_code: int, request_id: str, body: dict[str, Any]
+) -> dict[str, Any]:
+    """Line that holds a response."""
+    response = {"status_code": status_code, "request_id": request_id, "body": body}
     return {"id": line.line_id, "custom_id": line.custom_id, "response": response, "error": None}
 
 
-def error_line(line: BatchLine | BadLine, code: str, message: str) -> dict[str, Any]:
+def error_line(line: BatchLine | Envelope | BadLine, code: str, message: str) -> dict[str, Any]:
     """Line of the error file."""
     error = {"code": code, "message": message}
     return {"id": line.line_id, "custom_id": line.custom_id, "response": None, "error": error}

@@ -31,7 +31,7 @@ def written(survey: Survey, file: LineFile, *, may_be_shared: bool) -> Written:
     """
     expected = survey.valid_ids | survey.bad_ids | survey.later_ids
     ids, models = dict[str, None](), set[str]()
-    for number, record in _records(file):
+    for number, record in records(file):
         line_id, custom_id = record["id"], record["custom_id"]
         if line_id in expected:
             ids[line_id] = None
@@ -50,7 +50,12 @@ def written(survey: Survey, file: LineFile, *, may_be_shared: bool) -> Written:
     return Written(tuple(ids), frozenset(models))
 
 
-def _records(file: LineFile) -> Iterator[tuple[int, dict[str, Any]]]:
+def records(file: LineFile) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number, from 1, and content of each whole line; `id` is a string and `custom_id` is there.
+
+    Raises:
+        JobError: a line is none that a job writes.
+    """
     for number, raw in file.lines():
         try:
             record = json.loads(raw)

@@ -50,7 +50,7 @@ class LineFile:
                 self._lock(self._fd)
                 # Its owner may have replaced or removed the file between our opening and our locking it.
                 if self._is_at(path):
-                    _sync_directory(path)
+                    sync_directory(path)
                     return
             except BaseException:
                 os.close(self._fd)
@@ -118,7 +118,7 @@ class LineFile:
             raise
         os.close(self._fd)
         self._fd = fd
-        _sync_directory(real)
+        sync_directory(real)
 
     def delete(self) -> None:
         """Remove the file and let go of the lock."""
@@ -127,9 +127,14 @@ class LineFile:
         os.close(self._fd)
 
     @property
+    def size(self) -> int:
+        """Bytes of all lines."""
+        return os.fstat(self._fd).st_size
+
+    @property
     def is_empty(self) -> bool:
         """Whether there is no line."""
-        return os.fstat(self._fd).st_size == 0
+        return self.size == 0
 
     def append(self, line: bytes) -> None:
         """Write one line with its line break; all of it or, if it fails, nothing.
@@ -150,7 +155,11 @@ class LineFile:
                 os.ftruncate(self._fd, start)
             raise
         self._unsynced += 1
-        self.sync_if_due()
+        try:
+            self.sync_if_due()
+        except JobError:
+            os.ftruncate(self._fd, start)
+            raise
 
     def sync_if_due(self) -> None:
         """Make lines durable if many, or old ones, are not yet.
@@ -215,8 +224,8 @@ class LineFile:
         )
 
 
-def _sync_directory(path: Path) -> None:
-    # A new file's name is durable only once its directory is.
+def sync_directory(path: Path) -> None:
+    """Make the name of a file durable: a new one is so only once its directory is."""
     fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):  # some file systems cannot sync a directory
