@@ -3,12 +3,13 @@
 import asyncio
 import functools
 import json
+import os
 
 import httpx2
 from fastapi import FastAPI
 from openai import AsyncOpenAI
 
-from moe_lightning.server.batches import BatchLimits, BatchService
+from moe_lightning.server.batches import BatchLimits, BatchService, store
 
 QUICK = BatchLimits(tick_seconds=0.01, retry_seconds=0.01)
 URL = "/v1/completions"
@@ -22,6 +23,12 @@ def asynchronous(test):
         asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
 
     return run
+
+
+def without_power_cuts(patch):
+    """Nothing is made durable: a kill does not need it, and waiting for the disk is most of what a test takes."""
+    patch.setattr(os, "fsync", lambda fd: None)
+    patch.setattr(store, "_SYNCHRONOUS", "OFF")
 
 
 class FakeEngine:

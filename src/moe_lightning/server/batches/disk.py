@@ -54,7 +54,8 @@ class Disk:
         except OSError as e:
             raise JobError(f"cannot write {directory}: {e.strerror}; choose another directory") from e
         self.database = directory / "batches.sqlite"
-        if not self.database.exists() and any(self._files.iterdir()):
+        is_new = not self.database.exists() or self.database.stat().st_size == 0
+        if is_new and any(self._files.iterdir()):
             raise JobError(
                 f"{directory} has files of batches but not their database; put {self.database.name} back, or "
                 "move the directory away"

@@ -48,6 +48,7 @@ class Run:
 
     Attributes:
         tally: what is done.
+        is_read: whether `tally` counts what earlier runs have done.
     """
 
     def __init__(self, input: Path, answers: Path, failures: Path, rules: LineRules) -> None:
@@ -56,6 +57,7 @@ class Run:
         self._files: dict[bool, LineFile] = {}
         self._done: set[str] = set()
         self.tally = Tally()
+        self.is_read = False
 
     def open(self) -> None:
         """Find out what is done already; a torn last line is cut.
@@ -69,6 +71,7 @@ class Run:
         for is_error, path in self._paths.items():
             if path.exists():
                 self._read(is_error)
+        self.is_read = True
 
     def _read(self, is_error: bool) -> None:
         file = self._file(is_error)

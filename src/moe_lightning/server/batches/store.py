@@ -22,6 +22,7 @@ CREATE TABLE IF NOT EXISTS batches (
   seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, record TEXT, crc INTEGER
 );
 """
+_SYNCHRONOUS = "FULL"  # what a client was told survives a power cut
 _IS_OPEN = f"json_extract(record, '$.batch.status') IN ({', '.join(map(repr, OPEN))})"
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
@@ -50,7 +51,7 @@ class Store:
 
     def _prepare(self) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")  # what a client was told survives a power cut
+        self._db.execute(f"PRAGMA synchronous = {_SYNCHRONOUS}")
         self._db.execute("PRAGMA journal_size_limit = 4194304")
         self._db.execute("PRAGMA trusted_schema = OFF")
         self._db.executescript(_SCHEMA)

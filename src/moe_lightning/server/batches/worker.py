@@ -90,7 +90,7 @@ class BatchWorker:
         job = self._open.get(record.batch.id)
         if job is None or not record.is_open:
             return record.batch
-        batch = transitions.with_tally(job.run.tally)(record).batch
+        batch = (transitions.with_tally(job.run.tally)(record) if job.run.is_read else record).batch
         return batch if job.problem is None else transitions.with_problem(batch, job.problem)
 
     @property
@@ -119,7 +119,7 @@ class BatchWorker:
                 self.end(job.id, "expired")
             try:
                 await self._files.do(job.run.sync_if_due)
-                if job.run.tally != job.saved:
+                if job.run.is_read and job.run.tally != job.saved:
                     job.saved = tally = job.run.tally
                     await self._records.do(self._store.change, job.id, transitions.with_tally(tally))
             except (MoELightningError, OSError) as e:  # whoever has more to write says it to the client
