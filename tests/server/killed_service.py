@@ -13,7 +13,7 @@ import pytest
 from service_desk import Desk, FakeEngine, line, without_power_cuts
 
 from moe_lightning.jobs.files import LineFile
-from moe_lightning.server.batches import BatchLimits, disk, run, store, worker
+from moe_lightning.server.batches import BatchLimits, disk, open_batch, run, store
 
 LIMITS = BatchLimits(requests_in_flight=4, tick_seconds=0.01)
 BATCHES = {
@@ -64,7 +64,7 @@ POINTS = {
     "upload-recorded": lambda n: at(n, disk.Disk, "publish"),
     "upload-published": lambda n: at(n, disk.Disk, "publish", after=True),
     "batch-recorded": lambda n: at(n, store.Store, "add_batch", after=True),
-    "validated": lambda n: at(n, worker, "judge", after=True),
+    "validated": lambda n: at(n, open_batch, "judge", after=True),
     "change": lambda n: at(n, store.Store, "change"),
     "changed": lambda n: at(n, store.Store, "change", after=True),
     "opened": lambda n: at(n, run.Run, "open", after=True),

@@ -13,6 +13,7 @@ from service_desk import Desk, FakeEngine, asynchronous, encode, line
 
 from moe_lightning.errors import JobError
 from moe_lightning.server.batches import BatchLimits
+from moe_lightning.server.batches.run import Run
 from moe_lightning.server.batches.shelf import Shelf
 
 
@@ -43,6 +44,24 @@ async def test_answers_wait_until_the_disk_has_room(tmp_path, monkeypatch):
         batch = await desk.ended(batch.id)
         assert batch.status == "completed" and batch.errors is None
         assert len(await desk.lines(batch.output_file_id)) == 20 and len(engine.asked) == 21
+
+
+@asynchronous
+async def test_a_line_that_could_not_be_made_durable_is_written_again_and_not_twice(tmp_path, monkeypatch):
+    failures, fsync = [errno.EIO, errno.ENOSPC], os.fsync
+
+    def fails(fd):
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if failures and "/files/" in path:
+            code = failures.pop()
+            raise OSError(code, os.strerror(code))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    async with Desk(tmp_path) as desk:
+        batch = await desk.run(*(line(f"id-{i}") for i in range(80)))
+        assert not failures and batch.request_counts.completed == 80
+        assert len(await desk.lines(batch.output_file_id)) == 80
 
 
 @asynchronous
@@ -245,3 +264,39 @@ async def test_a_directory_serves_one_service_at_a_time(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(JobError, match="cannot write"):
         await Desk(tmp_path / "file").service.start()
+
+
+@asynchronous
+async def test_an_end_that_is_interrupted_is_brought_to_its_end_by_the_next_start(tmp_path, monkeypatch):
+    refuse, left = Run.refuse, [2]
+
+    def breaks(self, *args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("secret")
+        refuse(self, *args)
+
+    engine = FakeEngine(is_open=False)
+    now = [1000.0]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "refuse", breaks)
+        async with Desk(tmp_path, engine, clock=lambda: now[0]) as desk:
+            cancelled = await desk.begin(*(line(f"id-{i}") for i in range(5)))
+            expired = await desk.begin(line("a"))
+            await engine.until(lambda: engine.running == 6)
+            await desk.client.batches.cancel(cancelled.id)
+            while not (found := await desk.client.batches.retrieve(cancelled.id)).errors:
+                await asyncio.sleep(0.001)
+            assert found.status == "cancelling" and "secret" not in found.errors.data[0].message
+            assert (await desk.client.batches.retrieve(expired.id)).status == "in_progress"
+    now[0] = 1000.0 + 25 * 3600
+    async with Desk(tmp_path, FakeEngine(is_open=False), clock=lambda: now[0]) as desk:
+        for batch_id, status, ids in (
+            (cancelled.id, "cancelled", {f"id-{i}" for i in range(5)}),
+            (expired.id, "expired", {"a"}),
+        ):
+            batch = await desk.ended(batch_id)
+            failed = await desk.lines(batch.error_file_id)
+            assert batch.status == status and set(failed) == ids
+            assert {row["error"]["code"] for row in failed.values()} == {f"batch_{status}"}
+            assert batch.request_counts.failed == batch.request_counts.total == len(ids)

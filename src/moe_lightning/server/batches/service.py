@@ -17,10 +17,11 @@ from moe_lightning.server.batches.errors import HttpError
 from moe_lightning.server.batches.files import Files
 from moe_lightning.server.batches.limits import BatchLimits
 from moe_lightning.server.batches.objects import Batch, BatchRecord, CreateBatch, Page, page
+from moe_lightning.server.batches.open_batch import Answer
 from moe_lightning.server.batches.routes import make_router
 from moe_lightning.server.batches.shelf import Shelf, missing
 from moe_lightning.server.batches.threads import Lane
-from moe_lightning.server.batches.worker import Answer, BatchWorker
+from moe_lightning.server.batches.worker import BatchWorker
 
 _STARTING_SECONDS = 5
 _DEFAULTS = BatchLimits()
@@ -175,7 +176,7 @@ class BatchService:
 
     async def _cancel(self, at: _Running, batch_id: str) -> Batch:
         record = await at.lane.do(at.shelf.store.change, batch_id, transitions.cancelling(self._clock()))
-        at.worker.end(batch_id, "cancelled")
+        at.worker.end_early(batch_id, "cancelled")
         return at.worker.live(record)
 
     async def _tick(self, shelf: Shelf, lane: Lane, worker: BatchWorker) -> None:
