@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from openai import AsyncOpenAI
 
 from moe_lightning.server.batches import BatchLimits, BatchService, store
+from moe_lightning.server.handlers import add_error_handlers
 
 QUICK = BatchLimits(tick_seconds=0.01, retry_seconds=0.01)
 URL = "/v1/completions"
@@ -89,6 +90,7 @@ class Desk:
         self.service = BatchService(directory, self.engine, limits, **more)
         self.app = FastAPI()
         self.app.include_router(self.service.router())
+        add_error_handlers(self.app)
         transport = httpx2.ASGITransport(self.app)
         self.http = httpx2.AsyncClient(transport=transport, base_url="http://test/v1")
         self.client = AsyncOpenAI(

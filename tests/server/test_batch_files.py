@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from service_desk import Desk, asynchronous
 
 from moe_lightning.server.batches import BatchLimits
-from moe_lightning.server.batches.errors import HttpError
 from moe_lightning.server.batches.uploads import receive
+from moe_lightning.server.errors import HttpError
 
 CONTENT = os.urandom(3 * 2**20)
 FORM = {"content-type": "multipart/form-data; boundary=b"}

@@ -12,10 +12,10 @@ from service_desk import without_power_cuts
 
 from moe_lightning.server.batches import BatchLimits, transitions
 from moe_lightning.server.batches.disk import new_batch_id, new_file_id
-from moe_lightning.server.batches.errors import HttpError
 from moe_lightning.server.batches.objects import Batch, BatchRecord, FileObject
 from moe_lightning.server.batches.run import Tally
 from moe_lightning.server.batches.shelf import Shelf
+from moe_lightning.server.errors import HttpError
 
 KEPT = 4
 LIMITS = BatchLimits(files=12, open_batches=3, batches=KEPT)

@@ -72,7 +72,12 @@ def serve(config: EngineConfig, server: ServerConfig) -> int:
     from moe_lightning.server.run import listen
     from moe_lightning.server.run import serve as run_server
 
-    listening = listen(server.host, server.port)  # before minutes go into loading
+    # Before minutes go into loading.
+    listening = listen(server.host, server.port)
+    if server.data_dir:
+        from moe_lightning.server.batches import BatchService
+
+        BatchService.check(Path(server.data_dir))
     llm, plan = _load(config, server)
     from moe_lightning.engine.garbage import collect_rarely
     from moe_lightning.server.app import Settings, create_app

@@ -8,24 +8,22 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from fastapi import FastAPI
 
 from moe_lightning import __version__
 from moe_lightning.llm import LLM
 from moe_lightning.perf.outlook import Prediction
+from moe_lightning.server.batches import BatchService
 from moe_lightning.server.desk import Desk
 from moe_lightning.server.engine_thread import EngineThread
-from moe_lightning.server.errors import HttpError, error_body
+from moe_lightning.server.handlers import add_error_handlers
 from moe_lightning.server.info import Info
 from moe_lightning.server.limits import Limits
+from moe_lightning.server.metrics import BatchCollector
 from moe_lightning.server.middleware import Gate
 from moe_lightning.server.native import native_router
 from moe_lightning.server.openai import openai_router
 from moe_lightning.server.operate import operate_router
-from moe_lightning.server.responses import Disconnected, JsonResponse
 from moe_lightning.server.service import Service
 from moe_lightning.server.tokens import tokens_router
 from moe_lightning.server.watch import Watch
@@ -33,7 +31,11 @@ from moe_lightning.server.watch import Watch
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is served; `names` are what clients may call it, `prediction` what its plan should reach."""
+    """How a model is served.
+
+    `names` are what clients may call it, `prediction` is what its plan should reach, and `data_dir` is where files
+    and batches are kept, None for none.
+    """
 
     names: Sequence[str] = ()
     api_key: str | None = None
@@ -52,13 +54,18 @@ def create_app(llm: LLM, settings: Settings | None = None) -> FastAPI:
     engine = EngineThread(llm.engine, watch.on_change)
     desk = Desk(engine, settings.limits, llm.policy.max_num_seqs, lambda: watch.load.pass_seconds)
     service = Service(llm, desk, settings.limits, watch, settings.names or (llm.model_name,))
+    batches = None if settings.data_dir is None else BatchService(settings.data_dir, service.answer_body)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start(asyncio.get_running_loop())
         try:
+            if batches is not None:
+                await batches.start()
             yield
         finally:
+            if batches is not None:
+                await batches.stop()
             service.close()
             # A pass may take seconds: others may still be told that the server closes.
             await asyncio.to_thread(engine.stop)
@@ -74,33 +81,9 @@ def create_app(llm: LLM, settings: Settings | None = None) -> FastAPI:
         operate_router(Info(service, engine, settings.prediction)),
     ):
         app.include_router(router)
-    _add_error_handlers(app)
+    if batches is not None:
+        app.include_router(batches.router())
+        watch.registry.register(BatchCollector(service.names[0], batches))
+    add_error_handlers(app)
     app.add_middleware(Gate, limits=settings.limits, api_key=settings.api_key)
     return app
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    """All errors in one form."""
-
-    @app.exception_handler(HttpError)
-    async def http_error(_: Request, error: HttpError) -> Response:
-        return JsonResponse(error.body(), error.status, error.all_headers())
-
-    @app.exception_handler(Disconnected)
-    async def disconnected(*_: object) -> Response:
-        return Response(status_code=499)  # nobody reads it
-
-    @app.exception_handler(HTTPException)
-    async def starlette_error(_: Request, error: HTTPException) -> Response:
-        body = error_body(error.status_code, str(error.detail))
-        return JsonResponse(body, error.status_code, dict(error.headers or {}))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        found = error.errors()[0]
-        where = ".".join(str(part) for part in found["loc"])
-        return JsonResponse(error_body(400, f"{where}: {found['msg']}"), 400)
-
-    @app.exception_handler(Exception)
-    async def failed(*_: object) -> Response:
-        return JsonResponse(error_body(500, "the server failed; its log says more", "internal_error"), 500)

@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from moe_lightning.server.batches import BatchService
 from moe_lightning.server.info import Info
 from moe_lightning.server.watch import PREFIX
 
@@ -55,9 +56,7 @@ class EngineCollector(Collector):
         return self._info.service.names[0]
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])
-        family.add_metric([self._name], value)
-        return family
+        return _gauge(self._name, name, text, value)
 
     def _counter(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(PREFIX + name, text, labels=["model_name"])
@@ -70,3 +69,28 @@ class EngineCollector(Collector):
         for lane, share in self._info.lanes().items():
             family.add_metric([self._name, lane], share)
         return family
+
+
+class BatchCollector(Collector):
+    """What the batch service has at work, read when somebody asks."""
+
+    def __init__(self, model: str, batches: BatchService) -> None:
+        self._model, self._batches = model, batches
+
+    def collect(self) -> Iterator[Metric]:
+        """All of it, as it is now."""
+        load = self._batches.load()
+        for name, text, value in (
+            ("open_batches", "Batches that have not ended", load.open_batches),
+            ("waiting_batches", "Open batches that wait for room on the disk", load.waiting_batches),
+            ("batch_requests_in_flight", "Lines of batches that are being answered", load.requests_in_flight),
+            ("batch_requests_completed", "Lines of open batches that are answered", load.completed_requests),
+            ("batch_requests_failed", "Lines of open batches that are refused", load.failed_requests),
+        ):
+            yield _gauge(self._model, name, text, value)
+
+
+def _gauge(model: str, name: str, text: str, value: float) -> Metric:
+    family = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])
+    family.add_metric([model], value)
+    return family

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from moe_lightning.engine.draws import stable_seed
@@ -68,6 +69,8 @@ class Service:
         self.created = int(time.time())
         # One thread: tokenizers are not made for several.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        # So that interactive requests do not wait there for a whole batch.
+        self._batching = asyncio.Semaphore(2)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
@@ -203,7 +206,10 @@ class Service:
         """Status and body that answer a call as background work; cancelling the task drops it."""
         try:
             await self.desk.background_place()  # not before is it tokenized: thousands may wait
-            work = self.work(url, body, request_id, is_background=True)
+            async with self._batching:
+                work = await asyncio.get_running_loop().run_in_executor(
+                    self._tokenizing, partial(self.work, url, body, request_id, is_background=True)
+                )
             return 200, await self.answer(work)
         except RequestError as error:
             failed = HttpError(400, str(error))

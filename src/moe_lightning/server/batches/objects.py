@@ -147,7 +147,13 @@ class CreateBatch(_Frozen):
 
     input_file_id: Annotated[str, Field(max_length=64)]
     endpoint: Literal["/v1/chat/completions", "/v1/completions"]
-    completion_window: Annotated[str, Field(description="24h, or another number of hours (h) or days (d)")]
+    completion_window: Annotated[
+        str,
+        Field(
+            description="24h, or another number of hours (h) or days (d)",
+            json_schema_extra={"pattern": f"^{_WINDOW.pattern}$"},
+        ),
+    ]
     metadata: Metadata | None = None
     output_expires_after: Expiry | None = None
 

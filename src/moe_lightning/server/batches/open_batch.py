@@ -88,7 +88,7 @@ class OpenBatch:
                 await self._all_steps()
             except StorageDamaged as e:
                 logger.exception("batch %s", self.id)
-                await self._fail(BatchError(code=e.code, message=str(e)))
+                await self._fail(BatchError(code="storage_damaged", message=e.message))
             except OSError as e:
                 logger.exception("batch %s", self.id)
                 message = f"a file of the batch cannot be read ({e.strerror})"

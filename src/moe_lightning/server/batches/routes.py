@@ -10,8 +10,8 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
 
-from moe_lightning.server.batches.errors import HttpError, Route
 from moe_lightning.server.batches.objects import Batch, CreateBatch, FileDeleted, FileObject, Page
+from moe_lightning.server.errors import HttpError
 
 if TYPE_CHECKING:
     from moe_lightning.server.batches.service import BatchService
@@ -53,7 +53,7 @@ _After = Annotated[str | None, Query(description="Id of the last object of the p
 
 def make_router(service: BatchService) -> APIRouter:
     """All routes."""
-    router = APIRouter(prefix="/v1", route_class=Route, responses=_RESPONSES)
+    router = APIRouter(prefix="/v1", responses=_RESPONSES)
     _add_files(router, service)
     _add_batches(router, service)
     return router

@@ -13,7 +13,6 @@ from fastapi import APIRouter
 
 from moe_lightning.server.batches import transitions
 from moe_lightning.server.batches.disk import is_batch_id, new_batch_id, new_file_id
-from moe_lightning.server.batches.errors import HttpError
 from moe_lightning.server.batches.files import Files
 from moe_lightning.server.batches.limits import BatchLimits
 from moe_lightning.server.batches.objects import Batch, BatchRecord, CreateBatch, Page, page
@@ -21,7 +20,8 @@ from moe_lightning.server.batches.open_batch import Answer
 from moe_lightning.server.batches.routes import make_router
 from moe_lightning.server.batches.shelf import Shelf, missing
 from moe_lightning.server.batches.threads import Lane
-from moe_lightning.server.batches.worker import BatchWorker
+from moe_lightning.server.batches.worker import BatchWorker, Load
+from moe_lightning.server.errors import HttpError
 
 _STARTING_SECONDS = 5
 _DEFAULTS = BatchLimits()
@@ -65,6 +65,15 @@ class BatchService:
         self._directory, self._answer, self._clock = directory, answer, clock
         self._running: _Running | None = None
 
+    @staticmethod
+    def check(directory: Path) -> None:
+        """Find out in time whether a service could start.
+
+        Raises:
+            JobError: as `start`.
+        """
+        Shelf(directory).close()
+
     async def start(self) -> None:
         """Open the directory and go on with the batches in it.
 
@@ -99,6 +108,10 @@ class BatchService:
     def router(self) -> APIRouter:
         """The routes /v1/files and /v1/batches."""
         return make_router(self)
+
+    def load(self) -> Load:
+        """What is at work now; may be asked by any thread."""
+        return Load() if self._running is None else self._running.worker.load()
 
     @property
     def files(self) -> Files:

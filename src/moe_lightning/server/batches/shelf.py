@@ -6,10 +6,11 @@ from pathlib import Path
 
 from moe_lightning.errors import JobError
 from moe_lightning.server.batches.disk import Disk
-from moe_lightning.server.batches.errors import HttpError, StorageDamaged, StorageFull
+from moe_lightning.server.batches.errors import StorageDamaged, StorageFull
 from moe_lightning.server.batches.limits import BatchLimits
 from moe_lightning.server.batches.objects import BatchRecord, FileObject
 from moe_lightning.server.batches.store import Store
+from moe_lightning.server.errors import HttpError
 
 
 class Shelf:
@@ -27,12 +28,12 @@ class Shelf:
         except StorageDamaged as e:
             self.disk.close()
             raise JobError(
-                f"{e}. Put a copy of {self.disk.database} back, or move {directory} away to begin with an empty "
-                "one; answers are whole lines in its directory `files`"
+                f"{e.message}. Put a copy of {self.disk.database} back, or move {directory} away to begin with an "
+                "empty one; answers are whole lines in its directory `files`"
             ) from e
         except (StorageFull, OSError) as e:
             self.disk.close()
-            raise JobError(f"cannot use {directory}: {e}") from e
+            raise JobError(f"cannot use {directory}: {e.message if isinstance(e, StorageFull) else e}") from e
 
     def close(self) -> None:
         """Let others use the directory."""

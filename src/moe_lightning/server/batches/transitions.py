@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-from moe_lightning.server.batches.errors import HttpError
 from moe_lightning.server.batches.objects import (
     Batch,
     BatchError,
@@ -17,6 +16,7 @@ from moe_lightning.server.batches.objects import (
     Usage,
 )
 from moe_lightning.server.batches.run import Tally
+from moe_lightning.server.errors import HttpError
 
 Edit = Callable[[BatchRecord], BatchRecord]
 Ending = Literal["completed", "failed", "expired", "cancelled"]

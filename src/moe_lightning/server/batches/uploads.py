@@ -14,8 +14,9 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
-from moe_lightning.server.batches.errors import HttpError, StorageFull
+from moe_lightning.server.batches.errors import StorageFull
 from moe_lightning.server.batches.limits import BatchLimits
+from moe_lightning.server.errors import HttpError
 from moe_lightning.units import format_bytes
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each malformed form

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from moe_lightning.errors import JobError, MoELightningError
+from moe_lightning.errors import JobError
 from moe_lightning.server.batches import transitions
 from moe_lightning.server.batches.limits import BatchLimits
 from moe_lightning.server.batches.objects import Batch, BatchRecord
@@ -15,8 +16,20 @@ from moe_lightning.server.batches.room import Room
 from moe_lightning.server.batches.run import Tally
 from moe_lightning.server.batches.shelf import Shelf
 from moe_lightning.server.batches.threads import Lane
+from moe_lightning.server.errors import HttpError
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Batches that have not ended, those of them that wait for the disk, and lines of theirs."""
+
+    open_batches: int = 0
+    waiting_batches: int = 0
+    requests_in_flight: int = 0
+    completed_requests: int = 0
+    failed_requests: int = 0
 
 
 class BatchWorker:
@@ -78,7 +91,7 @@ class BatchWorker:
             try:
                 await self._shop.files.do(batch.run.sync_if_due)
                 await self._save(batch)
-            except (MoELightningError, OSError) as e:  # whoever has more to write says it to the client
+            except (JobError, HttpError, OSError) as e:  # whoever has more to write says it to the client
                 logger.warning("batch %s: %s", batch.id, e)
 
     async def _save(self, batch: OpenBatch) -> None:
@@ -88,6 +101,18 @@ class BatchWorker:
             await self._shop.records.do(self._shop.shelf.store.change, batch.id, edit)
             if batch.id in self._open:
                 self._saved[batch.id] = tally
+
+    def load(self) -> Load:
+        """What is at work now; may be asked by any thread."""
+        batches = list(self._open.values())
+        tallies = [batch.run.tally for batch in batches]
+        return Load(
+            len(batches),
+            sum(batch.problem is not None for batch in batches),
+            self._shop.room.requests,
+            sum(tally.completed for tally in tallies),
+            sum(tally.failed for tally in tallies),
+        )
 
     async def stop(self) -> None:
         """Stop; what is not answered yet is for the next start."""
