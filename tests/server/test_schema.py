@@ -101,7 +101,7 @@ def test_responses_are_what_the_document_says(document, known, method, path, max
 
     check()
     if method == "POST" and not path.endswith("/cancel"):
-        assert seen[200] >= max_examples // 20, seen
+        assert seen[200], "none was a good one"
 
 
 def test_the_document_has_all_endpoints(small):
