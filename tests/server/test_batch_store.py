@@ -89,7 +89,9 @@ class ShelfMachine(RuleBasedStateMachine):
             id=new_batch_id(), endpoint="/v1/completions", input_file_id=file_id, completion_window="24h",
             created_at=1, expires_at=2,
         )  # fmt: skip
-        record = BatchRecord(batch=batch, answers_id=new_file_id(), failures_id=new_file_id())
+        record = BatchRecord(
+            batch=batch, answers_id=new_file_id(), failures_id=new_file_id(), line_bytes=9, body_depth=9
+        )
         is_full = sum(r.is_open for r in self.records.values()) >= LIMITS.open_batches
         try:
             self.shelf.add_batch(record, LIMITS)

@@ -319,6 +319,20 @@ async def test_an_input_that_an_open_batch_reads_cannot_be_deleted(tmp_path):
 
 
 @asynchronous
+async def test_a_batch_keeps_the_limits_that_it_began_with(tmp_path):
+    engine = FakeEngine(is_open=False)
+    async with Desk(tmp_path, engine, BatchLimits(requests_in_flight=1)) as desk:
+        batch = await desk.begin(*(line(f"id-{i}", "x" * 200) for i in range(3)))
+        await engine.until(lambda: engine.running == 1)
+        engine.gate.set()
+        engine.gate.clear()
+        await engine.until(lambda: len(engine.asked) == 2)
+    async with Desk(tmp_path, limits=BatchLimits(line_bytes=100, body_depth=1)) as desk:
+        batch = await desk.ended(batch.id)
+        assert batch.request_counts.completed == batch.request_counts.total == 3
+
+
+@asynchronous
 async def test_stopping_parks_batches_and_starting_goes_on_with_them(tmp_path):
     engine = FakeEngine(is_open=False)
     limits = BatchLimits(requests_in_flight=2)

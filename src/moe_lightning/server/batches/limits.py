@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_lightning.jobs.lines import LineRules
 from moe_lightning.units import GIB, MIB
 
 
@@ -45,7 +44,3 @@ class BatchLimits:
     window_hours: int = 7 * 24
     retry_seconds: float = 5.0
     tick_seconds: float = 1.0
-
-    def rules(self, endpoint: str) -> LineRules:
-        """What a line of a batch for `endpoint` may be."""
-        return LineRules(self.line_bytes, self.body_depth, (endpoint,))

@@ -7,6 +7,8 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from moe_lightning.jobs.lines import LineRules
+
 MIN_EXPIRY, MAX_EXPIRY = 3600, 30 * 24 * 3600  # seconds that a file may be kept
 _WINDOW = re.compile(r"([1-9][0-9]{0,3})(h|d)", re.ASCII)
 Status = Literal[
@@ -121,13 +123,21 @@ class BatchRecord(_Frozen):
     """A batch with what its clients need not know.
 
     `answers_id` and `failures_id` are the files that it will have, if they get lines; `keep_seconds` is how long
-    these are kept once they are complete, None for ever.
+    these are kept once they are complete, None for ever. `line_bytes` and `body_depth` were the limits when it
+    began: under others a line that is done might be taken for another one.
     """
 
     batch: Batch
     answers_id: str
     failures_id: str
     keep_seconds: int | None = None
+    line_bytes: int
+    body_depth: int
+
+    @property
+    def rules(self) -> LineRules:
+        """What its lines may be."""
+        return LineRules(self.line_bytes, self.body_depth, (self.batch.endpoint,))
 
     @property
     def is_open(self) -> bool:

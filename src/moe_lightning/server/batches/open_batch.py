@@ -67,7 +67,7 @@ class OpenBatch:
         self.id = batch.id
         content = shop.shelf.disk.content
         answers, failures = content(record.answers_id), content(record.failures_id)
-        self.run = Run(content(batch.input_file_id), answers, failures, shop.limits.rules(batch.endpoint))
+        self.run = Run(content(batch.input_file_id), answers, failures, record.rules)
         self.problem: str | None = None
         self._shop = shop
         self._ending: Early | None = "cancelled" if batch.status == "cancelling" else None
@@ -112,17 +112,19 @@ class OpenBatch:
         await self._persist(shop.files, self.run.open)
         if is_next and await self._until_ended(self._answer_all()):
             await self._change(transitions.finalizing(shop.clock()))
-        if self._ending is not None:
-            await self._persist(shop.files, self.run.refuse_rest, *_REASONS[self._ending])
-        await self._close(self._ending or "completed")
+            await self._close("completed")
+            return
+        assert self._ending is not None
+        await self._persist(shop.files, self.run.refuse_rest, *_REASONS[self._ending])
+        await self._close(self._ending)
 
     async def _validate(self) -> bool:
         """Whether the batch may begin; if not, it has failed."""
-        batch = (await self._record()).batch
-        if batch.status != "validating":
+        record = await self._record()
+        if record.batch.status != "validating":
             return True
-        path = self._shop.shelf.disk.content(batch.input_file_id)
-        verdict = await asyncio.to_thread(judge, path, batch.endpoint, self._shop.limits)
+        path = self._shop.shelf.disk.content(record.batch.input_file_id)
+        verdict = await asyncio.to_thread(judge, path, record.rules, self._shop.limits.requests)
         if verdict.errors and self._ending is None:
             await self._fail(*verdict.errors)
             return False

@@ -143,7 +143,12 @@ class BatchService:
         )
         keep = None if wanted.output_expires_after is None else wanted.output_expires_after.seconds
         record = BatchRecord(
-            batch=batch, answers_id=new_file_id(), failures_id=new_file_id(), keep_seconds=keep
+            batch=batch,
+            answers_id=new_file_id(),
+            failures_id=new_file_id(),
+            keep_seconds=keep,
+            line_bytes=self.limits.line_bytes,
+            body_depth=self.limits.body_depth,
         )
         # Shielded: a batch that is written down is begun, though its client may have gone.
         await asyncio.shield(self._begin(at, record))

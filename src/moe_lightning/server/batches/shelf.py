@@ -81,8 +81,10 @@ class Shelf:
 
     def delete_expired(self, now: float) -> None:
         """Remove files whose time is over, but for those that a batch still reads."""
+        if not (expired := self.store.expired_files(now)):
+            return
         in_use = {record.batch.input_file_id for record in self.store.open_batches()}
-        for file in self.store.expired_files(now):
+        for file in expired:
             if file.id not in in_use:
                 self.delete(file)
 

@@ -25,7 +25,10 @@ CREATE TABLE IF NOT EXISTS batches (
 _SYNCHRONOUS = "FULL"  # what a client was told survives a power cut
 _IS_OPEN = f"json_extract(record, '$.batch.status') IN ({', '.join(map(repr, OPEN))})"
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-_FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
+_FULL = {
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED,  # somebody looks into it with a tool of his own
+}  # fmt: skip
 _Record = TypeVar("_Record", FileObject, BatchRecord)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_lightning.jobs.lines import BadLine, read_envelopes
-from moe_lightning.server.batches.limits import BatchLimits
+from moe_lightning.jobs.lines import BadLine, LineRules, read_envelopes
 from moe_lightning.server.batches.objects import BatchError
 
 _SHOWN_ERRORS = 20
@@ -20,7 +19,7 @@ class Verdict:
     errors: tuple[BatchError, ...] = ()
 
 
-def judge(path: Path, endpoint: str, limits: BatchLimits) -> Verdict:
+def judge(path: Path, rules: LineRules, max_lines: int) -> Verdict:
     """Look at all lines; one that is wrong stands in the way of no other, so an input is refused only as a whole.
 
     Raises:
@@ -28,10 +27,10 @@ def judge(path: Path, endpoint: str, limits: BatchLimits) -> Verdict:
     """
     num_lines, num_bad, errors = 0, 0, list[BatchError]()
     with path.open("rb") as file:
-        for line in read_envelopes(file, limits.rules(endpoint)):
+        for line in read_envelopes(file, rules):
             num_lines += 1
-            if num_lines > limits.requests:
-                message = f"the input has more than {limits.requests} lines; split it into several batches"
+            if num_lines > max_lines:
+                message = f"the input has more than {max_lines} lines; split it into several batches"
                 return Verdict(num_lines, (BatchError(code="too_many_requests", message=message),))
             if isinstance(line, BadLine):
                 num_bad += 1
