@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -216,6 +217,17 @@ def test_passes_that_do_not_fit_are_made_smaller_and_no_token_changes(
     assert max(sizes[2 + num_failures :]) == max(1, sizes[2] // 2 ** (num_failures - 1))
     assert len(caplog.records) == num_failures
     assert "going on with micro_batch_size 3 -> 1, chunk_tokens 24 -> 12" in caplog.messages[0]
+
+
+def test_kv_that_is_too_much_for_a_staging_slot_makes_passes_smaller_and_changes_no_token(
+    mixtral, prompts, answers, caplog
+):
+    llm = load(mixtral, schedule="flexgen", micro_batch_size=7)
+    buffers = llm._worker._buffers
+    slots = tuple(slot[:7] for slot in buffers.kv_stage)  # the longest sequence needs five
+    llm._worker._buffers = replace(buffers, kv_stage=slots)
+    assert tokens_of(llm, prompts) == answers
+    assert "staging slot holds 7" in caplog.text
 
 
 def test_a_pass_of_one_sequence_that_does_not_fit_is_an_error_with_a_remedy(mixtral, prompts, monkeypatch):

@@ -6,7 +6,6 @@ In a file of its own, so that it can run beside the tests of the default schedul
 from __future__ import annotations
 
 import pytest
-import torch
 
 from demo_model import IS_FULL, MOE, answers_of, demo_prompts, dense_answers
 from moe_lightning import LLM
@@ -37,6 +36,5 @@ def test_answers_do_not_depend_on_schedule_streaming_or_lanes(schedule, prompts,
         "schedule": schedule, "pages_per_expert": 2, "resident_pages": [6] * spec.num_layers, "num_frames": 13,
         "micro_batch_size": 5, "group_size": 3, "chunk_tokens": 200,
     }  # fmt: skip
-    executor = "serial" if schedule == "flexgen" and torch.cuda.is_available() else "threads"
-    llm = LLM(MOE, dtype="float32", executor=executor, policy=override(base, values))
+    llm = LLM(MOE, dtype="float32", executor="threads", policy=override(base, values))
     assert answers_of(llm, prompts) == answers

@@ -151,7 +151,8 @@ class Watching:
         if task.kind in COPIES:
             return Observed(task, Cost(flops, moved, moved, moved))
         if task.kind is TaskKind.LOAD_KV:
-            staged = self._runner._kv_stage[task.writes[0].index].nbytes
+            blocks = len(self._runner._batches[task.micro_batches[0]].staged.host_blocks)
+            staged = self._runner._buffers.kv_stage[task.writes[0].index][:blocks].nbytes
             needed = sum(t.nbytes for one in self._seen(task) for t in one.cached)
             return Observed(task, Cost(flops, needed, needed, needed), {"staged": staged})
         if task.kind in ATTENTION:

@@ -14,10 +14,11 @@ from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.gpu_memory import pci_bus_id
 from moe_lightning.hardware.numa import gpu_node
 from moe_lightning.memory import checkpoint
-from moe_lightning.memory.arena import HostArena, OnRows
+from moe_lightning.memory.arena import Arena, HostArena, OnRows
 from moe_lightning.memory.dummy import RandomWeights
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.memory.layout import PageLayout, Placement
+from moe_lightning.memory.shared_arena import SharedArena
 from moe_lightning.memory.weights import Weights, allocate
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.policy import Policy
@@ -37,6 +38,7 @@ def build_worker(
     executor: str = "auto",
     seed: int = 0,
     progress: Progress = lambda done, total: None,
+    shared: SharedArena | None = None,
 ) -> Worker:
     """A worker that can run steps.
 
@@ -51,18 +53,19 @@ def build_worker(
         executor: ``serial``, or lanes at once.
         seed: of random weights.
         progress: told of the weights that are in place.
+        shared: host memory that earlier engines have used, with random weights; the last of them must be gone.
 
     Raises:
         CheckpointError: a file cannot be read.
         ConfigError: the system has no such memory.
     """
     lanes = make_executor(executor, device)
-    _check_schedule(policy.schedule, lanes)
     layout = PageLayout.of(spec, policy.pages_per_expert)
     placement = Placement(layout.pages_per_layer, policy.resident_pages, policy.num_frames)
     try:
-        weights = allocate(spec, layout, placement, dtype, device)
-        kv = KVCache(spec.num_layers, spec.attention, policy.num_blocks, policy.block_size, dtype)
+        pages, blocks = (shared.pages, shared.blocks) if shared else (HostArena, HostArena)
+        weights = allocate(spec, layout, placement, dtype, device, pages)
+        kv = KVCache(spec.num_layers, spec.attention, policy.num_blocks, policy.block_size, dtype, blocks)
         _fill(weights, kv, tensors, seed, progress)
         return Worker(weights, policy, kv, lanes, device)
     except torch.OutOfMemoryError as error:
@@ -70,13 +73,6 @@ def build_worker(
             f"the policy does not fit in GPU memory ({str(error).splitlines()[0]}); lower gpu_memory if other "
             "processes hold some of it, or give a policy with fewer resident_pages"
         ) from error
-
-
-def _check_schedule(name: str, executor: Executor) -> None:
-    if name == "flexgen" and isinstance(executor, CudaExecutor):
-        raise ConfigError(
-            "schedule='flexgen' does not run on CUDA streams yet; choose another schedule or executor='serial'"
-        )
 
 
 def make_executor(name: str, device: torch.device) -> Executor:
@@ -94,7 +90,7 @@ def _fill(
     has_gpu = device.type == "cuda"
     node = gpu_node(pci_bus_id(device.index)) if has_gpu else None
 
-    def bring_in(arena: HostArena, on_rows: OnRows | None = None) -> None:
+    def bring_in(arena: Arena, on_rows: OnRows | None = None) -> None:
         arena.prepare(pin=has_gpu, num_threads=os.cpu_count() or 1, node=node, on_rows=on_rows)
 
     with ThreadPoolExecutor(2, thread_name_prefix="prepare") as background:

@@ -15,6 +15,7 @@ _FREE_SHARE = 0.95  # of what is free, without a limit from the user
 
 # What a limit leaves to tensors, as first measured: kernels loaded since then have room set aside already.
 _budgets: dict[tuple[torch.device, int], int] = {}
+_contexts: dict[torch.device, int] = {}
 
 
 def cap_gpu_memory(device: torch.device, allowed: int | None) -> int:
@@ -37,7 +38,7 @@ def cap_gpu_memory(device: torch.device, allowed: int | None) -> int:
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    context = context_bytes(device)
+    context = _contexts.setdefault(device, context_bytes(device))
     is_given = allowed is not None
     if allowed is None:
         allowed = int(_FREE_SHARE * free) + context

@@ -58,9 +58,7 @@ class Worker:
         self._kv = kv
         self._executor = executor
         self._uploader = Uploader(device)
-        rows = policy.max_num_seqs + policy.prefill_tokens
-        dtype = weights.embed.dtype
-        self._buffers = PassBuffers.allocate(weights.spec, rows, policy.max_num_seqs, dtype, device)
+        self._buffers = PassBuffers.allocate(weights.spec, policy, weights.embed.dtype, device)
         inv_freq = inverse_frequencies(weights.spec.rope, weights.spec.attention.head_dim)
         self._inv_freq = inv_freq.to(device)
         self._cpu_attention = CpuAttention(attention_threads(device))
@@ -83,7 +81,10 @@ class Worker:
         spec = self._weights.spec
         with self._executor.scope():
             self._uploader.clear()
-            batches = build_micro_batches(step, self._policy.block_size, spec.vocab_size, self._uploader)
+            batches = build_micro_batches(
+                step, self._policy.block_size, spec.vocab_size, self._uploader,
+                stages_kv=bool(self._buffers.kv_stage),
+            )  # fmt: skip
             self._uploader.send()
             self._weights.pages.place_ring(self._ring_offset)
         schedule = self._schedule(len(step.prefill), len(step.decode))

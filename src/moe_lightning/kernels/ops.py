@@ -138,3 +138,15 @@ def prefill_attention(
     rows = slice(plan.segments[0].start, plan.segments[-1].end)
     found = reference.prefill_attention(q[rows], k, v, plan.segments, sliding_window)
     out.copy_(found.flatten(1))
+
+
+def decode_attention(
+    q: Tensor, kv: Tensor, block_tables: Tensor, context_lens: Tensor, sliding_window: int | None, out: Tensor
+) -> None:
+    """Attention of one query per sequence over its blocks, into out [B, num_heads * D]; see `reference`."""
+    if q.is_cuda:
+        from moe_lightning.kernels import paged_attention as kernel
+
+        kernel.paged_attention(q, kv, block_tables, context_lens, sliding_window, out)
+        return
+    out.copy_(reference.decode_attention(q, kv, block_tables, context_lens, sliding_window).flatten(1))

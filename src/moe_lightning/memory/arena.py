@@ -8,6 +8,7 @@ import mmap
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +64,35 @@ def device_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
 
 
 OnRows = Callable[[int, int], None]  # rows [start, stop) are in memory; on the thread that brought them in
+
+
+class Arena(Protocol):
+    """Host memory for rows of one size: an arena of its own, or a part of one that engines share."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """[rows, ...]."""
+
+    @property
+    def is_pinned(self) -> bool:
+        """The rows are page-locked."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Exactly those of the rows."""
+
+    def prepare(
+        self,
+        *,
+        pin: bool,
+        num_threads: int = 8,
+        node: int | None = None,
+        on_rows: OnRows | None = None,
+    ) -> None:
+        """Bring all rows in and lock them; see `HostArena`."""
+
+
+MakeArena = Callable[[tuple[int, ...], torch.dtype], Arena]
 
 
 class HostArena:
@@ -134,7 +164,7 @@ class HostArena:
         # is unmapped before anybody hears of it.
         weakref.finalize(self._bytes, pinning.unlock, locked).atexit = False
         try:
-            _for_each(bring_in, self.slices(), num_threads)
+            for_each(bring_in, self.slices(), num_threads)
         except BaseException:
             pinning.unlock(locked)
             raise
@@ -143,7 +173,7 @@ class HostArena:
         self.is_pinned = pin and self.refusal is None
 
 
-def _for_each(do: Callable[[tuple[int, int]], None], items: list[tuple[int, int]], num_threads: int) -> None:
+def for_each(do: Callable[[tuple[int, int]], None], items: list[tuple[int, int]], num_threads: int) -> None:
     """Call `do` with every item on several threads; the first error stops the rest and is raised."""
     with ThreadPoolExecutor(max(1, min(num_threads, len(items))), thread_name_prefix="arena") as threads:
         futures = [threads.submit(do, item) for item in items]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lightning.memory.arena import HostArena
+from moe_lightning.memory.arena import HostArena, MakeArena
 from moe_lightning.memory.mapped import device_view
 from moe_lightning.models.spec import AttentionSpec
 
@@ -18,11 +18,17 @@ class KVCache:
     """
 
     def __init__(
-        self, num_layers: int, attention: AttentionSpec, num_blocks: int, block_size: int, dtype: torch.dtype
+        self,
+        num_layers: int,
+        attention: AttentionSpec,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        make_arena: MakeArena = HostArena,
     ) -> None:
         block = (2, attention.num_kv_heads, block_size, attention.head_dim)
         self.block_size = block_size
-        self.arena = HostArena((num_layers * num_blocks, *block), dtype)
+        self.arena = make_arena((num_layers * num_blocks, *block), dtype)
         self._layers = self.arena.tensor.view(num_layers, num_blocks, *block)
         self._device_layers: Tensor | None = None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lightning.errors import ScheduleError
-from moe_lightning.memory.arena import HostArena, device_tensor
+from moe_lightning.memory.arena import HostArena, MakeArena, device_tensor
 from moe_lightning.memory.layout import PageLayout, Placement
 from moe_lightning.memory.staging import StagingRing
 from moe_lightning.models.spec import EXPERT_ROLES, ModelSpec, Role, TensorSpec
@@ -33,12 +33,17 @@ class PageStore:
     """
 
     def __init__(
-        self, layout: PageLayout, placement: Placement, dtype: torch.dtype, device: torch.device
+        self,
+        layout: PageLayout,
+        placement: Placement,
+        dtype: torch.dtype,
+        device: torch.device,
+        make_arena: MakeArena = HostArena,
     ) -> None:
         self.layout = layout
         self.placement = placement
         self.frames = device_tensor((placement.num_frames, layout.page_elements), dtype, device)
-        self.arena = HostArena((placement.num_host_rows, layout.page_elements), dtype)
+        self.arena = make_arena((placement.num_host_rows, layout.page_elements), dtype)
         self.host = self.arena.tensor
         # Made once: each would cost a launcher microseconds at every copy.
         self._frames, self._rows = self.frames.unbind(0), self.host.unbind(0)
@@ -160,9 +165,14 @@ class Weights:
 
 
 def allocate(
-    spec: ModelSpec, layout: PageLayout, placement: Placement, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec,
+    layout: PageLayout,
+    placement: Placement,
+    dtype: torch.dtype,
+    device: torch.device,
+    make_arena: MakeArena = HostArena,
 ) -> Weights:
-    """Memory for all weights, not yet filled."""
+    """Memory for all weights, not yet filled; that of streamed pages is made by `make_arena`."""
 
     def empty(*shape: int) -> Tensor:
         return device_tensor(shape, dtype, device)
@@ -180,5 +190,5 @@ def allocate(
         for _ in range(spec.num_layers)
     )
     lm_head = embed if spec.tie_word_embeddings else empty(spec.vocab_size, h)
-    pages = PageStore(layout, placement, dtype, device)
+    pages = PageStore(layout, placement, dtype, device, make_arena)
     return Weights(spec, embed, empty(h), lm_head, layers, pages)

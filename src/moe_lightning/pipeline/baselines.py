@@ -11,6 +11,8 @@ from moe_lightning.pipeline.cgopipe import LookAhead, close_group, pages_due, pr
 from moe_lightning.pipeline.task import PassShape, Schedule
 
 _KV_SLOTS = 2  # one is attended to while the next is filled
+# Schedules that attend to decode sequences on the GPU, and how many staging slots for KV each needs there.
+STAGING_SLOTS = {"flexgen": _KV_SLOTS}
 
 
 def _builder(shape: PassShape) -> PassBuilder:

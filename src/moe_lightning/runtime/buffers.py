@@ -12,6 +12,8 @@ from moe_lightning.kernels import ops
 from moe_lightning.memory.arena import HostArena, device_tensor
 from moe_lightning.memory.mapped import device_view
 from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.memory import staging_blocks, staging_slots
+from moe_lightning.policy import Policy
 
 if TYPE_CHECKING:
     from moe_lightning.kernels.experts import Workspace
@@ -33,6 +35,8 @@ class PassBuffers:
         host_out_on_device: the same memory as kernels on the device read it; None where they cannot.
         router_logits: [T, E].
         experts: workspace of the experts' kernels; None on a CPU.
+        kv_stage: staging slots, each [blocks, 2, num_kv_heads, block_size, D] on the device; none where the CPU
+            attends.
     """
 
     hidden: Tensor
@@ -46,13 +50,16 @@ class PassBuffers:
     host_out_on_device: Tensor | None
     router_logits: Tensor
     experts: Workspace | None
+    kv_stage: tuple[Tensor, ...] = ()
 
     @classmethod
     def allocate(
-        cls, spec: ModelSpec, num_tokens: int, num_seqs: int, dtype: torch.dtype, device: torch.device
+        cls, spec: ModelSpec, policy: Policy, dtype: torch.dtype, device: torch.device
     ) -> PassBuffers:
-        """Buffers for passes of up to `num_tokens` tokens, `num_seqs` of them decoding."""
+        """Buffers for the largest pass of a policy."""
         a, e, k = spec.attention, spec.experts, spec.experts.top_k
+        num_seqs, num_tokens = policy.max_num_seqs, policy.max_num_seqs + policy.prefill_tokens
+        stage = (staging_blocks(policy), 2, a.num_kv_heads, policy.block_size, a.head_dim)
         host_out, is_mapped = _pinned((num_seqs, a.q_size), dtype, device)
         return cls(
             hidden=device_tensor((num_tokens, spec.hidden_size), dtype, device),
@@ -68,6 +75,7 @@ class PassBuffers:
             experts=ops.experts_workspace(
                 num_tokens, k, e.num_experts, spec.hidden_size, e.intermediate_size, dtype, device
             ),
+            kv_stage=tuple(device_tensor(stage, dtype, device) for _ in range(staging_slots(policy))),
         )
 
 

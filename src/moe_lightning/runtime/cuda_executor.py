@@ -127,6 +127,7 @@ class _Launch:
         self._ends: dict[int, torch.cuda.Event] = {}
         self._times: dict[int, tuple[float, float]] = {}  # of CPU tasks
         self._base_time = 0.0
+        self._arrays, self._has_arrays = torch.cuda.Event(), False
         self.error: BaseException | None = None
 
     def all(self) -> None:
@@ -135,6 +136,7 @@ class _Launch:
             self._base = _timed_event(self._streams[Lane.GPU])
             self._base.synchronize()
             self._base_time = time.perf_counter()
+        self._arrays.record(self._streams[Lane.GPU])
         for index, task in enumerate(self._schedule.tasks):
             if self.error is not None:
                 return
@@ -182,6 +184,10 @@ class _Launch:
                 stream.wait_event(self._ends[dep])
             else:
                 self._cpu.counter.wait(stream, count)
+        if task.kind is TaskKind.LOAD_KV and not self._has_arrays:
+            # The only copy to the GPU that reads the pass's small arrays without waiting for GPU work.
+            stream.wait_event(self._arrays)
+            self._has_arrays = True
         if self._preloads is not None and lane is Lane.GPU and _reads_frames(task):
             stream.wait_event(self._preloads)
             self._preloads = None

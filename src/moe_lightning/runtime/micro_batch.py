@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_lightning.kernels.prefill_plan import PrefillPlan
 from moe_lightning.kernels.reference import Segment
+from moe_lightning.runtime.kv_staging import StagedBlocks
 from moe_lightning.runtime.sampling_batch import RowSampling, SamplingBatch, build_sampling_batch
 from moe_lightning.runtime.upload import Uploader
 
@@ -72,6 +73,7 @@ class MicroBatch:
         host_rows: decode only: its rows in the host buffers.
         block_tables: decode only: [B, max_blocks] int64 (host).
         context_lens: decode only: [B] int64 with the new token (host).
+        staged: decode only, where the GPU attends: where its blocks go there.
     """
 
     rows: slice
@@ -87,9 +89,12 @@ class MicroBatch:
     host_rows: slice = field(default_factory=lambda: slice(0, 0))
     block_tables: Tensor | None = None
     context_lens: Tensor | None = None
+    staged: StagedBlocks | None = None
 
 
-def build_micro_batches(step: Step, block_size: int, vocab_size: int, uploader: Uploader) -> list[MicroBatch]:
+def build_micro_batches(
+    step: Step, block_size: int, vocab_size: int, uploader: Uploader, *, stages_kv: bool = False
+) -> list[MicroBatch]:
     """The micro-batches of a step, their tensors put on the uploader's device; rows in order, prefill first."""
     batches, row, host_row = [], 0, 0
     first_row: dict[int, int] = {}  # of each prompt, by its first KV block
@@ -98,7 +103,8 @@ def build_micro_batches(step: Step, block_size: int, vocab_size: int, uploader: 
         batches.append(batch)
         row = batch.rows.stop
     for rows in step.decode:
-        batches.append(_decode(rows, row, host_row, block_size, vocab_size, uploader))
+        batch = _decode(rows, row, host_row, block_size, vocab_size, uploader, stages_kv=stages_kv)
+        batches.append(batch)
         row, host_row = row + len(rows), host_row + len(rows)
     return batches
 
@@ -147,7 +153,14 @@ def _prefill(
 
 
 def _decode(
-    rows: Sequence[DecodeRow], row: int, host_row: int, block_size: int, vocab_size: int, uploader: Uploader
+    rows: Sequence[DecodeRow],
+    row: int,
+    host_row: int,
+    block_size: int,
+    vocab_size: int,
+    uploader: Uploader,
+    *,
+    stages_kv: bool,
 ) -> MicroBatch:
     tables = _tables([r.block_table for r in rows])
     positions = np.array([r.position for r in rows], dtype=np.int64)
@@ -166,6 +179,7 @@ def _decode(
         host_rows=slice(host_row, host_row + len(rows)),
         block_tables=torch.from_numpy(tables),
         context_lens=torch.from_numpy(positions + 1),
+        staged=StagedBlocks.of(tables, positions, block_size, uploader.put) if stages_kv else None,
     )
 
 

@@ -17,6 +17,7 @@ from moe_lightning.perf.memory import HEAD_ROWS
 from moe_lightning.pipeline.shape import experts_in
 from moe_lightning.pipeline.task import BufferKind, Task, TaskKind
 from moe_lightning.runtime.buffers import PassBuffers
+from moe_lightning.runtime.kv_staging import stage
 from moe_lightning.runtime.micro_batch import MicroBatch
 from moe_lightning.runtime.sampler import SampleOutput, prompt_logprobs, sample
 
@@ -57,7 +58,6 @@ class TaskRunner:
         self._expert_parts = expert_parts
         self._inv_freq = inv_freq
         self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
-        self._kv_stage: dict[int, Tensor] = {}
         self.outputs: dict[int, MicroBatchOutput] = {}
         self._actions: dict[TaskKind, Callable[[Task], None]] = {
             kind: getattr(self, f"_{kind.value}") for kind in TaskKind
@@ -122,26 +122,21 @@ class TaskRunner:
         reference.store_kv(self._kv.layer_on(k.device, task.layer), k, v, batch.slots.to(k.device))
 
     def _load_kv(self, task: Task) -> None:
-        batch = self._batch(task)
-        assert batch.block_tables is not None
-        blocks = self._kv.layer(task.layer)[batch.block_tables.flatten()]
-        self._kv_stage[task.writes[0].index] = blocks.to(self._buffers.hidden.device)
+        batch, slot = self._batch(task), task.writes[0].index
+        assert batch.staged is not None
+        stage(self._kv, task.layer, batch.staged, self._buffers.kv_stage[slot])
 
     def _gpu_attention(self, task: Task) -> None:
-        """The staged blocks are numbered anew, sequence by sequence; the new token joins them here."""
+        """Over the staged blocks, which the new token joins here."""
         batch = self._batch(task)
-        assert batch.block_tables is not None
-        assert batch.context_lens is not None
-        staged = self._kv_stage[task.reads[1].index]
+        assert batch.staged is not None
+        kv = self._buffers.kv_stage[task.reads[1].index]
         q, k, v = self._split(self._buffers.qkv[batch.rows])
-        tables = torch.arange(batch.block_tables.numel(), device=q.device).view_as(batch.block_tables)
-        context_lens = batch.context_lens.to(q.device)
-        last, block_size = context_lens - 1, self._kv.block_size
-        own_block = tables.gather(1, (last // block_size)[:, None])[:, 0]
-        reference.store_kv(staged, k, v, own_block * block_size + last % block_size)
-        window = self._spec.attention.sliding_window
-        out = reference.decode_attention(q, staged, tables, context_lens, window)
-        self._buffers.attention_out[batch.rows].copy_(out.flatten(1))
+        reference.store_kv(kv, k, v, batch.staged.slots)
+        ops.decode_attention(
+            q, kv, batch.staged.tables, batch.staged.context_lens, self._spec.attention.sliding_window,
+            self._buffers.attention_out[batch.rows],
+        )  # fmt: skip
 
     def _post_attention(self, task: Task) -> None:
         batch, layer, b = self._batch(task), self._weights.layers[task.layer], self._buffers
