@@ -32,6 +32,38 @@ def sequence_of(order, num_prompt, num_new, max_model_len, is_background=False):
     return Sequence(request, 0, order, max_model_len, None)
 
 
+def test_in_batches_nobody_is_admitted_before_all_have_ended():
+    batcher = Batcher(policy_of(max_num_seqs=3, num_blocks=20), (), in_batches=True)
+    for order in range(5):
+        batcher.add(sequence_of(order, 3, 2 + order % 2, 40))
+    sizes = []
+    while batcher.has_work:
+        batch = batcher.next()
+        sizes.append((len(batch.admitted), sum(map(len, batch.decode))))
+        for sequence in batcher.running:
+            sequence.output_ids.append(1)
+            if len(sequence.output_ids) == sequence.max_new_tokens:
+                sequence.finish = Finish("length", None, "")
+        batcher.retire()
+    assert sizes == [(3, 0), (0, 3), (0, 1), (2, 0), (0, 2), (0, 1)]
+
+
+def test_a_batch_whose_prompts_need_several_passes_stays_open_until_memory_is_full():
+    policy = policy_of(max_num_seqs=4, num_blocks=9, prefill_tokens=6)
+    batcher = Batcher(policy, (), in_batches=True)
+    for order in range(6):
+        batcher.add(sequence_of(order, 6, 6, 40))
+    admitted = []
+    for _ in range(4):
+        admitted.append(len(batcher.next().admitted))
+        for sequence in batcher.running:
+            sequence.output_ids.append(1)
+    assert admitted == [1, 1, 1, 0], "three blocks each: the third is the last that fits"
+    batcher.running[0].finish = Finish("length", None, "")
+    batcher.retire()
+    assert not batcher.next().admitted, "there is room, but the batch is closed"
+
+
 @dataclass
 class Arrival:
     """A sequence that comes before a pass, and when it is aborted, if it is."""

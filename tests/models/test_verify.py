@@ -8,8 +8,19 @@ import pytest
 import torch
 
 from checkpoints import load, prompts_of, random_model, rewrite, write_checkpoint, write_tokenizer
+from moe_lightning import SamplingParams
 from moe_lightning.cli.main import main
-from moe_lightning.verify import PromptCheck, Verification, verify
+from moe_lightning.models import registry
+from moe_lightning.verify import (
+    PlainModel,
+    PromptCheck,
+    Verification,
+    check,
+    from_checkpoint,
+    from_memory,
+    verify,
+)
+from moe_lightning.verify.comparison import TOP
 
 PROMPTS = prompts_of((5, 14, 25, 9))
 NORM, LAYERS = "model.norm.weight", "model.layers.1."
@@ -52,6 +63,25 @@ def test_pages_of_two_experts_that_are_swapped_are_noticed(dtype, tmp_path):
     assert not result.is_equal
     assert result.all.num_wrong > result.max_wrong, "each of the two criteria notices it"
     assert result.is_strict or result.all.median_difference > result.max_median
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answers_are_checked_against_the_weights_in_memory(dtype, tmp_path):
+    llm = load(write_checkpoint(tmp_path, "mixtral", dtype))
+    source = from_memory(llm._worker._weights)
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=TOP)
+    outputs = llm.generate(PROMPTS, params)
+    assert Verification(tuple(check(outputs, llm.spec, source, dtype)), dtype).is_equal
+    swap_pages(llm, 1, 2, 7)
+    swapped = Verification(tuple(check(outputs, llm.spec, source, dtype)), dtype)
+    assert not swapped.is_equal and swapped.all.num_wrong > swapped.max_wrong
+
+
+def test_a_sequence_recomputed_beside_others_has_the_logits_that_it_has_alone(mixtral):
+    spec = registry.resolve(str(mixtral))
+    model = PlainModel(spec, from_checkpoint(spec, mixtral), torch.float32)
+    for found, tokens in zip(model.last_logits(PROMPTS, [1, 3, 25, 0]), PROMPTS, strict=True):
+        torch.testing.assert_close(found, model.logits(tokens)[len(tokens) - len(found) :])
 
 
 def test_one_page_that_is_not_there_is_noticed_in_float32(mixtral):

@@ -20,7 +20,7 @@ from moe_lightning import LLM, SamplingParams
 from moe_lightning.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moe_lightning.memory import checkpoint
 from moe_lightning.models import registry
-from moe_lightning.verify import PlainModel
+from moe_lightning.verify import from_checkpoint
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -200,7 +200,7 @@ class TestTiedHead:
             return head
 
         self.add_head(tied, change)
-        for attempt in (self.load, lambda path: PlainModel(registry.resolve(str(path)), path, torch.float32)):
+        for attempt in (self.load, lambda path: from_checkpoint(registry.resolve(str(path)), path)):
             with pytest.raises(CheckpointError) as caught:
                 attempt(tied)
             for word in ("lm_head.weight", "model.embed_tokens.weight", "set tie_word_embeddings to false"):

@@ -45,9 +45,15 @@ class Batcher:
     never put back while a younger one runs and any one sequence fits in memory alone, so the queue always moves.
 
     Background work counts as younger than all other: it waits behind it, and is the first to be put back.
+
+    Args:
+        policy: what fits.
+        eos_token_ids: that end an answer.
+        in_batches: admit as other systems do, for comparison: when memory is full nobody is admitted until all that
+            run have ended.
     """
 
-    def __init__(self, policy: Policy, eos_token_ids: Collection[int]) -> None:
+    def __init__(self, policy: Policy, eos_token_ids: Collection[int], *, in_batches: bool = False) -> None:
         self.waiting = Waiting()
         self.running: list[Sequence] = []  # in the order of their ranks
         self.num_preemptions = 0
@@ -55,6 +61,7 @@ class Batcher:
         self._eos_token_ids = eos_token_ids
         self.allocator = BlockAllocator(policy.num_blocks)
         self._answer_lengths = AnswerLengths()
+        self._in_batches, self._is_open = in_batches, True
 
     @property
     def has_work(self) -> bool:
@@ -167,7 +174,8 @@ class Batcher:
 
     def _admit(self) -> list[Sequence]:
         admitted: list[Sequence] = []
-        if not self.waiting or len(self.running) >= self._max_num_seqs:
+        self._is_open |= not self.running
+        if not self.waiting or len(self.running) >= self._max_num_seqs or not self._is_open:
             return admitted
         # Rows that no decoding sequence needs are free for prompts: so a batch fills up in few passes.
         tokens_left = self._max_num_seqs + self._prefill_tokens - len(self.running)
@@ -181,15 +189,20 @@ class Batcher:
             running = len(self.running) + len(admitted)
             reserve = num_blocks_for(running, self._policy.block_size)
             # One prompt always runs, also if it is longer than passes may be since they were made smaller.
-            is_too_long = admitted and sequence.num_tokens > tokens_left
-            if is_too_long or needed + reserve > self.allocator.num_free:
+            if admitted and sequence.num_tokens > tokens_left:
                 break
-            if not forecast.take(sequence.num_tokens, _remaining(sequence, share)) and running:
+            has_room = needed + reserve <= self.allocator.num_free
+            if not has_room or (
+                not forecast.take(sequence.num_tokens, _remaining(sequence, share)) and running
+            ):
+                self._is_open = not self._in_batches
                 break
             self.waiting.pop()
             sequence.blocks = self.allocator.allocate(needed)
             tokens_left -= sequence.num_tokens
             admitted.append(sequence)
+        if self._in_batches and len(self.running) + len(admitted) >= self._max_num_seqs:
+            self._is_open = False
         return admitted
 
     def _forecast(self, share: float) -> Forecast:

@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 class Engine:
     """Runs requests to their end. Every request that was added comes out of `step` exactly once.
 
+    `in_batches` is for comparison with systems that do not admit while others run; see `Batcher`.
+
     Attributes:
         num_prompt_tokens: of all prompts computed so far, each counted once.
         num_generated_tokens: of all answers so far.
@@ -42,12 +44,14 @@ class Engine:
         tokenizer: Any,
         eos_token_ids: tuple[int, ...],
         max_model_len: int,
+        *,
+        in_batches: bool = False,
     ) -> None:
         self._worker = worker
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_model_len = max_model_len
-        self._batcher = Batcher(policy, self._eos_token_ids)
+        self._batcher = Batcher(policy, self._eos_token_ids, in_batches=in_batches)
         self._unfinished: dict[str, list[Sequence]] = {}
         self._prompt_logprobs: dict[str, list[Logprobs | None]] = {}
         self._num_arrived = self._num_too_large = 0

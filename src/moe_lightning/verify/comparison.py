@@ -24,15 +24,17 @@ import torch
 from torch import Tensor
 
 from moe_lightning.engine.prompts import Prompt
-from moe_lightning.engine.request import RequestOutput, SamplingParams
+from moe_lightning.engine.request import CompletionOutput, RequestOutput, SamplingParams
 from moe_lightning.llm import LLM
+from moe_lightning.models.spec import ModelSpec
 from moe_lightning.verify.plain import PlainModel
+from moe_lightning.verify.sources import Source, from_checkpoint
 
 # Largest difference of a log-probability that rounding alone explains, with logits of order 10.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.4}
 _ALLOWED_WRONG = 0.1  # share of tokens, in half precision: near ties of routers
 _ALLOWED_RATIO = 2.0  # of medians, in half precision
-_TOP = 20  # most likely tokens compared at each position
+TOP = 20  # most likely tokens compared at each position
 
 
 @dataclass(frozen=True)
@@ -115,25 +117,50 @@ class Verification:
 
 def verify(llm: LLM, prompts: Sequence[Prompt], max_tokens: int = 16) -> Iterator[PromptCheck]:
     """Greedy answers of the engine, all prompts in one batch, each then recomputed alone without a cache."""
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=_TOP)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=TOP)
     outputs = llm.generate(list(prompts), params)
-    directory = Path(llm.config.model)
-    exact = PlainModel(llm.spec, directory, llm.dtype)
-    rounded = None if llm.dtype is torch.float32 else PlainModel(llm.spec, directory, llm.dtype, llm.dtype)
+    source = from_checkpoint(llm.spec, Path(llm.config.model))
     for output in outputs:
-        yield _check(output, exact, rounded, TOLERANCES[llm.dtype])
+        yield from check([output], llm.spec, source, llm.dtype)
 
 
-def _check(
-    output: RequestOutput, exact: PlainModel, rounded: PlainModel | None, tolerance: float
+def check(
+    outputs: Sequence[RequestOutput],
+    spec: ModelSpec,
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> list[PromptCheck]:
+    """Answers with the log-probabilities of `TOP` tokens at each position, recomputed with weights of a source.
+
+    Args:
+        outputs: of greedy requests.
+        spec: the model.
+        source: of its weights.
+        dtype: the engine's.
+        device: where to compute; all answers at once, a layer at a time.
+    """
+    answers = [output.outputs[0] for output in outputs]
+    sequences = [
+        [*output.prompt_token_ids, *answer.token_ids][:-1]
+        for output, answer in zip(outputs, answers, strict=True)
+    ]
+    counts = [len(answer.token_ids) for answer in answers]
+
+    def logprobs(computes_in: torch.dtype) -> list[Tensor]:
+        found = PlainModel(spec, source, dtype, computes_in, device).last_logits(sequences, counts)
+        return [logits.log_softmax(-1).cpu() for logits in found]
+
+    exact = logprobs(torch.float32)
+    rounded = [None] * len(exact) if dtype is torch.float32 else logprobs(dtype)
+    return [_compare(*compared, TOLERANCES[dtype]) for compared in zip(answers, exact, rounded, strict=True)]
+
+
+def _compare(
+    answer: CompletionOutput, wanted: Tensor, same_precision: Tensor | None, tolerance: float
 ) -> PromptCheck:
-    answer = output.outputs[0]
+    """An answer against log-probabilities [tokens, V], exact ones and those of the engine's precision."""
     num_missing = int(answer.finish_reason == "error")  # the engine itself met logits that are not finite
-    if not answer.token_ids:
-        return PromptCheck(0, 0, num_missing)
-    sequence, count = [*output.prompt_token_ids, *answer.token_ids][:-1], len(answer.token_ids)
-    wanted = _logprobs(exact, sequence, count)
-    same_precision = _logprobs(rounded, sequence, count) if rounded else None
     wrong, not_finite, differences, rounding = 0, num_missing, list[float](), list[float]()
     for position, (token, found) in enumerate(zip(answer.token_ids, answer.logprobs or [], strict=True)):
         row, ids = wanted[position], list(found)
@@ -144,12 +171,7 @@ def _check(
         if same_precision is not None:
             off = _differences(same_precision[position, ids], row[ids])
             rounding += off[off.isfinite()].tolist()
-    return PromptCheck(count, wrong, not_finite, tuple(differences), tuple(rounding))
-
-
-def _logprobs(model: PlainModel, sequence: list[int], count: int) -> Tensor:
-    """[count, V] of the last positions."""
-    return model.logits(sequence)[-count:].log_softmax(-1)
+    return PromptCheck(len(answer.token_ids), wrong, not_finite, tuple(differences), tuple(rounding))
 
 
 def _differences(found: Tensor, wanted: Tensor) -> Tensor:
