@@ -3,42 +3,139 @@
 from __future__ import annotations
 
 import itertools
+import json
+from dataclasses import replace
 
 import pytest
 
-from checkpoints import load
-from moe_lightning.bench import throughput
+from checkpoints import tiny_policy
+from moe_lightning.bench import report, throughput
+from moe_lightning.bench.passes import Source, begin_midway, run_passes
+from moe_lightning.bench.session import Session
+from moe_lightning.bench.throughput import Effort
 from moe_lightning.bench.workloads import WORKLOADS, prompts, workload
+from moe_lightning.config import EngineConfig
+from moe_lightning.engine.plan import make_plan
 from moe_lightning.errors import ConfigError
+from moe_lightning.models import registry
+from moe_lightning.perf.outlook import Prediction
 from moe_lightning.perf.workload import Workload
 
 WORK = Workload((3, 5, 9), gen_len=6)
+POLICY = {"max_num_seqs": 6, "num_blocks": 64, "block_size": 4}
 
 
 @pytest.fixture
-def llm(mixtral):
-    return load(mixtral, max_num_seqs=6, num_blocks=64, block_size=4)
+def session(mixtral):
+    """Plans are the tiny policy, whatever the workload, with a prediction that is wrong."""
+    config = EngineConfig(str(mixtral), device="cpu")
+    session = Session(config, registry.resolve(str(mixtral)))
+    promised = Prediction(1.0, {"gpu": 0.5, "h2d": 1.0}, 6, 3, 6.0, 5.0, None)
+    plan = replace(make_plan(config, tiny_policy(**POLICY)), max_model_len=64, prediction=promised)
+    session.plan = lambda work, gpu_memory=None: plan
+    return session
 
 
-def test_a_job_answers_every_request_in_full(llm):
-    source = throughput._requests(WORK, llm.spec.vocab_size)
-    passes = list(throughput._passes(llm, source, 10, None, lambda line: None))
+@pytest.fixture
+def engine(session):
+    return session.load(session.plan(WORK)).engine()
+
+
+def test_a_job_answers_every_request_in_full(engine):
+    source = Source(WORK, 320)
+    passes = list(run_passes(engine, iter(source), source, 12, count=10))
     assert sum(p.generated for p in passes) == 10 * 6
-    lengths = [len(p) for p in prompts(WORK, 240, llm.spec.vocab_size, seed=0)[:10]]
+    lengths = [len(p) for p in prompts(WORK, 240, 320, seed=0)[:10]]
     assert sum(p.prompt_tokens for p in passes) == sum(lengths)
-    assert llm.engine.num_unfinished == 0
+    assert engine.num_unfinished == 0
 
 
-def test_a_steady_state_begins_with_all_ages_and_stays_full(llm):
-    source = throughput._requests(WORK, llm.spec.vocab_size)
-    throughput._begin_midway(llm, source, WORK)
-    assert llm.engine.num_running == 6
-    assert [len(s.output_ids) for s in llm.engine._batcher.running] == [0, 1, 2, 3, 4, 5]
-    passes = list(throughput._passes(llm, source, None, 18, lambda line: None))
+def test_a_steady_state_begins_with_all_ages_and_stays_full(engine):
+    source = Source(WORK, 320)
+    requests = iter(source)
+    assert begin_midway(engine, requests, 6, WORK.gen_len, 320) == 6
+    assert [len(s.output_ids) for s in engine._batcher.running] == [0, 1, 2, 3, 4, 5]
+    passes = list(run_passes(engine, requests, source, 12, num_passes=18))
     assert len(passes) == 18
     # One ends in each pass and another takes its place; a prompt's pass gives its first token.
     assert all(p.generated == 6 for p in passes[1:])
-    assert llm.engine.num_preemptions == 0
+    assert engine.num_preemptions == 0
+
+
+def test_a_batch_begins_with_one_age(engine):
+    begin_midway(engine, iter(Source(WORK, 320)), 6, WORK.gen_len, 320, same_age=True)
+    assert [len(s.output_ids) for s in engine._batcher.running] == [3] * 6
+
+
+def measured(session, **effort):
+    effort = Effort(**{"copy_s": 0.001, **effort})
+    return throughput.measure(session.config, WORK, effort, session)
+
+
+def test_one_command_measures_steady_state_and_job_and_checks_answers_of_both(session):
+    cell = measured(session, steady_passes=5, num_checked=2)
+    steady, job = cell.measured
+    assert (steady.kind, job.kind) == ("steady state", "job")
+    assert len(steady.passes) == 5 and sum(p.generated for p in job.passes) == 12 * 6
+    assert all(m.check.is_equal and len(m.check.checks) == 2 for m in cell.measured)
+    assert cell.agreement == job.full_tokens_per_s / steady.tokens_per_s
+    assert (steady.predicted_tokens_per_s, job.predicted_tokens_per_s) == (6.0, 5.0)
+    values = json.loads(json.dumps(report.to_json(cell, session.config)))
+    assert [m["kind"] for m in values["measured"]] == ["steady state", "job"]
+    assert values["measured"][0]["lanes"]["use"]["h2d"]["predicted_s"] == 1.0
+    assert values["memory"]["gpu"] is None and values["memory"]["host"] > 0
+    assert set(values["measured"][0]["lanes"]["seconds_by_kind"]) >= {"experts", "attention", "load_page"}
+
+
+def test_a_wrong_engine_fails_the_check(session, monkeypatch):
+    load = session.load
+
+    def load_damaged(plan, gpu_memory=None):
+        loaded = load(plan)
+        attend = loaded.worker._cpu_attention.attend
+        monkeypatch.setattr(
+            loaded.worker._cpu_attention, "attend",
+            lambda out, *args, **kwargs: (attend(out, *args, **kwargs), out.neg_()),
+        )  # fmt: skip
+        return loaded
+
+    session.load = load_damaged
+    cell = measured(session, num_checked=2)
+    assert not cell.measured[0].check.is_equal
+    assert "NOT EQUAL" in report.to_text(cell)
+
+
+def test_what_is_off_is_flagged(session):
+    cell = measured(session)
+    text = report.to_text(cell)
+    assert "predicted 5 tokens/s (+" in text and "OFF" in text
+    peaks = replace(cell.peaks, gpu=3 * 2**30, gpu_allowed=2 * 2**30, host_planned=0)
+    text = report.to_text(replace(cell, peaks=peaks))
+    assert "GPU memory 3.00 GiB of 2.00 allowed OVER" in text
+    assert "0.00 planned OVER" in text
+    assert not peaks.is_gpu_within and not peaks.is_host_within
+
+
+def test_a_workload_that_does_not_fit_is_refused(session):
+    work = Workload((60,), gen_len=6)
+    with pytest.raises(ConfigError, match="sequences of 66 tokens, and max_model_len=64"):
+        throughput.measure(session.config, work, Effort(), session)
+
+
+def test_engines_that_share_memory_stream_other_shares_and_stay_right(mixtral):
+    """Dummy weights of one engine are taken over by the next, and each computes with what is there."""
+    config = EngineConfig(
+        str(mixtral), device="cpu", load_format="dummy", host_memory=514 * 2**20, dtype="float32"
+    )
+    session = Session(config, registry.resolve(str(mixtral)), shares_memory=True)
+    addresses = set()
+    for resident in ((1, 0, 2), (10, 6, 16), (0, 0, 0)):
+        plan = make_plan(config, tiny_policy(**{**POLICY, "resident_pages": resident}))
+        session.plan = lambda work, gpu_memory=None, plan=plan: plan
+        assert measured(session, num_checked=3).measured[0].check.is_equal
+        addresses.add(session._shared.arena.tensor.data_ptr())
+        session.unload()
+    assert len(addresses) == 1
 
 
 def test_workloads_have_the_lengths_that_they_are_known_for():
@@ -48,8 +145,19 @@ def test_workloads_have_the_lengths_that_they_are_known_for():
     assert mean["synthetic-reasoning"] == pytest.approx(242, abs=1)
     assert mean["summarization"] == pytest.approx(1693, abs=5)
     assert max(workload("summarization").prompt_lens) == 1984
+    assert mean["random"] == pytest.approx(512, abs=5)
+    assert {name: workload(name).gen_len for name in WORKLOADS} == {
+        "mtbench": 128, "synthetic-reasoning": 50, "summarization": 64, "random": 128,
+    }  # fmt: skip
     with pytest.raises(ConfigError, match="no workload is named 'mt'; choose one of mtbench"):
         workload("mt")
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_prompts_have_the_lengths_of_their_workload(name):
+    work = workload(name)
+    found = [len(p) for p in prompts(work, 2 * len(work.prompt_lens), 100)]
+    assert sorted(found) == sorted(work.prompt_lens * 2)
 
 
 def test_prompts_go_through_all_lengths_before_one_comes_again():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from moe_lightning.errors import ConfigError
+from moe_lightning.hardware.host import cpu_name
 
 
 def require_gpu() -> torch.dtype:
@@ -30,19 +32,40 @@ def require_gpu() -> torch.dtype:
 
 def facts() -> dict[str, Any]:
     """Commit, hardware and versions, for a result file."""
-    device = torch.cuda.get_device_properties(0)
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "hardware": {
-            "gpu": device.name,
-            "capability": f"{device.major}.{device.minor}",
-            "multiprocessors": device.multi_processor_count,
-            "memory_bytes": device.total_memory,
-        },
-        "versions": {name: version(name) for name in ("torch", "triton")}
+        "hardware": _gpu() | {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))},
+        "versions": {name: _version(name) for name in ("torch", "triton")}
         | {"python": platform.python_version(), "cuda": torch.version.cuda},
     }
+
+
+def _gpu() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {"gpu": None}
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": device.name,
+        "capability": f"{device.major}.{device.minor}",
+        "multiprocessors": device.multi_processor_count,
+        "memory_bytes": device.total_memory,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def seconds_since_start() -> float:
+    """Since the process began, imports and all."""
+    # The command's name, in brackets, may hold spaces; the start is the 22nd field, in ticks since the system's.
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return float(Path("/proc/uptime").read_text().split()[0]) - started
 
 
 def _git(*args: str) -> str:

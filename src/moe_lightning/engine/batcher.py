@@ -96,6 +96,11 @@ class Batcher:
         self.running.append(sequence)
         return True
 
+    def close_batch(self) -> None:
+        """Admit nobody until all that run have ended."""
+        assert self._in_batches, "sequences are admitted one by one"
+        self._is_open = False
+
     def next(self) -> Batch:
         """The next pass; the new prompts are counted as running from now on."""
         preempted = self._reserve()

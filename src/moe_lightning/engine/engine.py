@@ -81,6 +81,11 @@ class Engine:
         return self._batcher.allocator.num_free
 
     @property
+    def num_held_tokens(self) -> int:
+        """Tokens of all running sequences: what the attention of the next pass reads."""
+        return sum(sequence.num_tokens for sequence in self._batcher.running)
+
+    @property
     def num_preemptions(self) -> int:
         """How often a sequence had to give its memory back."""
         return self._batcher.num_preemptions
@@ -116,6 +121,10 @@ class Engine:
         """What an unfinished request has so far; None if it is not known (any more)."""
         sequences = self._unfinished.get(request_id)
         return None if sequences is None else self._output(sequences, finished=False)
+
+    def close_batch(self) -> None:
+        """Admit nobody until all that run have ended. For measurements."""
+        self._batcher.close_batch()
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now with what it has; None if it is not known (any more)."""

@@ -14,6 +14,7 @@ from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.host import available_memory
 from moe_lightning.hardware.presets import preset, preset_of_card
 from moe_lightning.hardware.profile_cache import cache_path, read_cache
+from moe_lightning.hardware.spec import HardwareSpec
 from moe_lightning.memory.layout import PageLayout, Placement
 from moe_lightning.models import registry
 from moe_lightning.models.spec import ModelSpec
@@ -49,6 +50,7 @@ def make_plan(
     policy: Policy | None = None,
     workload: Workload | None = None,
     longest: int | None = None,
+    spec: ModelSpec | None = None,
 ) -> Plan:
     """The plan of an engine's settings; no weights are read, and the model need not be downloaded.
 
@@ -57,11 +59,12 @@ def make_plan(
         policy: instead of the one that the settings lead to.
         workload: what will be computed: on a GPU the policy is the one that should be fastest for it.
         longest: tokens that no request of it exceeds; default: those of the workload's longest.
+        spec: instead of the one that `config.model` names.
 
     Raises:
         ConfigError, UnsupportedModelError, NoFeasiblePolicyError: the model cannot run as asked.
     """
-    spec = registry.resolve(config.model)
+    spec = spec or registry.resolve(config.model)
     device, dtype = _device(config), _dtype(config.dtype, spec)
     gpu = cap_gpu_memory(device, config.gpu_memory) if device.type == "cuda" else config.gpu_memory
     if policy is not None:
@@ -99,12 +102,18 @@ def usable_host_memory(device: torch.device) -> int:
     return int(0.8 * free) if device.type == "cpu" else free - max(3 * GIB, int(0.03 * free))
 
 
+def machine_of(device: torch.device) -> HardwareSpec:
+    """The datasheet of a machine with such a GPU; of one with an L4 for others, and for a CPU that plays a GPU."""
+    known = None if device.type == "cpu" else preset_of_card(torch.cuda.get_device_name(device))
+    return known or preset("l4")
+
+
 def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """What was measured here, if `profile` has; else what usually is reached of a like GPU's datasheet."""
     found, _ = read_cache(cache_path(), this_machine())
     if found is not None and found.gpu is not None:
         return MeasuredRates(found)
-    known = preset_of_card(torch.cuda.get_device_name(device)) or preset("l4")
+    known = machine_of(device)
     # Turing emulates bfloat16, slower than this: but a plan for it is a plan.
     rates = {str(dtype).removeprefix("torch."): known.gpu.flops["float16"], **known.gpu.flops}
     return DatasheetRates(replace(known, gpu=replace(known.gpu, flops=rates)))

@@ -71,6 +71,16 @@ class Worker:
         self._num_unrecorded = 0
         self._fullness = (0, 0)  # of that pass: decode micro-batches, chunks
 
+    @property
+    def weights(self) -> Weights:
+        """What it computes with."""
+        return self._weights
+
+    @property
+    def kv(self) -> KVCache:
+        """Where keys and values are."""
+        return self._kv
+
     def keep_to(self, policy: Policy) -> None:
         """Run the next passes under other limits: no more than this worker was made for."""
         assert only_limits_differ(policy, self._policy), f"{policy} takes other memory than {self._policy}"

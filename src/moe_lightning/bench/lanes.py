@@ -1,0 +1,87 @@
+"""What the lanes did in recorded passes, beside what was predicted."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moe_lightning.pipeline.task import TaskKind
+from moe_lightning.pipeline.timeline import Timeline
+
+
+@dataclass(frozen=True)
+class LaneUse:
+    """One lane in a pass, on average over those recorded.
+
+    Attributes:
+        seconds: that it works.
+        share: of the time from the first task to the last.
+        predicted_s: seconds that the plan says it works; None without a prediction.
+    """
+
+    seconds: float
+    share: float
+    predicted_s: float | None
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """All lanes in the passes that were recorded.
+
+    Attributes:
+        num_passes: that count.
+        span_s: seconds of such a pass, from its first task to its last.
+        use: of each lane, by name.
+        seconds_by_kind: of tasks, in a pass.
+        page_bytes_per_s: at which pages are copied; None where none are.
+        attention_bytes_per_s: at which the CPU reads KV; None where it does not, or nobody counted.
+    """
+
+    num_passes: int
+    span_s: float
+    use: dict[str, LaneUse]
+    seconds_by_kind: dict[str, float]
+    page_bytes_per_s: float | None
+    attention_bytes_per_s: float | None
+
+
+def summarize(
+    timelines: Sequence[Timeline],
+    page_bytes: int,
+    kv_bytes: Sequence[int] = (),
+    predicted: Mapping[str, float] | None = None,
+) -> Lanes | None:
+    """The average of some passes; None without any.
+
+    Args:
+        timelines: of the passes.
+        page_bytes: of one page.
+        kv_bytes: that attention reads in each of the passes, if known.
+        predicted: seconds of each lane.
+    """
+    n = len(timelines)
+    if not n:
+        return None
+    kinds, lanes = defaultdict[str, float](float), defaultdict[str, float](float)
+    num_pages, span = 0, sum(timeline.span for timeline in timelines)
+    for timeline in timelines:
+        for lane, seconds in timeline.busy_seconds().items():
+            lanes[lane.value] += seconds
+        for record in timeline.records:
+            kinds[record.kind.value] += record.seconds
+            num_pages += record.kind is TaskKind.LOAD_PAGE
+    pages_s, attention_s = (kinds.get(kind.value, 0.0) for kind in (TaskKind.LOAD_PAGE, TaskKind.ATTENTION))
+    return Lanes(
+        num_passes=n,
+        span_s=span / n,
+        use={
+            name: LaneUse(
+                seconds / n, seconds / span if span else 0.0, predicted.get(name) if predicted else None
+            )
+            for name, seconds in lanes.items()
+        },
+        seconds_by_kind={kind: seconds / n for kind, seconds in kinds.items()},
+        page_bytes_per_s=num_pages * page_bytes / pages_s if pages_s else None,
+        attention_bytes_per_s=sum(kv_bytes) / attention_s if kv_bytes and attention_s else None,
+    )

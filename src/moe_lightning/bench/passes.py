@@ -1,0 +1,137 @@
+"""Passes over random prompts, each with its time."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from moe_lightning.bench.workloads import prompts
+from moe_lightning.engine.engine import Engine
+from moe_lightning.engine.request import Request, RequestOutput, SamplingParams
+from moe_lightning.perf.workload import Workload
+from moe_lightning.verify.comparison import TOP
+
+Show = Callable[[str], None]
+
+
+def show_nothing(line: str) -> None:
+    """For those who do not want to be told."""
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass: what it generated, how many sequences ran in it, and its seconds."""
+
+    seconds: float
+    generated: int
+    num_running: int
+    prompt_tokens: int
+
+
+@dataclass
+class Source:
+    """Requests without end, of a workload's lengths; those with a number in `scored` come with log-probabilities.
+
+    Attributes:
+        workload: whose lengths.
+        vocab_size: of the model.
+        scored: numbers of the requests that are to be checked.
+        outputs: theirs, once they have ended.
+    """
+
+    workload: Workload
+    vocab_size: int
+    scored: Sequence[int] = ()
+    outputs: dict[str, RequestOutput] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Request]:
+        plain, scored = (self._params(logprobs) for logprobs in (None, TOP))
+        number = 0
+        while True:
+            for prompt in prompts(
+                self.workload, 80 * len(self.workload.prompt_lens), self.vocab_size, seed=number
+            ):
+                params = scored if number in self.scored else plain
+                yield Request(str(number), tuple(prompt), params)
+                number += 1
+
+    def keep(self, outputs: list[RequestOutput]) -> None:
+        """Remember the outputs that are to be checked."""
+        self.outputs.update((o.request_id, o) for o in outputs if int(o.request_id) in self.scored)
+
+    def _params(self, logprobs: int | None) -> SamplingParams:
+        return SamplingParams(
+            temperature=0, max_tokens=self.workload.gen_len, ignore_eos=True, logprobs=logprobs
+        )
+
+
+def run_passes(
+    engine: Engine,
+    requests: Iterator[Request],
+    source: Source,
+    queue: int,
+    *,
+    count: int | None = None,
+    num_passes: int | None = None,
+    show: Show = show_nothing,
+    after: Callable[[], None] = lambda: None,
+) -> Iterator[PassRecord]:
+    """Passes until `count` requests are answered or so many have run.
+
+    Args:
+        engine: may have requests already.
+        requests: of the source.
+        source: keeps outputs.
+        queue: requests that wait at least, as long as there are more.
+        count: requests to add.
+        num_passes: to run.
+        show: told of each.
+        after: called after each, outside of its time.
+    """
+    left, number = count if count is not None else 2**62, 0
+    while num_passes is None or number < num_passes:
+        while left > 0 and engine.num_waiting < queue:
+            engine.add(next(requests))
+            left -= 1
+        if not engine.num_unfinished:
+            return
+        generated, prompted = engine.num_generated_tokens, engine.num_prompt_tokens
+        start = time.perf_counter()
+        outputs = engine.step()
+        seconds = time.perf_counter() - start
+        source.keep(outputs)
+        record = PassRecord(
+            seconds, engine.num_generated_tokens - generated, engine.num_running,
+            engine.num_prompt_tokens - prompted,
+        )  # fmt: skip
+        number += 1
+        show(
+            f"pass {number}: {record.seconds:.3f} s, {record.generated} tokens, {record.num_running} running, "
+            f"{record.prompt_tokens} prompt tokens, {engine.num_waiting} waiting"
+        )
+        after()
+        yield record
+
+
+def begin_midway(
+    engine: Engine, requests: Iterator[Request], num_seqs: int, gen_len: int, vocab_size: int, *,
+    same_age: bool = False,
+) -> int:  # fmt: skip
+    """Fill KV memory with sequences, as if they had been running for long; how many.
+
+    Args:
+        engine: has none yet.
+        requests: to take from.
+        num_seqs: at most.
+        gen_len: tokens of an answer; ages are evenly spread over them.
+        vocab_size: of the model.
+        same_age: all are half as old as they get, instead.
+    """
+    draw = random.Random(0)
+    for number in range(num_seqs):
+        age = gen_len // 2 if same_age else number * gen_len // num_seqs
+        if not engine.adopt(next(requests), [draw.randrange(3, vocab_size) for _ in range(age)]):
+            return number
+    return num_seqs

@@ -1,0 +1,249 @@
+"""The paper's ablation: schedules, batches and groups on one engine, predicted beside measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import mean, median
+from typing import Any
+
+from moe_lightning.bench.lanes import Lanes, summarize
+from moe_lightning.bench.passes import PassRecord, Show, Source, begin_midway, run_passes, show_nothing
+from moe_lightning.bench.session import Loaded, Session
+from moe_lightning.bench.throughput import page_bytes
+from moe_lightning.bench.variants import Variant, paper_plan, policy_of
+from moe_lightning.engine.plan import Plan
+from moe_lightning.errors import ConfigError
+from moe_lightning.hardware.spec import HardwareSpec
+from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.default_policy import Memory
+from moe_lightning.perf.paper_model import PaperMachine
+from moe_lightning.perf.predict import predict
+from moe_lightning.perf.rates import Rates
+from moe_lightning.perf.workload import Workload
+from moe_lightning.pipeline.task import Lane, PassShape
+from moe_lightning.policy import Policy
+
+_WARM_UP = 2
+_RAMP = 3  # passes of a ramp that are measured at most
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a variant reached.
+
+    Attributes:
+        variant: which.
+        policy: its own.
+        num_seqs: that decode at once.
+        tokens_per_s: generated, prompts included.
+        predicted_tokens_per_s: by the simulation of the same passes.
+        passes: that were measured, all full.
+        ramp_s: where batches follow each other, seconds in which a batch's prompts are computed; else 0.
+        predicted_pass_s: seconds of the median pass.
+        lanes: in a recorded pass.
+    """
+
+    variant: Variant
+    policy: Policy
+    num_seqs: int
+    tokens_per_s: float
+    predicted_tokens_per_s: float
+    passes: tuple[PassRecord, ...]
+    ramp_s: float
+    predicted_pass_s: float
+    lanes: Lanes | None
+
+    @property
+    def pass_s(self) -> float:
+        """Seconds of the median pass."""
+        return median(p.seconds for p in self.passes)
+
+
+def measure(
+    session: Session,
+    plan: Plan,
+    work: Workload,
+    variants: Sequence[Variant],
+    rates: Rates,
+    machine: HardwareSpec,
+    *,
+    num_passes: int = 4,
+    show: Show = show_nothing,
+) -> Iterator[Row]:
+    """A row for each variant, over the same weights in host memory.
+
+    A batch after the other is measured in parts: passes that take prompts in, of which there are as many as the
+    batch needs, and passes with the whole batch at half its answers, one for each token of an answer.
+
+    Args:
+        session: where the model is loaded; its configuration limits GPU memory.
+        plan: our planner's, for the workload.
+        work: what is computed.
+        variants: to measure.
+        rates: that the prediction takes.
+        machine: as the paper's planner sees it, but for its memory.
+        num_passes: to measure of each.
+        show: told of each pass.
+
+    Raises:
+        ConfigError, NoFeasiblePolicyError: the model cannot run in that memory.
+    """
+    gpu_memory = session.config.gpu_memory or machine.gpu.memory_bytes
+    if plan.device.type == "cpu" and session.config.gpu_memory is None:
+        raise ConfigError(
+            "schedules differ only where experts stream; give gpu_memory, which the CPU then plays"
+        )
+    memory = Memory(session.host_memory, session.gpu_budget(plan.device))
+    paper = paper_plan(
+        plan.spec,
+        replace(PaperMachine.of(machine), gpu_memory=gpu_memory, host_memory=session.limit_host_memory),
+        work,
+    )
+    for variant in variants:
+        policy = policy_of(variant, plan.policy, plan.spec, plan.dtype.itemsize, memory, paper, work)
+        show(f"{variant.name}: {variant.what}; {policy.max_num_seqs} sequences, {policy.schedule}")
+        yield _row(session, replace(plan, policy=policy), variant, work, rates, num_passes, show)
+        session.unload()
+
+
+def _row(
+    session: Session, plan: Plan, variant: Variant, work: Workload, rates: Rates, num_passes: int, show: Show
+) -> Row:
+    loaded = session.load(plan)
+    session.fill_kv(loaded)
+    run = _Run(loaded, work, variant, num_passes, show)
+    ramp = run.ramp() if variant.in_batches else None
+    passes, num_seqs, lanes = run.full()
+    model = _Predicted(plan.spec, str(plan.dtype).removeprefix("torch."), plan.policy, rates, work)
+    prompts = round(mean(p.prompt_tokens for p in passes))
+    context = work.mean_prompt + work.gen_len / 2 + 1 if variant.in_batches else work.mean_context()
+    predicted = model.seconds(num_seqs, prompts, context)
+    if ramp is None:
+        tokens = mean(p.generated for p in passes)
+        rate = sum(p.generated for p in passes) / sum(p.seconds for p in passes)
+        return Row(variant, plan.policy, num_seqs, rate, tokens / predicted, passes, 0.0, predicted, lanes)
+    # What the last pass of a ramp has no room for, and what did not come, in proportion.
+    scale = num_seqs * work.mean_prompt / sum(p.prompt_tokens for p in ramp)
+    ramp_s = scale * sum(p.seconds for p in ramp)
+    predicted_ramp_s = scale * sum(model.ramp_seconds(p) for p in ramp)
+    generated, rest = num_seqs * work.gen_len, work.gen_len - 1
+    rate = generated / (ramp_s + rest * median(p.seconds for p in passes))
+    return Row(
+        variant, plan.policy, num_seqs, rate, generated / (predicted_ramp_s + rest * predicted), passes, ramp_s,
+        predicted, lanes,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Run:
+    loaded: Loaded
+    work: Workload
+    variant: Variant
+    num_passes: int
+    show: Show
+
+    def ramp(self) -> list[PassRecord]:
+        """The passes that take a batch's prompts in, or the first of them."""
+        self._beginning(1)  # compiles kernels
+        return [p for p in self._beginning(_RAMP) if p.prompt_tokens]
+
+    def _beginning(self, num_passes: int) -> list[PassRecord]:
+        plan, engine = self.loaded.plan, self.loaded.engine(in_batches=True)
+        source, queue = Source(self.work, plan.spec.vocab_size), 2 * plan.policy.max_num_seqs
+        return list(run_passes(engine, iter(source), source, queue, num_passes=num_passes, show=self.show))
+
+    def full(self) -> tuple[tuple[PassRecord, ...], int, Lanes | None]:
+        """Passes of a whole batch, or of all ages with prompts that take the place of those that end."""
+        loaded, plan = self.loaded, self.loaded.plan
+        n, vocab = plan.policy.max_num_seqs, plan.spec.vocab_size
+        engine = loaded.engine(in_batches=self.variant.in_batches)
+        source = Source(self.work, vocab)
+        requests = iter(source)
+        num_seqs = begin_midway(
+            engine, requests, n, self.work.gen_len, vocab, same_age=self.variant.in_batches
+        )
+        if self.variant.in_batches:
+            engine.close_batch()
+        # A batch must not end before the last pass: half of its answers are left.
+        count = min(self.num_passes, max(1, (self.work.gen_len - self.work.gen_len // 2) - _WARM_UP - 1))
+
+        def run(number: int) -> list[PassRecord]:
+            return list(run_passes(engine, requests, source, 2 * n, num_passes=number, show=self.show))
+
+        run(_WARM_UP)
+        passes = run(count)
+        loaded.worker.record_next()
+        kv_bytes = engine.num_held_tokens * plan.spec.kv_bytes_per_token(plan.dtype.itemsize)
+        run(1)
+        recorded = [loaded.worker.fullest_pass] if loaded.worker.fullest_pass else []
+        return tuple(passes), num_seqs, summarize(recorded, page_bytes(loaded), [kv_bytes])
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    spec: ModelSpec
+    dtype: str
+    policy: Policy
+    rates: Rates
+    work: Workload
+
+    def seconds(self, decode: int, prefill: int, context: float) -> float:
+        """Of a pass of so many sequences and prompt tokens, by the simulation of all its layers."""
+        policy, spec = self.policy, self.spec
+        chunks, groups = _cut(prefill, policy.chunk_tokens), _cut(decode, policy.micro_batch_size)
+        pages = spec.experts.num_experts * policy.pages_per_expert
+        streamed = tuple(pages - resident for resident in policy.resident_pages)
+        shape = PassShape(
+            spec.num_layers, len(chunks), len(groups), policy.group_size, policy.look_ahead, streamed,
+            policy.num_frames, preloaded=policy.num_frames > max(streamed),
+        )  # fmt: skip
+        timeline = predict(
+            spec, shape, chunks + groups, context, self.rates, pages_per_expert=policy.pages_per_expert,
+            dtype=self.dtype, schedule=policy.schedule, prompt_len=self.work.mean_prompt,
+        )  # fmt: skip
+        end = max((r.end for r in timeline.records if r.lane is not Lane.H2D), default=timeline.end)
+        return max(end - timeline.start, timeline.busy_seconds()[Lane.H2D])
+
+    def ramp_seconds(self, ramp: PassRecord) -> float:
+        """Of a pass like this one, in which each new sequence and each that decodes got a token."""
+        new = round(ramp.prompt_tokens / self.work.mean_prompt)
+        return self.seconds(max(0, ramp.generated - new), ramp.prompt_tokens, self.work.mean_prompt + 1)
+
+
+def _cut(total: int, size: int) -> list[int]:
+    return [size] * (total // size) + ([total % size] if total % size else [])
+
+
+def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """A dictionary for each row, with its ratios to the first one."""
+    first = rows[0]
+    return [
+        {
+            "name": row.variant.name, "what": row.variant.what, "variant": asdict(row.variant),
+            "policy": asdict(row.policy), "num_seqs": row.num_seqs, "tokens_per_s": row.tokens_per_s,
+            "ratio": row.tokens_per_s / first.tokens_per_s,
+            "predicted_tokens_per_s": row.predicted_tokens_per_s,
+            "predicted_ratio": row.predicted_tokens_per_s / first.predicted_tokens_per_s,
+            "pass_s": row.pass_s, "predicted_pass_s": row.predicted_pass_s, "ramp_s": row.ramp_s,
+            "lanes": asdict(row.lanes) if row.lanes else None, "passes": [asdict(p) for p in row.passes],
+        }
+        for row in rows
+    ]  # fmt: skip
+
+
+def to_text(rows: Sequence[Row]) -> str:
+    """A table for people."""
+    lines = [
+        f"{'':12} {'tokens/s':>9} {'ratio':>6} {'predicted':>9} {'ratio':>6} {'pass s':>7} {'predicted':>9} "
+        f"{'seqs':>5}  lanes busy"
+    ]
+    for row, values in zip(rows, to_json(rows), strict=True):
+        use = row.lanes.use if row.lanes else {}
+        busy = ", ".join(f"{lane.upper()} {lane_use.share:.0%}" for lane, lane_use in use.items())
+        lines.append(
+            f"{row.variant.name:12} {row.tokens_per_s:9.1f} {values['ratio']:6.2f} "
+            f"{row.predicted_tokens_per_s:9.1f} {values['predicted_ratio']:6.2f} {row.pass_s:7.3f} "
+            f"{row.predicted_pass_s:9.3f} {row.num_seqs:5}  {busy}"
+        )
+    return "\n".join([*lines, "", *(f"{row.variant.name}: {row.variant.what}" for row in rows)])

@@ -1,0 +1,159 @@
+"""Engines for measurements: one after the other over the same host memory, where weights are random."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from moe_lightning.config import EngineConfig
+from moe_lightning.engine.build import build_worker
+from moe_lightning.engine.engine import Engine
+from moe_lightning.engine.garbage import collect_rarely
+from moe_lightning.engine.gpu_budget import cap_gpu_memory
+from moe_lightning.engine.plan import Plan, checkpoint_directory, make_plan, usable_host_memory
+from moe_lightning.engine.tokenizer import dummy_tokenizer, load_tokenizer
+from moe_lightning.engine.worker import Worker
+from moe_lightning.hardware.host import available_memory
+from moe_lightning.memory import checkpoint
+from moe_lightning.memory.shared_arena import SharedArena
+from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.memory import host_buffer_bytes
+from moe_lightning.perf.workload import Workload
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in place, under a plan.
+
+    Attributes:
+        plan: policy and prediction.
+        worker: runs its passes.
+        tokenizer: the model's, or a stand-in.
+        ready_s: seconds from memory asked for to weights in place.
+    """
+
+    plan: Plan
+    worker: Worker
+    tokenizer: Any
+    ready_s: float
+
+    def engine(self, *, in_batches: bool = False) -> Engine:
+        """An engine that has no requests yet; one at a time."""
+        plan = self.plan
+        return Engine(
+            self.worker, plan.policy, self.tokenizer, plan.spec.eos_token_ids, plan.max_model_len,
+            in_batches=in_batches,
+        )  # fmt: skip
+
+
+class Session:
+    """Plans and loads a model under one policy after the other; `unload` comes in between.
+
+    Args:
+        config: settings; `gpu_memory` may change from plan to plan.
+        spec: the model.
+        shares_memory: whether engines use the same host memory; by default where weights are random and a GPU
+            makes bringing them in expensive.
+
+    Attributes:
+        host_memory: bytes for weights and KV, the same for all plans.
+        limit_host_memory: what the hardware's limit counts with: what was allowed, or all that was free.
+    """
+
+    def __init__(self, config: EngineConfig, spec: ModelSpec, *, shares_memory: bool | None = None) -> None:
+        self._has_gpu = torch.cuda.is_available() and config.device != "cpu"
+        self.config, self.spec = config, spec
+        self.limit_host_memory = config.host_memory or available_memory()
+        device = torch.device("cuda" if self._has_gpu else "cpu")
+        self.host_memory = config.host_memory or usable_host_memory(device)
+        is_dummy = config.load_format == "dummy"
+        self._shares = is_dummy and (self._has_gpu if shares_memory is None else shares_memory)
+        self._shared: SharedArena | None = None
+        self._is_filled = False
+        self._tokenizer: Any = None
+
+    def plan(self, workload: Workload | None, gpu_memory: int | None = None) -> Plan:
+        """The plan for a workload.
+
+        Raises:
+            ConfigError, NoFeasiblePolicyError: the model cannot run in that memory.
+        """
+        config = replace(
+            self.config, gpu_memory=gpu_memory or self.config.gpu_memory, host_memory=self.host_memory
+        )
+        return make_plan(config, workload=workload, spec=self.spec)
+
+    def load(self, plan: Plan, gpu_memory: int | None = None) -> Loaded:
+        """Bring the model into place; whatever was loaded before must be gone.
+
+        Raises:
+            CheckpointError, ConfigError: it cannot be loaded.
+        """
+        start = time.perf_counter()
+        if plan.device.type == "cuda":  # another plan may have set another cap since
+            cap_gpu_memory(plan.device, gpu_memory or self.config.gpu_memory)
+        directory = checkpoint_directory(self.config)
+        worker = build_worker(
+            plan.spec, plan.policy, plan.dtype, plan.device,
+            tensors=None if directory is None else checkpoint.open_model(directory, plan.spec),
+            executor=self.config.executor, seed=self.config.seed, shared=self._arena(plan),
+        )  # fmt: skip
+        if self._tokenizer is None:
+            path = self.config.tokenizer or (str(directory) if directory else None)
+            self._tokenizer = load_tokenizer(path) if path else dummy_tokenizer(plan.spec.vocab_size)
+        if self._has_gpu:
+            collect_rarely()
+        return Loaded(plan, worker, self._tokenizer, time.perf_counter() - start)
+
+    def gpu_budget(self, device: torch.device) -> int:
+        """Bytes of GPU memory that tensors may take under the configuration's limit."""
+        if device.type == "cuda":
+            return cap_gpu_memory(device, self.config.gpu_memory)
+        assert self.config.gpu_memory is not None, "the CPU plays a GPU of some size"
+        return self.config.gpu_memory
+
+    def fill_kv(self, loaded: Loaded) -> None:
+        """Fill the cache with some weights' numbers: zeros might be faster than what a model computes.
+
+        Memory that earlier engines used holds numbers already.
+        """
+        if self._is_filled:
+            return
+        cache = loaded.worker.kv.arena.tensor.view(-1)
+        some = loaded.worker.weights.pages.frames[
+            0
+        ].cpu()  # a copy by the GPU may not cross pieces locked apart
+        for start in range(0, len(cache), len(some)):
+            piece = cache[start : start + len(some)]
+            piece.copy_(some[: len(piece)])
+        self._is_filled = self._shared is not None
+
+    def unload(self) -> None:
+        """Give GPU memory back, once the caller has dropped what was loaded."""
+        gc.unfreeze()
+        gc.collect()
+        if self._has_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    def _arena(self, plan: Plan) -> SharedArena | None:
+        if self._shares and self._shared is None:
+            size = self.host_memory - host_buffer_bytes(plan.spec, plan.dtype.itemsize, 0)
+            self._shared = SharedArena(max(size, 1))
+        return self._shared
+
+
+def host_bytes(plan: Plan) -> int:
+    """Host memory that a plan takes: streamed pages, KV, and what the engine keeps of requests."""
+    spec, policy, size = plan.spec, plan.policy, plan.dtype.itemsize
+    page = 3 * spec.hidden_size * spec.experts.intermediate_size * size // policy.pages_per_expert
+    per_layer = spec.experts.num_experts * policy.pages_per_expert
+    pages = page * (per_layer * spec.num_layers - sum(policy.resident_pages))
+    if plan.device.type == "cpu":  # which plays the GPU, over host memory
+        pages = spec.num_parameters * size + page * policy.num_frames
+    kv = spec.kv_bytes_per_token(size) * policy.block_size * policy.num_blocks
+    return pages + kv + host_buffer_bytes(spec, size, policy.max_num_seqs)

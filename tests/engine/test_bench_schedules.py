@@ -1,0 +1,92 @@
+"""The ablation's variants run on one engine, over one load of weights, and each says what it did."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from checkpoints import tiny_policy
+from moe_lightning.bench import schedules
+from moe_lightning.bench.session import Session
+from moe_lightning.bench.variants import VARIANTS, paper_plan
+from moe_lightning.config import EngineConfig
+from moe_lightning.engine.plan import make_plan
+from moe_lightning.errors import ConfigError
+from moe_lightning.hardware.presets import preset
+from moe_lightning.memory.arena import HostArena
+from moe_lightning.models import registry
+from moe_lightning.perf.memory import activation_bytes
+from moe_lightning.perf.paper_model import PaperMachine
+from moe_lightning.perf.rates import DatasheetRates
+from moe_lightning.perf.workload import Workload
+
+WORK = Workload((3, 5, 9), gen_len=12)
+L4 = preset("l4")
+PAGE = 3 * 64 * 96 * 4
+
+
+@pytest.fixture
+def session(mixtral, monkeypatch):
+    """A model of three layers of eight pages, under a cap that leaves frames for thirteen pages."""
+    spec = registry.resolve(str(mixtral))
+    others = spec.num_parameters * 4 - 3 * 8 * PAGE
+    gpu_memory = others + activation_bytes(spec, 4, 50) + 13 * PAGE
+    config = EngineConfig(
+        str(mixtral), device="cpu", load_format="dummy", dtype="float32", host_memory=600 * 2**20,
+        gpu_memory=gpu_memory, executor="threads",
+    )  # fmt: skip
+    found = paper_plan(registry.resolve("mixtral-8x7b"), PaperMachine.of(L4), WORK)
+    found = replace(found, ubs=3, n_ub=2, wg=0.3)
+    monkeypatch.setattr(schedules, "paper_plan", lambda *args: found)
+    return Session(config, spec, shares_memory=True)
+
+
+def rows_of(session, names=tuple(VARIANTS), work=WORK, **options):
+    plan = make_plan(session.config, tiny_policy(pages_per_expert=1, resident_pages=(2, 2, 2), num_frames=7))
+    variants = [VARIANTS[name] for name in names]
+    return list(schedules.measure(session, plan, work, variants, DatasheetRates(L4), L4, **options))
+
+
+def test_every_variant_runs_as_it_says(session):
+    rows = rows_of(session, num_passes=3)
+    assert [row.variant.name for row in rows] == list(VARIANTS)
+    found = {row.variant.name: row for row in rows}
+    for name, row in found.items():
+        assert row.policy.schedule == row.variant.schedule
+        assert len(row.passes) == 3
+        assert row.tokens_per_s > 0 and row.predicted_tokens_per_s > 0
+        assert bool(row.ramp_s) == row.variant.in_batches
+        if row.variant.in_batches:
+            assert all(p.prompt_tokens == 0 and p.generated == row.num_seqs for p in row.passes)
+        else:
+            assert sum(p.prompt_tokens for p in row.passes) > 0
+        assert (name in ("grouped", "plan")) == (row.policy.group_size > 1)
+    assert "load_kv" in found["flexgen"].lanes.seconds_by_kind
+    assert "attention" not in found["flexgen"].lanes.seconds_by_kind
+    assert found["continuous"].num_seqs > found["paper"].num_seqs
+
+    values = json.loads(json.dumps(schedules.to_json(rows)))
+    assert values[0]["ratio"] == values[0]["predicted_ratio"] == 1.0
+    assert values[3]["ratio"] == pytest.approx(rows[3].tokens_per_s / rows[0].tokens_per_s)
+    assert len(schedules.to_text(rows).splitlines()) == 2 * len(VARIANTS) + 2
+
+
+def test_memory_is_brought_in_once(session, monkeypatch):
+    made = []
+    prepare = HostArena.prepare
+
+    def counted(self, **options):
+        made.append(self.num_bytes)
+        prepare(self, **options)
+
+    monkeypatch.setattr(HostArena, "prepare", counted)
+    rows_of(session, ("paper", "flexgen", "plan"), num_passes=1)
+    assert len(made) == 1
+
+
+def test_without_a_limit_nothing_streams_and_there_is_nothing_to_compare(mixtral):
+    session = Session(EngineConfig(str(mixtral), device="cpu"), registry.resolve(str(mixtral)))
+    with pytest.raises(ConfigError, match="give gpu_memory"):
+        rows_of(session)

@@ -1,0 +1,104 @@
+"""Workloads from files, and models to measure with."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from moe_lightning.bench.file_workload import workload_of_file
+from moe_lightning.bench.lanes import summarize
+from moe_lightning.bench.models import spec_of
+from moe_lightning.bench.peaks import PeakWatch
+from moe_lightning.errors import ConfigError, JobError
+from moe_lightning.pipeline.task import Lane, TaskKind
+from moe_lightning.pipeline.timeline import Record, Timeline
+
+
+def questions(path, *turns):
+    lines = [json.dumps({"question_id": i, "category": "c", "turns": list(t)}) for i, t in enumerate(turns)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_of_mt_bench_the_first_turns_count(tmp_path):
+    path = questions(tmp_path / "question.jsonl", ("x" * 40, "y" * 400), ("é" * 10,), ("",))
+    work = workload_of_file(path, None)
+    assert (work.prompt_lens, work.gen_len, work.num_requests) == ((10, 5, 1), 128, None)
+    assert workload_of_file(path, None, 32, 7).gen_len == 32
+
+
+def test_a_tokenizer_counts_tokens(tmp_path, mixtral):
+    path = questions(tmp_path / "question.jsonl", ("the quick brown fox",), ("the",))
+    work = workload_of_file(path, str(mixtral))
+    assert max(work.prompt_lens) > min(work.prompt_lens) >= 1
+    assert work.prompt_lens[0] < len("the quick brown fox"), "merges count as one"
+
+
+def test_a_batch_file_says_how_long_answers_are(tmp_path):
+    path = tmp_path / "in.jsonl"
+    bodies = [{"prompt": "x" * size, "max_tokens": 48} for size in (40, 80)]
+    lines = [
+        {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body}
+        for i, body in enumerate(bodies)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    work = workload_of_file(path, None)
+    assert (work.prompt_lens, work.gen_len, work.num_requests) == ((10, 20), 48, None)
+
+
+def test_files_that_are_neither_are_errors_with_a_remedy(tmp_path):
+    path = tmp_path / "question.jsonl"
+    path.write_text('{"turns": ["a"]}\n{"turn": "b"}\n')
+    with pytest.raises(ConfigError, match=r"question\.jsonl, line 2: no question with turns"):
+        workload_of_file(path, None)
+    with pytest.raises(JobError, match="cannot read"):
+        workload_of_file(tmp_path / "none", None)
+
+
+def test_models_can_have_fewer_layers_and_the_same_ones():
+    whole, cut = spec_of("mixtral-8x22b"), spec_of("Mixtral-8x22B", 16)
+    assert (whole.num_layers, cut.num_layers) == (56, 16)
+    assert cut.layer_shapes == whole.layer_shapes
+    qwen = spec_of("qwen3-30b-a3b", 24)
+    assert (qwen.num_layers, qwen.experts.num_experts, qwen.experts.top_k) == (24, 128, 8)
+    assert spec_of("llama-3.1-70b", 20).experts.num_experts == 1
+
+
+def test_layers_that_are_not_there_or_hold_real_weights_are_errors_with_a_remedy():
+    with pytest.raises(ConfigError, match=r"mixtral-8x22b has 56; give 1 to as many"):
+        spec_of("mixtral-8x22b", 57)
+    with pytest.raises(ConfigError, match="add --load-format dummy"):
+        spec_of("mixtral-8x22b", 16, is_dummy=False)
+    with pytest.raises(ConfigError, match="neither a path nor a known model"):
+        spec_of("qwen3-30b-a3b-thinking", 16)
+
+
+def test_the_peak_is_the_most_that_was_held_since():
+    watch = PeakWatch()
+    held = torch.ones(48 * 2**20, dtype=torch.uint8)
+    del held
+    peaks = watch.peaks(None, 0)
+    assert peaks.host - peaks.host_before > 40 * 2**20
+    assert PeakWatch().peaks(None, 0).host < peaks.host, "each watch begins anew"
+
+
+def test_lanes_are_the_average_of_the_recorded_passes():
+    def record(kind, lane, start, end):
+        return Record(kind.value, kind, lane, 0, (), start, end)
+
+    first = [record(TaskKind.LOAD_PAGE, Lane.H2D, 0, 1), record(TaskKind.ATTENTION, Lane.CPU, 0, 2)]
+    second = [record(TaskKind.LOAD_PAGE, Lane.H2D, 0, 3), record(TaskKind.ATTENTION, Lane.CPU, 2, 4)]
+    found = summarize(
+        [Timeline("a", tuple(first)), Timeline("b", tuple(second))], 100, [10, 30], {"h2d": 1.5}
+    )
+    assert (found.num_passes, found.span_s) == (2, 3.0)
+    assert (found.use["h2d"].seconds, found.use["h2d"].share, found.use["h2d"].predicted_s) == (
+        2.0,
+        4 / 6,
+        1.5,
+    )
+    assert (found.page_bytes_per_s, found.attention_bytes_per_s) == (50.0, 10.0)
+    assert found.use["cpu"].predicted_s is None
+    assert summarize([], 100) is None

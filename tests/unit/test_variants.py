@@ -1,0 +1,72 @@
+"""What the ablation's variants take of memory, and how they differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from moe_lightning.bench.variants import VARIANTS, paper_plan, policy_of
+from moe_lightning.bench.workloads import workload
+from moe_lightning.errors import NoFeasiblePolicyError
+from moe_lightning.hardware.presets import preset
+from moe_lightning.models.registry import resolve
+from moe_lightning.perf.default_policy import Memory
+from moe_lightning.perf.memory import activation_bytes, host_buffer_bytes, staging_bytes
+from moe_lightning.perf.paper_model import PaperMachine
+from moe_lightning.policy import Policy
+from moe_lightning.units import GIB
+
+SPEC = resolve("mixtral-8x7b")
+WORK = workload("mtbench", 64)
+PAGE = 3 * 4096 * 1024 * 2
+OURS = Policy(2000, 250, 2**16, 16, 8192, 2048, 14, (19,) * 32, 160, 25000)
+
+
+def policies(gpu, host):
+    machine = replace(PaperMachine.of(preset("l4")), gpu_memory=gpu, host_memory=host)
+    paper = paper_plan(SPEC, machine, WORK)
+    memory = Memory(host - 4 * GIB, gpu - GIB)
+    return {
+        name: policy_of(variant, OURS, SPEC, 2, memory, paper, WORK) for name, variant in VARIANTS.items()
+    }
+
+
+@pytest.mark.parametrize("gpu", [16 * GIB, 24 * GIB])
+def test_every_variant_fits_in_both_memories(gpu):
+    others = SPEC.num_parameters * 2 - 32 * 112 * PAGE
+    for name, policy in policies(gpu, 125 * GIB).items():
+        if name == "plan":
+            assert policy == OURS
+            continue
+        used = others + activation_bytes(SPEC, 2, policy.max_num_seqs + policy.prefill_tokens)
+        used += staging_bytes(SPEC, 2, policy) + PAGE * (sum(policy.resident_pages) + policy.num_frames)
+        assert used <= gpu - GIB
+        host = PAGE * (32 * 112 - sum(policy.resident_pages)) + 2**21 * policy.num_blocks
+        assert host + host_buffer_bytes(SPEC, 2, policy.max_num_seqs) <= 121 * GIB
+        assert policy.num_frames >= 112 - policy.resident_pages[0]
+
+
+def test_attention_on_the_gpu_takes_its_memory_from_the_ring():
+    found = policies(16 * GIB, 125 * GIB)
+    frames = {name: p.num_frames + sum(p.resident_pages) for name, p in found.items()}
+    assert staging_bytes(SPEC, 2, found["flexgen"]) > 0 == staging_bytes(SPEC, 2, found["paper"])
+    assert frames["flexgen"] < frames["paper"]
+
+
+def test_a_batch_has_room_until_its_end_and_others_take_the_place_of_those_that_end():
+    found = policies(24 * GIB, 125 * GIB)
+    paper, continuous = found["paper"], found["continuous"]
+    at_end = sum(-(-(n + 64) // 16) for n in WORK.prompt_lens) / len(WORK.prompt_lens)
+    assert paper.max_num_seqs * at_end <= paper.num_blocks
+    assert continuous.max_num_seqs > paper.max_num_seqs
+    assert paper.group_size == continuous.group_size == 1 < found["grouped"].group_size
+
+
+def test_what_does_not_fit_is_an_error_with_a_remedy():
+    machine = PaperMachine.of(preset("l4"))
+    paper = paper_plan(SPEC, machine, WORK)
+    with pytest.raises(NoFeasiblePolicyError, match="raise gpu_memory"):
+        policy_of(VARIANTS["paper"], OURS, SPEC, 2, Memory(125 * GIB, 6 * GIB), paper, WORK)
+    with pytest.raises(NoFeasiblePolicyError, match="raise host_memory"):
+        policy_of(VARIANTS["paper"], OURS, SPEC, 2, Memory(80 * GIB, 23 * GIB), paper, WORK)
