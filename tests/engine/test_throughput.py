@@ -32,7 +32,7 @@ def session(mixtral):
     session = Session(config, registry.resolve(str(mixtral)))
     promised = Prediction(1.0, {"gpu": 0.5, "h2d": 1.0}, 6, 3, 6.0, 5.0, None)
     plan = replace(make_plan(config, tiny_policy(**POLICY)), max_model_len=64, prediction=promised)
-    session.plan = lambda work, gpu_memory=None: plan
+    session.plan = lambda work, config=None: plan
     return session
 
 
@@ -131,7 +131,7 @@ def test_engines_that_share_memory_stream_other_shares_and_stay_right(mixtral):
     addresses = set()
     for resident in ((1, 0, 2), (10, 6, 16), (0, 0, 0)):
         plan = make_plan(config, tiny_policy(**{**POLICY, "resident_pages": resident}))
-        session.plan = lambda work, gpu_memory=None, plan=plan: plan
+        session.plan = lambda work, config=None, plan=plan: plan
         assert measured(session, num_checked=3).measured[0].check.is_equal
         addresses.add(session._shared.arena.tensor.data_ptr())
         session.unload()

@@ -44,12 +44,16 @@ class Peaks:
 
 
 class PeakWatch:
-    """Looks at what the process holds; torch keeps what it took on the GPU: a look at each pass misses nothing."""
+    """Looks at what the process holds; torch keeps what it took on the GPU: a look at each pass misses nothing.
 
-    def __init__(self) -> None:
+    Args:
+        host_before: bytes resident before weights and KV; default: now.
+    """
+
+    def __init__(self, host_before: int | None = None) -> None:
         with suppress(OSError):  # without this the peak is that since the process began
             (_PROC / "clear_refs").write_text("5")
-        self.host_before = _status("VmRSS")
+        self.host_before = resident_bytes() if host_before is None else host_before
         self._gpu = 0
         has_gpu = torch.cuda.is_available()
         self._address = pci_bus_id(torch.cuda.current_device()) if has_gpu else ""
@@ -82,6 +86,11 @@ class PeakWatch:
             return 0
         own = torch.cuda.memory_reserved() + context_bytes(torch.device("cuda", 0))
         return max(0, used[0] - own) if torch.cuda.is_initialized() else used[0]
+
+
+def resident_bytes() -> int:
+    """Of this process, now."""
+    return _status("VmRSS")
 
 
 def _status(name: str) -> int:

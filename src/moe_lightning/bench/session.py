@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moe_lightning.bench.peaks import resident_bytes
 from moe_lightning.config import EngineConfig
 from moe_lightning.engine.build import build_worker
 from moe_lightning.engine.engine import Engine
@@ -21,7 +22,7 @@ from moe_lightning.hardware.host import available_memory
 from moe_lightning.memory import checkpoint
 from moe_lightning.memory.shared_arena import SharedArena
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.memory import host_buffer_bytes
+from moe_lightning.perf.memory import activation_bytes, host_buffer_bytes
 from moe_lightning.perf.workload import Workload
 
 
@@ -54,14 +55,15 @@ class Session:
     """Plans and loads a model under one policy after the other; `unload` comes in between.
 
     Args:
-        config: settings; `gpu_memory` may change from plan to plan.
+        config: settings; those of memory may change from plan to plan.
         spec: the model.
         shares_memory: whether engines use the same host memory; by default where weights are random and a GPU
             makes bringing them in expensive.
 
     Attributes:
-        host_memory: bytes for weights and KV, the same for all plans.
-        limit_host_memory: what the hardware's limit counts with: what was allowed, or all that was free.
+        host_memory: bytes for weights and KV, where a plan's settings do not say.
+        limit_host_memory: what the hardware's limit counts with then: what was allowed, or all that was free.
+        host_before: bytes that the process held before.
     """
 
     def __init__(self, config: EngineConfig, spec: ModelSpec, *, shares_memory: bool | None = None) -> None:
@@ -72,20 +74,23 @@ class Session:
         self.host_memory = config.host_memory or usable_host_memory(device)
         is_dummy = config.load_format == "dummy"
         self._shares = is_dummy and (self._has_gpu if shares_memory is None else shares_memory)
+        self.host_before = resident_bytes()
+        self._plans: dict[tuple[Workload | None, EngineConfig], Plan] = {}
         self._shared: SharedArena | None = None
         self._is_filled = False
         self._tokenizer: Any = None
 
-    def plan(self, workload: Workload | None, gpu_memory: int | None = None) -> Plan:
-        """The plan for a workload.
+    def plan(self, workload: Workload | None, config: EngineConfig | None = None) -> Plan:
+        """The plan for a workload, under the session's settings or others; made once.
 
         Raises:
             ConfigError, NoFeasiblePolicyError: the model cannot run in that memory.
         """
-        config = replace(
-            self.config, gpu_memory=gpu_memory or self.config.gpu_memory, host_memory=self.host_memory
-        )
-        return make_plan(config, workload=workload, spec=self.spec)
+        config = config or self.config
+        config = replace(config, host_memory=config.host_memory or self.host_memory)
+        if (workload, config) not in self._plans:
+            self._plans[workload, config] = make_plan(config, workload=workload, spec=self.spec)
+        return self._plans[workload, config]
 
     def load(self, plan: Plan, gpu_memory: int | None = None) -> Loaded:
         """Bring the model into place; whatever was loaded before must be gone.
@@ -108,6 +113,10 @@ class Session:
         if self._has_gpu:
             collect_rarely()
         return Loaded(plan, worker, self._tokenizer, time.perf_counter() - start)
+
+    def planned_host_bytes(self, plan: Plan) -> int:
+        """Host memory that may come to what there was: what the plan takes, or all that engines share."""
+        return self.host_memory if self._shares else host_bytes(plan)
 
     def gpu_budget(self, device: torch.device) -> int:
         """Bytes of GPU memory that tensors may take under the configuration's limit."""
@@ -154,6 +163,7 @@ def host_bytes(plan: Plan) -> int:
     per_layer = spec.experts.num_experts * policy.pages_per_expert
     pages = page * (per_layer * spec.num_layers - sum(policy.resident_pages))
     if plan.device.type == "cpu":  # which plays the GPU, over host memory
-        pages = spec.num_parameters * size + page * policy.num_frames
+        rows = policy.max_num_seqs + policy.prefill_tokens
+        pages = spec.num_parameters * size + page * policy.num_frames + activation_bytes(spec, size, rows)
     kv = spec.kv_bytes_per_token(size) * policy.block_size * policy.num_blocks
     return pages + kv + host_buffer_bytes(spec, size, policy.max_num_seqs)

@@ -20,7 +20,7 @@ from moe_lightning.bench.passes import (
     show_nothing,
 )
 from moe_lightning.bench.peaks import Peaks, PeakWatch
-from moe_lightning.bench.session import Loaded, Session, host_bytes
+from moe_lightning.bench.session import Loaded, Session
 from moe_lightning.config import EngineConfig
 from moe_lightning.engine.plan import Plan
 from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
@@ -137,8 +137,8 @@ def measure(
     Raises:
         ConfigError, NoFeasiblePolicyError: the model cannot run as asked.
     """
-    watch = PeakWatch()
-    plan = session.plan(workload, config.gpu_memory)
+    watch = PeakWatch(session.host_before)
+    plan = session.plan(workload, config)
     if workload.longest > plan.max_model_len:
         raise ConfigError(
             f"the workload has sequences of {workload.longest} tokens, and max_model_len={plan.max_model_len}; "
@@ -153,14 +153,14 @@ def measure(
         measured.append(_steady(loaded, workload, effort, watch, show))
     if effort.is_job:
         measured.append(_job(loaded, workload, effort, watch, show))
-    peaks = watch.peaks(config.gpu_memory, host_bytes(plan))
+    peaks = watch.peaks(config.gpu_memory, session.planned_host_bytes(plan))
     has_gpu = plan.device.type == "cuda"
     rate = plain_copy_rate(page_bytes(loaded), effort.copy_s, has_gpu=has_gpu)
-    limit = _limit(plan, config.gpu_memory, session.limit_host_memory, rate, workload)
+    host_memory = config.host_memory or session.limit_host_memory
+    limit = _limit(plan, config.gpu_memory, host_memory, rate, workload)
     return Cell(
-        plan, workload, config.gpu_memory, tuple(measured), limit, session.limit_host_memory, rate, peaks,
-        loaded.ready_s,
-    )  # fmt: skip
+        plan, workload, config.gpu_memory, tuple(measured), limit, host_memory, rate, peaks, loaded.ready_s
+    )
 
 
 def _steady(loaded: Loaded, workload: Workload, effort: Effort, watch: PeakWatch, show: Show) -> Measured:

@@ -102,7 +102,7 @@ def _run(args: Namespace) -> int:
     from moe_lightning.bench.throughput import Effort, measure
 
     effort = Effort(args.steady_state or 0, args.job or not args.steady_state, args.check or 0)
-    found = measure(config, work, effort, Session(config, spec), tell)
+    found = measure(config, work, effort, Session(config, spec, shares_memory=False), tell)
     print(to_text(found))
     if args.json:
         write_json(args.json, to_json(found, config))

@@ -1,0 +1,191 @@
+"""The README's tables from result files: our cells, the peers beside them, the ablation.
+
+    python benchmarks/make_tables.py --results benchmarks/results/table               # prints them
+    python benchmarks/make_tables.py --results benchmarks/results/table --write README.md
+
+In a document the tables stand between two lines, ``<!-- tables: NAME -->`` and ``<!-- end -->``, for each NAME of
+throughput, peers and schedules; what is between them is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+RATE_TOLERANCE = 0.10
+Values = dict[str, Any]
+
+
+def read(directory: Path) -> list[Values]:
+    """All results of a directory, by file name."""
+    found = []
+    for path in sorted(directory.glob("*.json")):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            found.append(values | {"file": path.name})
+    return found
+
+
+def throughput(results: Iterable[Values]) -> str:
+    """A row for each cell and kind: the median of its repetitions, with the least and the most."""
+    rows = [
+        "| model | GPU memory | answers | measured | tokens/s (least to most) | of the limit | predicted | "
+        "H2D busy | pages, of plain copies | GPU peak | checked |",
+        "| --- " * 11 + "|",
+    ]
+    for key, group in sorted(_groups(results).items()):
+        model, gpu, gen_len, note, kind = key
+        cells, found = [c for c, _ in group], [m for _, m in group]
+        rates = [m["tokens_per_s"] for m in found]
+        rate = statistics.median(rates)
+        spread = f" ({min(rates):,.0f} to {max(rates):,.0f}, {len(rates)} runs)" if len(rates) > 1 else ""
+        rows.append(
+            f"| {model} | {gpu / GIB:g} GiB{note} | {gen_len} | {kind} | {rate:,.0f}{spread} | "
+            f"{_share(_median(m['share_of_limit'] for m in found))} | "
+            f"{_predicted(rate, found[0]['predicted_tokens_per_s'])} | "
+            f"{_share(_median(_h2d(m) for m in found))} | "
+            f"{_share(_median(m['share_of_plain_copy'] for m in found))} | "
+            f"{_peak(cells)} | {_checked(found)} |"
+        )
+    return "\n".join(rows)
+
+
+def _groups(results: Iterable[Values]) -> dict[tuple[Any, ...], list[tuple[Values, Values]]]:
+    groups: dict[tuple[Any, ...], list[tuple[Values, Values]]] = {}
+    for values in results:
+        if "measured" not in values or "plain_copy_bytes_per_s" not in values:
+            continue
+        settings = values["settings"]
+        host, seqs = settings["host_memory"], settings["max_num_seqs"]
+        # A limit of all cells of a run is no cell of its own: the name of a cell says what is.
+        note = f", host {host / GIB:g} GiB" if host and "host" in values.get("cell", "") else ""
+        note += f", {seqs} sequences" if seqs else ""
+        for m in values["measured"]:
+            work = values["workload"]
+            key = (_model(values), values["gpu_memory"] or 0, work["gen_len"], note, m["kind"])
+            groups.setdefault(key, []).append((values, m))
+    return groups
+
+
+def _model(values: Values) -> str:
+    return Path(values["settings"]["model"]).name
+
+
+def peers(results: Iterable[Values]) -> str:
+    """A row for each engine and length of answers, with the best of its batch sizes."""
+    rows = ["| engine | GPU memory | answers | batch | tokens/s |", "| --- " * 5 + "|"]
+    best: dict[tuple[Any, ...], Values] = {}
+    for values in results:
+        if "engine" not in values:
+            continue
+        key = (values["engine"], values["gpu_memory"] or 0, values["workload"]["gen_len"])
+        for run in values["runs"]:
+            if run.get("tokens_per_s", 0.0) > best.get(key, {}).get("tokens_per_s", 0.0):
+                best[key] = run
+    for (engine, gpu, gen_len), run in sorted(best.items()):
+        rows.append(
+            f"| {engine} | {gpu / GIB:g} GiB | {gen_len} | {run['batch_size']} | {run['tokens_per_s']:,.1f} |"
+        )
+    return "\n".join(rows)
+
+
+def schedules(results: Iterable[Values]) -> str:
+    """A row for each variant of the ablation."""
+    rows = [
+        "| variant | sequences | tokens/s | ratio | predicted ratio | pass, s | predicted, s |",
+        "| --- " * 7 + "|",
+    ]
+    for values in results:
+        for row in values.get("rows", ()):
+            rows.append(
+                f"| {row['what']} | {row['num_seqs']:,} | {row['tokens_per_s']:,.0f} | {row['ratio']:.2f} | "
+                f"{row['predicted_ratio']:.2f} | {row['pass_s']:.2f} | {row['predicted_pass_s']:.2f} |"
+            )
+    return "\n".join(rows)
+
+
+TABLES = {"throughput": throughput, "peers": peers, "schedules": schedules}
+
+
+def write(document: str, results: list[Values]) -> str:
+    """The document with its tables made anew.
+
+    Raises:
+        ValueError: it has no place for a table, or names one that there is none of.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"no table is named {match[2]!r}; there are {', '.join(TABLES)}")
+        return f"{match[1]}\n\n{TABLES[match[2]](results)}\n\n{match[3]}"
+
+    places = r"(<!-- tables: ([\w-]+) -->)\n.*?(<!-- end -->)"
+    made, count = re.subn(places, table, document, flags=re.DOTALL)
+    if not count:
+        raise ValueError("the document has no line <!-- tables: NAME --> with <!-- end --> after it")
+    return made
+
+
+def _h2d(m: Values) -> float | None:
+    return m["lanes"]["use"]["h2d"]["share"] if m["lanes"] else None
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return statistics.median(found) if found else None
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def _predicted(rate: float, predicted: float | None) -> str:
+    if not predicted:
+        return ""
+    off = rate / predicted - 1
+    return f"{predicted:,.0f} ({off:+.0%}{', off' if abs(off) > RATE_TOLERANCE else ''})"
+
+
+def _peak(cells: Iterable[Values]) -> str:
+    memory = [cell["memory"] for cell in cells]
+    if any(m["gpu"] is None for m in memory):
+        return ""
+    worst = max(memory, key=lambda m: m["gpu"])
+    within = all(m["is_gpu_within"] and m["is_host_within"] for m in memory)
+    return f"{worst['gpu'] / GIB:.2f} GiB{'' if within else ', over'}"
+
+
+def _checked(found: Iterable[Values]) -> str:
+    checks = [m["check"] for m in found if m["check"]]
+    if not checks:
+        return ""
+    tokens = sum(check["num_tokens"] for check in checks)
+    return f"{tokens} tokens" if all(check["is_equal"] for check in checks) else "NOT EQUAL"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, action="append", required=True, help="may be repeated")
+    parser.add_argument("--write", type=Path, metavar="DOCUMENT")
+    args = parser.parse_args()
+    results = [values for directory in args.results for values in read(directory)]
+    if args.write:
+        text = args.write.read_text(encoding="utf-8")
+        args.write.write_text(write(text, results), encoding="utf-8")
+        return 0
+    for name, table in TABLES.items():
+        print(f"{name}\n\n{table(results)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

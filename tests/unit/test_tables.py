@@ -1,0 +1,190 @@
+"""Cells are measured once, as far as time allows, and tables and curves show what their files say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import cost_curves
+import make_tables
+import throughput_table
+from cells import CURVES, TABLE, CellSpec
+from cost_curves import Point
+
+from moe_lightning.bench.workloads import WORKLOADS
+from moe_lightning.errors import NoFeasiblePolicyError
+from moe_lightning.units import GIB
+
+
+class TestCells:
+    def test_every_default_cell_is_one_and_has_a_file_of_its_own(self):
+        cells = [CellSpec.parse(text) for text in (*TABLE, *CURVES)]
+        assert len({cell.file_name("m", 0) for cell in cells}) == len(cells)
+        assert {(c.gpu, c.gen_len) for c in cells} >= {
+            (g * GIB, n) for g in (16, 24) for n in (32, 64, 128, 256)
+        }
+
+    def test_options_are_read(self):
+        cell = CellSpec.parse("24GiB,64,both,host=100GiB,seqs=1000,workload=summarization")
+        assert cell == CellSpec(24 * GIB, 64, "both", 100 * GIB, 1000, "summarization")
+        assert cell.file_name("a/m", 2) == (
+            "cell_a-m_gpu24gib_gen64_summarization_host100gib_seqs1000_both_2.json"
+        )
+        effort = cell.effort(20, 3)
+        assert (effort.steady_passes, effort.is_job, effort.num_checked) == (20, True, 3)
+        assert CellSpec.parse("24GiB,64,job").effort(20, 0).steady_passes == 0
+        assert not CellSpec.parse("24GiB,64,steady").effort(20, 0).is_job
+
+    @pytest.mark.parametrize("text", ["24GiB,64,fast", "24GiB,64,job,disk=1", "24GiB,64,job,seqs="])
+    def test_what_is_no_cell_is_refused(self, text):
+        with pytest.raises(ValueError, match="64"):
+            CellSpec.parse(text)
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """Runs the driver on three cells without a model; what was measured, and how long each cell needs."""
+    state = SimpleNamespace(measured=[], needed={}, wrong=set(), failing=set())
+
+    def measure(setting, work, effort, session, show):
+        if work.gen_len in state.failing:
+            raise NoFeasiblePolicyError("nothing fits", "Raise gpu_memory")
+        state.measured.append((setting.gpu_memory // GIB, work.gen_len, effort.num_checked))
+        check = SimpleNamespace(is_equal=work.gen_len not in state.wrong)
+        return SimpleNamespace(measured=[SimpleNamespace(check=check)])
+
+    monkeypatch.setattr(throughput_table, "measure", measure)
+    monkeypatch.setattr(throughput_table, "Session", lambda *a, **k: SimpleNamespace(unload=lambda: None))
+    monkeypatch.setattr(throughput_table, "to_json", lambda found, setting: {})
+    monkeypatch.setattr(throughput_table, "to_text", lambda found: "")
+    monkeypatch.setattr(throughput_table, "seconds_since_start", lambda: 0.0)
+    monkeypatch.setattr(
+        throughput_table, "_seconds", lambda session, setting, cell, *rest: state.needed.get(cell.gen_len, 1)
+    )
+
+    def run(*flags):
+        cells = [f"--cell=24GiB,{gen_len},job" for gen_len in (32, 64, 128)]
+        monkeypatch.setattr(sys, "argv", ["throughput_table.py", f"--out={tmp_path}", *cells, *flags])
+        state.measured.clear()
+        return throughput_table.main()
+
+    state.run = run
+    return state
+
+
+def test_cells_are_measured_once_and_checked_in_the_first_repetition(driver, tmp_path):
+    assert driver.run("--repeat=2", "--check=3") == 0
+    assert driver.measured == [(24, n, 3) for n in (32, 64, 128)] + [(24, n, 0) for n in (32, 64, 128)]
+    assert len(list(tmp_path.glob("cell_*.json"))) == 6
+    next(tmp_path.glob("*gen64_job_1.json")).unlink()
+    assert driver.run("--repeat=2") == 0
+    assert driver.measured == [(24, 64, 0)]
+
+
+def test_a_cell_for_which_time_is_too_short_is_left_for_the_next_run(driver, tmp_path):
+    driver.needed = {64: 1000}
+    assert driver.run("--time-limit=560") == 0
+    assert [gen_len for _, gen_len, _ in driver.measured] == [32, 128]
+
+
+def test_a_cell_that_fails_stops_no_other(driver, tmp_path):
+    driver.failing, driver.wrong = {32}, {64}
+    assert driver.run() == 1
+    assert [gen_len for _, gen_len, _ in driver.measured] == [64, 128]
+    assert len(list(tmp_path.glob("cell_*.json"))) == 2, "a wrong answer is kept, and told by the exit status"
+
+
+def result(gpu=24, gen_len=128, rate=2000.0, kind="steady state", **changes):
+    lanes = {"use": {"h2d": {"seconds": 1.4, "share": 0.96, "predicted_s": 1.4}}}
+    values = {
+        "settings": {"model": "mixtral-8x7b", "host_memory": None, "max_num_seqs": None},
+        "workload": {"prompt_lens": list(WORKLOADS["mtbench"][0]), "gen_len": gen_len},
+        "policy": {"max_num_seqs": 2856}, "gpu_memory": gpu * GIB, "plain_copy_bytes_per_s": 5e10,
+        "limit_host_memory": 125 * GIB,
+        "memory": {"gpu": int(23.5 * GIB), "is_gpu_within": True, "is_host_within": True},
+        "measured": [
+            {
+                "kind": kind, "tokens_per_s": rate, "share_of_limit": rate / 2939, "lanes": lanes,
+                "predicted_tokens_per_s": 2100.0, "share_of_plain_copy": 0.97,
+                "check": {"is_equal": True, "num_tokens": 40},
+            }
+        ],
+    }  # fmt: skip
+    return values | changes
+
+
+def test_a_row_is_the_median_of_repetitions_with_their_spread(tmp_path):
+    for number, rate in enumerate((2000.0, 2100.0, 1900.0)):
+        (tmp_path / f"{number}.json").write_text(json.dumps(result(rate=rate)))
+    (tmp_path / "other.json").write_text(json.dumps({"unknown": 1}))
+    *_, row = make_tables.throughput(make_tables.read(tmp_path)).splitlines()
+    assert row == (
+        "| mixtral-8x7b | 24 GiB | 128 | steady state | 2,000 (1,900 to 2,100, 3 runs) | 68% | 2,100 (-5%) | 96% | "
+        "97% | 23.50 GiB | 120 tokens |"
+    )
+
+
+def test_what_is_off_over_or_wrong_is_said():
+    bad = result(rate=1500.0)
+    bad["memory"]["is_gpu_within"] = False
+    bad["measured"][0]["check"]["is_equal"] = False
+    row = make_tables.throughput([bad]).splitlines()[-1]
+    assert "2,100 (-29%, off)" in row and "23.50 GiB, over" in row and row.endswith("| NOT EQUAL |")
+
+
+def test_peers_are_shown_with_their_best_batch():
+    peer = {
+        "engine": "deepspeed", "gpu_memory": 24 * GIB, "workload": {"gen_len": 128},
+        "runs": [
+            {"batch_size": 256, "tokens_per_s": 200.0},
+            {"batch_size": 512, "tokens_per_s": 243.2},
+            {"batch_size": 1024, "error": "CUDA out of memory"},
+        ],
+    }  # fmt: skip
+    assert make_tables.peers([peer]).splitlines()[-1] == "| deepspeed | 24 GiB | 128 | 512 | 243.2 |"
+
+
+def test_a_document_gets_its_tables_between_the_marks_and_nothing_else():
+    document = "before\n<!-- tables: throughput -->\nold\n<!-- end -->\nafter <!-- end -->\n"
+    made = make_tables.write(document, [result()])
+    assert made.startswith("before\n<!-- tables: throughput -->\n\n| model |")
+    assert made.endswith("|\n\n<!-- end -->\nafter <!-- end -->\n") and "old" not in made
+    assert make_tables.write(made, [result()]) == made
+    with pytest.raises(ValueError, match="no table is named 'speed'"):
+        make_tables.write("<!-- tables: speed -->\n<!-- end -->", [])
+    with pytest.raises(ValueError, match="has no line"):
+        make_tables.write("nothing", [])
+
+
+def test_a_dot_is_on_the_curve_of_what_alone_is_different(tmp_path):
+    middle = Point(24 * GIB, 121 * GIB, 128)
+    allowed = result(rate=900.0)
+    allowed["settings"]["host_memory"] = 96 * GIB
+    capped = result(rate=700.0)
+    capped["settings"]["max_num_seqs"] = 1000
+    capped["policy"] = {"max_num_seqs": 990}
+    results = [
+        result(limit_host_memory=124 * GIB), capped, result(gpu=16, rate=1500.0), result(gen_len=32, rate=2800.0),
+        allowed, result(gpu=16, gen_len=32, rate=1.0),
+        result(kind="job", rate=2.0),
+    ]  # fmt: skip
+    found = cost_curves.measured(results, "mixtral-8x7b")
+    dots = {curve.name: cost_curves.dots(curve, middle, found) for curve in cost_curves.CURVES}
+    assert dots["seqs"] == [(990.0, 700.0), (2856.0, 2000.0)]
+    assert dots["gen_len"] == [(32, 2800.0), (128, 2000.0)]
+    assert dots["gpu"] == [(16, 1500.0), (24, 2000.0)]
+    assert [(round(x, 2), y) for x, y in dots["host"]] == [(96, 900.0), (120.28, 2000.0)]
+    lines = [
+        cost_curves.line(curve, middle, lambda p: (p.seqs or 7, p.gpu / GIB)) for curve in cost_curves.CURVES
+    ]
+    assert lines[0] == [(float(v), 24.0) for v in cost_curves.CURVES[0].values]
+    assert lines[2] == [(v / GIB, v / GIB) for v in cost_curves.CURVES[2].values]
+    svg = tmp_path / "images" / "curves.svg"
+    panels = zip(cost_curves.CURVES, lines, dots.values(), strict=True)
+    cost_curves.draw(list(panels), "a title", svg)
+    assert "<svg" in svg.read_text()
