@@ -76,7 +76,6 @@ def run_passes(
     count: int | None = None,
     num_passes: int | None = None,
     show: Show = show_nothing,
-    after: Callable[[], None] = lambda: None,
 ) -> Iterator[PassRecord]:
     """Passes until `count` requests are answered or so many have run.
 
@@ -88,7 +87,6 @@ def run_passes(
         count: requests to add.
         num_passes: to run.
         show: told of each.
-        after: called after each, outside of its time.
     """
     left, number = count if count is not None else 2**62, 0
     while num_passes is None or number < num_passes:
@@ -111,7 +109,6 @@ def run_passes(
             f"pass {number}: {record.seconds:.3f} s, {record.generated} tokens, {record.num_running} running, "
             f"{record.prompt_tokens} prompt tokens, {engine.num_waiting} waiting"
         )
-        after()
         yield record
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -72,7 +71,7 @@ class Measured:
     lanes: Lanes | None
     num_preemptions: int
     first_pass_s: float
-    check: Verification | None
+    check: Verification | None = None
     timelines: tuple[Timeline, ...] = ()
 
     @property
@@ -147,14 +146,17 @@ def measure(
     loaded = session.load(plan, config.gpu_memory)
     policy = plan.policy
     show(f"ready after {loaded.ready_s:.0f} s; {policy.max_num_seqs} sequences, {policy.num_blocks} blocks")
-    measured = []
+    runs = []
     if effort.steady_passes:
         session.fill_kv(loaded)
-        measured.append(_steady(loaded, workload, effort, watch, show))
+        runs.append(_steady(loaded, workload, effort, watch, show))
     if effort.is_job:
-        measured.append(_job(loaded, workload, effort, watch, show))
+        runs.append(_job(loaded, workload, effort, show))
     peaks = watch.peaks(config.gpu_memory, session.planned_host_bytes(plan))
     has_gpu = plan.device.type == "cuda"
+    if has_gpu:  # the engine has taken all that it was allowed; what follows is not the engine
+        torch.cuda.set_per_process_memory_fraction(1.0, plan.device)
+    measured = [replace(m, check=_check(loaded, source, effort)) for m, source in runs]
     rate = plain_copy_rate(page_bytes(loaded), effort.copy_s, has_gpu=has_gpu)
     host_memory = config.host_memory or session.limit_host_memory
     limit = _limit(plan, config.gpu_memory, host_memory, rate, workload)
@@ -163,7 +165,9 @@ def measure(
     )
 
 
-def _steady(loaded: Loaded, workload: Workload, effort: Effort, watch: PeakWatch, show: Show) -> Measured:
+def _steady(
+    loaded: Loaded, workload: Workload, effort: Effort, watch: PeakWatch, show: Show
+) -> tuple[Measured, Source]:
     plan, engine = loaded.plan, loaded.engine()
     n = plan.policy.max_num_seqs
     # Of the requests that come in during the first passes, some are checked.
@@ -173,8 +177,10 @@ def _steady(loaded: Loaded, workload: Workload, effort: Effort, watch: PeakWatch
     begin_midway(engine, requests, n, workload.gen_len, plan.spec.vocab_size)
     timelines, kv_bytes = list[Timeline](), list[int]()
 
-    def run(count: int, after: Callable[[], None] = watch.look) -> list[PassRecord]:
-        return list(run_passes(engine, requests, source, 2 * n, num_passes=count, show=show, after=after))
+    def run(count: int) -> list[PassRecord]:
+        found = list(run_passes(engine, requests, source, 2 * n, num_passes=count, show=show))
+        watch.look()
+        return found
 
     started = seconds_since_start()
     run(_WARM_UP)
@@ -187,28 +193,30 @@ def _steady(loaded: Loaded, workload: Workload, effort: Effort, watch: PeakWatch
             timelines.append(loaded.worker.fullest_pass)
     source.keep([output for number in source.scored if (output := engine.abort(str(number)))])
     prediction = plan.prediction
-    return Measured(
+    found = Measured(
         "steady state", tuple(passes), prediction.tokens_per_s if prediction else None,
         summarize(timelines, page_bytes(loaded), kv_bytes, prediction.lane_s if prediction else None),
-        engine.num_preemptions, started, _check(loaded, source, effort), tuple(timelines),
+        engine.num_preemptions, started, timelines=tuple(timelines),
     )  # fmt: skip
+    return found, source
 
 
-def _job(loaded: Loaded, workload: Workload, effort: Effort, watch: PeakWatch, show: Show) -> Measured:
+def _job(loaded: Loaded, workload: Workload, effort: Effort, show: Show) -> tuple[Measured, Source]:
     plan, engine = loaded.plan, loaded.engine()
     n = plan.policy.max_num_seqs
     count = workload.num_requests or 2 * n
     source = Source(workload, plan.spec.vocab_size, _sample(range(count), effort))
     started = seconds_since_start()
     loaded.worker.record_next()  # and from then on those that are as full as the fullest, now and then
-    passes = list(run_passes(engine, iter(source), source, 2 * n, count=count, show=show, after=watch.look))
+    passes = list(run_passes(engine, iter(source), source, 2 * n, count=count, show=show))
     timelines = [loaded.worker.fullest_pass] if loaded.worker.fullest_pass else []
     prediction = plan.prediction
-    return Measured(
+    found = Measured(
         "job", tuple(passes), prediction.job_tokens_per_s if prediction else None,
         summarize(timelines, page_bytes(loaded), (), prediction.lane_s if prediction else None),
-        engine.num_preemptions, started, _check(loaded, source, effort), tuple(timelines),
+        engine.num_preemptions, started, timelines=tuple(timelines),
     )  # fmt: skip
+    return found, source
 
 
 def _sample(numbers: range, effort: Effort) -> tuple[int, ...]:
@@ -220,8 +228,6 @@ def _check(loaded: Loaded, source: Source, effort: Effort) -> Verification | Non
     if not effort.num_checked:
         return None
     plan = loaded.plan
-    if plan.device.type == "cuda":  # the engine has taken all that it was allowed
-        torch.cuda.set_per_process_memory_fraction(1.0, plan.device)
     outputs = [source.outputs[key] for key in sorted(source.outputs, key=int)]
     found = check(outputs, plan.spec, from_memory(loaded.worker.weights), plan.dtype, plan.device)
     return Verification(tuple(found), plan.dtype)
