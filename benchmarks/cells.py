@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moe_lightning.bench.throughput import Effort
+from moe_lightning.bench.cell import Effort
 from moe_lightning.units import GIB, format_bytes, parse_bytes, parse_count
 
 KINDS = ("steady", "job", "both")

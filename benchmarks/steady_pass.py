@@ -22,6 +22,7 @@ import torch
 from moe_lightning import LLM
 from moe_lightning.bench.link import plain_copy_rate
 from moe_lightning.bench.machine import facts
+from moe_lightning.bench.models import SHAPES
 from moe_lightning.models import registry
 from moe_lightning.pipeline.draw import to_chrome, to_svg
 from moe_lightning.pipeline.task import Lane, TaskKind
@@ -31,15 +32,6 @@ from moe_lightning.runtime.sampling_batch import RowSampling
 from moe_lightning.units import GIB, MIB, parse_bytes
 
 BLOCK = 16
-# Shapes of models whose architecture is not supported yet, under one that is: their passes take as long.
-SHAPES = {
-    "qwen3-30b-a3b-shapes": {
-        "architectures": ["MixtralForCausalLM"], "hidden_size": 2048, "intermediate_size": 768, "head_dim": 128,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "num_hidden_layers": 48, "num_local_experts": 128,
-        "num_experts_per_tok": 8, "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
-    },
-}  # fmt: skip
 
 
 def make_policy(args: argparse.Namespace) -> Policy:

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 
 from checkpoints import tiny_policy
-from moe_lightning.bench import schedules
+from moe_lightning.bench import schedules, schedules_report
 from moe_lightning.bench.session import Session
 from moe_lightning.bench.variants import VARIANTS, paper_plan
 from moe_lightning.config import EngineConfig
 from moe_lightning.engine.plan import make_plan
-from moe_lightning.errors import ConfigError
+from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.hardware.presets import preset
 from moe_lightning.memory.arena import HostArena
 from moe_lightning.models import registry
@@ -67,10 +67,24 @@ def test_every_variant_runs_as_it_says(session):
     assert "attention" not in found["flexgen"].lanes.seconds_by_kind
     assert found["continuous"].num_seqs > found["paper"].num_seqs
 
-    values = json.loads(json.dumps(schedules.to_json(rows)))
+    values = json.loads(json.dumps(schedules_report.to_json(rows)))
     assert values[0]["ratio"] == values[0]["predicted_ratio"] == 1.0
     assert values[3]["ratio"] == pytest.approx(rows[3].tokens_per_s / rows[0].tokens_per_s)
-    assert len(schedules.to_text(rows).splitlines()) == 2 * len(VARIANTS) + 2
+    assert len(schedules_report.to_text(rows).splitlines()) == 2 * len(VARIANTS) + 2
+
+
+def test_a_variant_that_does_not_fit_stops_no_other(session, monkeypatch):
+    find, told = schedules.policy_of, []
+
+    def policy_of(variant, *args):
+        if variant.name == "paper":
+            raise NoFeasiblePolicyError("nothing fits", "Raise gpu_memory")
+        return find(variant, *args)
+
+    monkeypatch.setattr(schedules, "policy_of", policy_of)
+    rows = rows_of(session, ("paper", "plan"), num_passes=1, show=told.append)
+    assert [row.variant.name for row in rows] == ["plan"]
+    assert any("paper: nothing fits" in line for line in told)
 
 
 def test_memory_is_brought_in_once(session, monkeypatch):

@@ -10,9 +10,9 @@ import pytest
 
 from checkpoints import tiny_policy
 from moe_lightning.bench import report, throughput
+from moe_lightning.bench.cell import Effort
 from moe_lightning.bench.passes import Source, begin_midway, run_passes
 from moe_lightning.bench.session import Session
-from moe_lightning.bench.throughput import Effort
 from moe_lightning.bench.workloads import WORKLOADS, prompts, workload
 from moe_lightning.config import EngineConfig
 from moe_lightning.engine.plan import make_plan

@@ -9,8 +9,8 @@ import torch
 from shapes import write_config
 
 from moe_lightning.bench import schedules, throughput
+from moe_lightning.bench.cell import Effort
 from moe_lightning.bench.session import Session
-from moe_lightning.bench.throughput import Effort
 from moe_lightning.bench.variants import VARIANTS
 from moe_lightning.config import EngineConfig
 from moe_lightning.engine.plan import machine_of, measured_rates

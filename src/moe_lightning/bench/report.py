@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from moe_lightning.bench.cell import Cell, Measured
 from moe_lightning.bench.machine import facts
-from moe_lightning.bench.throughput import Cell, Measured
 from moe_lightning.config import EngineConfig
 from moe_lightning.units import GIB
 from moe_lightning.verify import Verification

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import mean, median
-from typing import Any
 
 from moe_lightning.bench.lanes import Lanes, summarize
 from moe_lightning.bench.passes import PassRecord, Show, Source, begin_midway, run_passes, show_nothing
+from moe_lightning.bench.peaks import Peaks, PeakWatch
+from moe_lightning.bench.predicted_passes import PredictedPasses
 from moe_lightning.bench.session import Loaded, Session
 from moe_lightning.bench.throughput import page_bytes
 from moe_lightning.bench.variants import Variant, paper_plan, policy_of
 from moe_lightning.engine.plan import Plan
-from moe_lightning.errors import ConfigError
+from moe_lightning.errors import ConfigError, MoELightningError
 from moe_lightning.hardware.spec import HardwareSpec
-from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.paper_model import PaperMachine
-from moe_lightning.perf.predict import predict
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload
-from moe_lightning.pipeline.task import Lane, PassShape
 from moe_lightning.policy import Policy
 
 _WARM_UP = 2
@@ -42,6 +40,7 @@ class Row:
         ramp_s: where batches follow each other, seconds in which a batch's prompts are computed; else 0.
         predicted_pass_s: seconds of the median pass.
         lanes: in a recorded pass.
+        peaks: of memory.
     """
 
     variant: Variant
@@ -53,6 +52,7 @@ class Row:
     ramp_s: float
     predicted_pass_s: float
     lanes: Lanes | None
+    peaks: Peaks
 
     @property
     def pass_s(self) -> float:
@@ -71,7 +71,7 @@ def measure(
     num_passes: int = 4,
     show: Show = show_nothing,
 ) -> Iterator[Row]:
-    """A row for each variant, over the same weights in host memory.
+    """A row for each variant that fits, over the same weights in host memory.
 
     A batch after the other is measured in parts: passes that take prompts in, of which there are as many as the
     batch needs, and passes with the whole batch at half its answers, one for each token of an answer.
@@ -101,37 +101,46 @@ def measure(
         work,
     )
     for variant in variants:
-        policy = policy_of(variant, plan.policy, plan.spec, plan.dtype.itemsize, memory, paper, work)
-        show(f"{variant.name}: {variant.what}; {policy.max_num_seqs} sequences, {policy.schedule}")
-        yield _row(session, replace(plan, policy=policy), variant, work, rates, num_passes, show)
+        try:
+            policy = policy_of(variant, plan.policy, plan.spec, plan.dtype.itemsize, memory, paper, work)
+            show(f"{variant.name}: {variant.what}; {policy.max_num_seqs} sequences, {policy.schedule}")
+            row = _row(session, replace(plan, policy=policy), variant, work, rates, num_passes, show)
+        except MoELightningError as error:  # it stops no other
+            show(f"{variant.name}: {error}")
+        else:
+            yield row
         session.unload()
 
 
 def _row(
     session: Session, plan: Plan, variant: Variant, work: Workload, rates: Rates, num_passes: int, show: Show
 ) -> Row:
+    watch = PeakWatch(session.host_before)
     loaded = session.load(plan)
     session.fill_kv(loaded)
     run = _Run(loaded, work, variant, num_passes, show)
     ramp = run.ramp() if variant.in_batches else None
     passes, num_seqs, lanes = run.full()
-    model = _Predicted(plan.spec, str(plan.dtype).removeprefix("torch."), plan.policy, rates, work)
+    peaks = watch.peaks(session.config.gpu_memory, session.planned_host_bytes(plan))
+    model = PredictedPasses(plan.spec, str(plan.dtype).removeprefix("torch."), plan.policy, rates, work)
     prompts = round(mean(p.prompt_tokens for p in passes))
     context = work.mean_prompt + work.gen_len / 2 + 1 if variant.in_batches else work.mean_context()
     predicted = model.seconds(num_seqs, prompts, context)
     if ramp is None:
         tokens = mean(p.generated for p in passes)
         rate = sum(p.generated for p in passes) / sum(p.seconds for p in passes)
-        return Row(variant, plan.policy, num_seqs, rate, tokens / predicted, passes, 0.0, predicted, lanes)
+        return Row(
+            variant, plan.policy, num_seqs, rate, tokens / predicted, passes, 0.0, predicted, lanes, peaks
+        )
     # What the last pass of a ramp has no room for, and what did not come, in proportion.
     scale = num_seqs * work.mean_prompt / sum(p.prompt_tokens for p in ramp)
     ramp_s = scale * sum(p.seconds for p in ramp)
-    predicted_ramp_s = scale * sum(model.ramp_seconds(p) for p in ramp)
+    predicted_ramp_s = scale * sum(model.alike(p) for p in ramp)
     generated, rest = num_seqs * work.gen_len, work.gen_len - 1
     rate = generated / (ramp_s + rest * median(p.seconds for p in passes))
     return Row(
         variant, plan.policy, num_seqs, rate, generated / (predicted_ramp_s + rest * predicted), passes, ramp_s,
-        predicted, lanes,
+        predicted, lanes, peaks,
     )  # fmt: skip
 
 
@@ -178,72 +187,3 @@ class _Run:
         run(1)
         recorded = [loaded.worker.fullest_pass] if loaded.worker.fullest_pass else []
         return tuple(passes), num_seqs, summarize(recorded, page_bytes(loaded), [kv_bytes])
-
-
-@dataclass(frozen=True)
-class _Predicted:
-    spec: ModelSpec
-    dtype: str
-    policy: Policy
-    rates: Rates
-    work: Workload
-
-    def seconds(self, decode: int, prefill: int, context: float) -> float:
-        """Of a pass of so many sequences and prompt tokens, by the simulation of all its layers."""
-        policy, spec = self.policy, self.spec
-        chunks, groups = _cut(prefill, policy.chunk_tokens), _cut(decode, policy.micro_batch_size)
-        pages = spec.experts.num_experts * policy.pages_per_expert
-        streamed = tuple(pages - resident for resident in policy.resident_pages)
-        shape = PassShape(
-            spec.num_layers, len(chunks), len(groups), policy.group_size, policy.look_ahead, streamed,
-            policy.num_frames, preloaded=policy.num_frames > max(streamed),
-        )  # fmt: skip
-        timeline = predict(
-            spec, shape, chunks + groups, context, self.rates, pages_per_expert=policy.pages_per_expert,
-            dtype=self.dtype, schedule=policy.schedule, prompt_len=self.work.mean_prompt,
-        )  # fmt: skip
-        end = max((r.end for r in timeline.records if r.lane is not Lane.H2D), default=timeline.end)
-        return max(end - timeline.start, timeline.busy_seconds()[Lane.H2D])
-
-    def ramp_seconds(self, ramp: PassRecord) -> float:
-        """Of a pass like this one, in which each new sequence and each that decodes got a token."""
-        new = round(ramp.prompt_tokens / self.work.mean_prompt)
-        return self.seconds(max(0, ramp.generated - new), ramp.prompt_tokens, self.work.mean_prompt + 1)
-
-
-def _cut(total: int, size: int) -> list[int]:
-    return [size] * (total // size) + ([total % size] if total % size else [])
-
-
-def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A dictionary for each row, with its ratios to the first one."""
-    first = rows[0]
-    return [
-        {
-            "name": row.variant.name, "what": row.variant.what, "variant": asdict(row.variant),
-            "policy": asdict(row.policy), "num_seqs": row.num_seqs, "tokens_per_s": row.tokens_per_s,
-            "ratio": row.tokens_per_s / first.tokens_per_s,
-            "predicted_tokens_per_s": row.predicted_tokens_per_s,
-            "predicted_ratio": row.predicted_tokens_per_s / first.predicted_tokens_per_s,
-            "pass_s": row.pass_s, "predicted_pass_s": row.predicted_pass_s, "ramp_s": row.ramp_s,
-            "lanes": asdict(row.lanes) if row.lanes else None, "passes": [asdict(p) for p in row.passes],
-        }
-        for row in rows
-    ]  # fmt: skip
-
-
-def to_text(rows: Sequence[Row]) -> str:
-    """A table for people."""
-    lines = [
-        f"{'':12} {'tokens/s':>9} {'ratio':>6} {'predicted':>9} {'ratio':>6} {'pass s':>7} {'predicted':>9} "
-        f"{'seqs':>5}  lanes busy"
-    ]
-    for row, values in zip(rows, to_json(rows), strict=True):
-        use = row.lanes.use if row.lanes else {}
-        busy = ", ".join(f"{lane.upper()} {lane_use.share:.0%}" for lane, lane_use in use.items())
-        lines.append(
-            f"{row.variant.name:12} {row.tokens_per_s:9.1f} {values['ratio']:6.2f} "
-            f"{row.predicted_tokens_per_s:9.1f} {values['predicted_ratio']:6.2f} {row.pass_s:7.3f} "
-            f"{row.predicted_pass_s:9.3f} {row.num_seqs:5}  {busy}"
-        )
-    return "\n".join([*lines, "", *(f"{row.variant.name}: {row.variant.what}" for row in rows)])

@@ -39,7 +39,8 @@ def add_subject(subjects: _SubParsersAction[ArgumentParser]) -> None:
 def _run(args: Namespace) -> int:
     config, spec, work = setting(args)
     from moe_lightning.bench.machine import facts  # imports torch
-    from moe_lightning.bench.schedules import measure, to_json, to_text
+    from moe_lightning.bench.schedules import measure
+    from moe_lightning.bench.schedules_report import to_json, to_text
     from moe_lightning.bench.session import Session
     from moe_lightning.engine.plan import machine_of, measured_rates
 
@@ -55,5 +56,6 @@ def _run(args: Namespace) -> int:
         if args.json:  # each as soon as there is one: the run may be cut off
             result = {"settings": asdict(config), "workload": asdict(work), "rows": to_json(rows)}
             write_json(args.json, facts() | result)
-    print(to_text(rows))
-    return 0
+    if rows:
+        print(to_text(rows))
+    return 0 if len(rows) == len(variants) else 1

@@ -97,9 +97,10 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def _run(args: Namespace) -> int:
     config, spec, work = setting(args)
-    from moe_lightning.bench.report import to_json, to_text  # imports torch
+    from moe_lightning.bench.cell import Effort  # imports torch
+    from moe_lightning.bench.report import to_json, to_text
     from moe_lightning.bench.session import Session
-    from moe_lightning.bench.throughput import Effort, measure
+    from moe_lightning.bench.throughput import measure
 
     effort = Effort(args.steady_state or 0, args.job or not args.steady_state, args.check or 0)
     found = measure(config, work, effort, Session(config, spec, shares_memory=False), tell)
