@@ -11,8 +11,11 @@ from moe_lightning.bench.file_workload import workload_of_file
 from moe_lightning.bench.lanes import summarize
 from moe_lightning.bench.models import spec_of
 from moe_lightning.bench.peaks import PeakWatch
+from moe_lightning.engine.worker import RecordedPass
 from moe_lightning.errors import ConfigError, JobError
-from moe_lightning.pipeline.task import Lane, TaskKind
+from moe_lightning.perf.cost import PassWork
+from moe_lightning.perf.facts import PassFacts
+from moe_lightning.pipeline.task import Lane, PassShape, TaskKind
 from moe_lightning.pipeline.timeline import Record, Timeline
 
 
@@ -84,21 +87,27 @@ def test_the_peak_is_the_most_that_was_held_since():
     assert PeakWatch().peaks(None, 0).host < peaks.host, "each watch begins anew"
 
 
-def test_lanes_are_the_average_of_the_recorded_passes():
-    def record(kind, lane, start, end):
-        return Record(kind.value, kind, lane, 0, (), start, end)
+def recorded(*records, contexts=(), num_prefill=0):
+    spec = spec_of("mixtral-8x7b")
+    n = len(contexts)
+    shape = PassShape(32, num_prefill, n - num_prefill, 1, 0, (1,) * 32, 2)
+    work = PassWork(spec, "bfloat16", 1, (1,) * n, tuple(contexts), (1,) * n)
+    timeline = Timeline("a", tuple(Record(k.value, k, lane, 0, (), a, b) for k, lane, a, b in records))
+    return RecordedPass(PassFacts("cgopipe", shape, work), lambda: timeline)
 
-    first = [record(TaskKind.LOAD_PAGE, Lane.H2D, 0, 1), record(TaskKind.ATTENTION, Lane.CPU, 0, 2)]
-    second = [record(TaskKind.LOAD_PAGE, Lane.H2D, 0, 3), record(TaskKind.ATTENTION, Lane.CPU, 2, 4)]
-    found = summarize(
-        [Timeline("a", tuple(first)), Timeline("b", tuple(second))], 100, [10, 30], {"h2d": 1.5}
-    )
+
+def test_lanes_are_the_average_of_the_recorded_passes():
+    page, attend = (TaskKind.LOAD_PAGE, Lane.H2D), (TaskKind.ATTENTION, Lane.CPU)
+    first = recorded((*page, 0, 1), (*attend, 0, 2), contexts=(1000, 7, 3), num_prefill=1)
+    second = recorded((*page, 0, 3), (*attend, 2, 4), contexts=(30,))
+    found = summarize([first, second], 100, {"h2d": 1.5})
     assert (found.num_passes, found.span_s) == (2, 3.0)
     assert (found.use["h2d"].seconds, found.use["h2d"].share, found.use["h2d"].predicted_s) == (
         2.0,
         4 / 6,
         1.5,
     )
-    assert (found.page_bytes_per_s, found.attention_bytes_per_s) == (50.0, 10.0)
+    assert found.page_bytes_per_s == 50.0
+    assert found.attention_bytes_per_s == (7 + 3 + 30) * 2**17 / 4, "prompts attend on the GPU"
     assert found.use["cpu"].predicted_s is None
     assert summarize([], 100) is None

@@ -6,8 +6,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from moe_lightning.engine.worker import RecordedPass
+from moe_lightning.perf.cost import DTYPE_BYTES
+from moe_lightning.perf.facts import PassFacts
 from moe_lightning.pipeline.task import TaskKind
-from moe_lightning.pipeline.timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Lanes:
         use: of each lane, by name.
         seconds_by_kind: of tasks, in a pass.
         page_bytes_per_s: at which pages are copied; None where none are.
-        attention_bytes_per_s: at which the CPU reads KV; None where it does not, or nobody counted.
+        attention_bytes_per_s: at which the CPU reads KV; None where it does not.
     """
 
     num_passes: int
@@ -47,22 +49,21 @@ class Lanes:
 
 
 def summarize(
-    timelines: Sequence[Timeline],
+    recorded: Sequence[RecordedPass],
     page_bytes: int,
-    kv_bytes: Sequence[int] = (),
     predicted: Mapping[str, float] | None = None,
 ) -> Lanes | None:
     """The average of some passes; None without any.
 
     Args:
-        timelines: of the passes.
+        recorded: the passes.
         page_bytes: of one page.
-        kv_bytes: that attention reads in each of the passes, if known.
         predicted: seconds of each lane.
     """
-    n = len(timelines)
+    n = len(recorded)
     if not n:
         return None
+    timelines, kv_bytes = [one.timeline() for one in recorded], sum(_kv_bytes(one.facts) for one in recorded)
     kinds, lanes = defaultdict[str, float](float), defaultdict[str, float](float)
     num_pages, span = 0, sum(timeline.span for timeline in timelines)
     for timeline in timelines:
@@ -83,5 +84,12 @@ def summarize(
         },
         seconds_by_kind={kind: seconds / n for kind, seconds in kinds.items()},
         page_bytes_per_s=num_pages * page_bytes / pages_s if pages_s else None,
-        attention_bytes_per_s=sum(kv_bytes) / attention_s if kv_bytes and attention_s else None,
+        attention_bytes_per_s=kv_bytes / attention_s if attention_s else None,
     )
+
+
+def _kv_bytes(facts: PassFacts) -> int:
+    """That the decode sequences of a pass attend to, over all layers."""
+    work = facts.work
+    tokens = sum(work.context_tokens[facts.shape.num_prefill :])
+    return tokens * work.spec.kv_bytes_per_token(DTYPE_BYTES[work.dtype])

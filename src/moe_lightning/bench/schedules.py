@@ -9,7 +9,6 @@ from statistics import mean, median
 from moe_lightning.bench.lanes import Lanes, summarize
 from moe_lightning.bench.passes import PassRecord, Show, Source, begin_midway, run_passes, show_nothing
 from moe_lightning.bench.peaks import Peaks, PeakWatch
-from moe_lightning.bench.predicted_passes import PredictedPasses
 from moe_lightning.bench.session import Loaded, Session
 from moe_lightning.bench.throughput import page_bytes
 from moe_lightning.bench.variants import Variant, paper_plan, policy_of
@@ -17,6 +16,7 @@ from moe_lightning.engine.plan import Plan
 from moe_lightning.errors import ConfigError, MoELightningError
 from moe_lightning.hardware.spec import HardwareSpec
 from moe_lightning.perf.default_policy import Memory
+from moe_lightning.perf.outlook import Passes
 from moe_lightning.perf.paper_model import PaperMachine
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload
@@ -122,10 +122,10 @@ def _row(
     ramp = run.ramp() if variant.in_batches else None
     passes, num_seqs, lanes = run.full()
     peaks = watch.peaks(session.config.gpu_memory, session.planned_host_bytes(plan))
-    model = PredictedPasses(plan.spec, str(plan.dtype).removeprefix("torch."), plan.policy, rates, work)
+    predict = _Predicted(plan, rates, work)
     prompts = round(mean(p.prompt_tokens for p in passes))
     context = work.mean_prompt + work.gen_len / 2 + 1 if variant.in_batches else work.mean_context()
-    predicted = model.seconds(num_seqs, prompts, context)
+    predicted = predict.seconds(num_seqs, prompts, context)
     if ramp is None:
         tokens = mean(p.generated for p in passes)
         rate = sum(p.generated for p in passes) / sum(p.seconds for p in passes)
@@ -135,7 +135,7 @@ def _row(
     # What the last pass of a ramp has no room for, and what did not come, in proportion.
     scale = num_seqs * work.mean_prompt / sum(p.prompt_tokens for p in ramp)
     ramp_s = scale * sum(p.seconds for p in ramp)
-    predicted_ramp_s = scale * sum(model.alike(p) for p in ramp)
+    predicted_ramp_s = scale * sum(predict.ramp_seconds(p) for p in ramp)
     generated, rest = num_seqs * work.gen_len, work.gen_len - 1
     rate = generated / (ramp_s + rest * median(p.seconds for p in passes))
     return Row(
@@ -182,8 +182,25 @@ class _Run:
 
         run(_WARM_UP)
         passes = run(count)
-        loaded.worker.record_next()
-        kv_bytes = engine.num_held_tokens * plan.spec.kv_bytes_per_token(plan.dtype.itemsize)
+        loaded.worker.record_next = True
         run(1)
-        recorded = [loaded.worker.fullest_pass] if loaded.worker.fullest_pass else []
-        return tuple(passes), num_seqs, summarize(recorded, page_bytes(loaded), [kv_bytes])
+        recorded = loaded.worker.recorded
+        return tuple(passes), num_seqs, summarize([recorded] if recorded else [], page_bytes(loaded))
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    plan: Plan
+    rates: Rates
+    work: Workload
+
+    def seconds(self, decode: int, prefill: int, context: float) -> float:
+        """Of a pass of so many sequences and prompt tokens, in the middle of many."""
+        spec, dtype = self.plan.spec, str(self.plan.dtype).removeprefix("torch.")
+        passes = Passes(spec, dtype, self.plan.policy, self.rates, context, self.work.mean_prompt)
+        return passes.steady(decode, prefill)[0]
+
+    def ramp_seconds(self, ramp: PassRecord) -> float:
+        """Of a pass like this one, in which each new sequence and each that decodes got a token."""
+        new = round(ramp.prompt_tokens / self.work.mean_prompt)
+        return self.seconds(max(0, ramp.generated - new), ramp.prompt_tokens, self.work.mean_prompt + 1)

@@ -23,13 +23,14 @@ from moe_lightning.bench.peaks import PeakWatch
 from moe_lightning.bench.session import Loaded, Session
 from moe_lightning.config import EngineConfig
 from moe_lightning.engine.plan import Plan
+from moe_lightning.engine.worker import RecordedPass
 from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.perf.limit import HardwareLimit, hardware_limit
 from moe_lightning.perf.workload import Workload
-from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.verify import Verification, check, from_memory
 
 _WARM_UP = 4  # passes: kernels are compiled, clocks rise
+_RECORD_EVERY = 16  # passes of a job
 _RECORDED = 2  # passes after those that are measured: recording takes time
 
 
@@ -87,7 +88,7 @@ def _steady(
     source = Source(workload, plan.spec.vocab_size, _sample(new, effort))
     requests = iter(source)
     begin_midway(engine, requests, n, workload.gen_len, plan.spec.vocab_size)
-    timelines, kv_bytes = list[Timeline](), list[int]()
+    recorded = list[RecordedPass]()
 
     def run(count: int) -> list[PassRecord]:
         found = list(run_passes(engine, requests, source, 2 * n, num_passes=count, show=show))
@@ -98,19 +99,17 @@ def _steady(
     run(_WARM_UP)
     passes = run(effort.steady_passes)
     for _ in range(_RECORDED):
-        loaded.worker.record_next()
-        kv_bytes.append(engine.num_held_tokens * plan.spec.kv_bytes_per_token(plan.dtype.itemsize))
+        loaded.worker.record_next = True
         run(1)
-        if loaded.worker.fullest_pass:
-            timelines.append(loaded.worker.fullest_pass)
+        recorded += [loaded.worker.recorded] if loaded.worker.recorded else []
     source.keep([output for number in source.scored if (output := engine.abort(str(number)))])
     prediction = plan.prediction
-    found = Measured(
+    measured = Measured(
         "steady state", tuple(passes), prediction.tokens_per_s if prediction else None,
-        summarize(timelines, page_bytes(loaded), kv_bytes, prediction.lane_s if prediction else None),
-        engine.num_preemptions, started, timelines=tuple(timelines),
+        summarize(recorded, page_bytes(loaded), prediction.lane_s if prediction else None),
+        engine.num_preemptions, started, timelines=tuple(one.timeline() for one in recorded),
     )  # fmt: skip
-    return found, source
+    return measured, source
 
 
 def _job(loaded: Loaded, workload: Workload, effort: Effort, show: Show) -> tuple[Measured, Source]:
@@ -119,16 +118,20 @@ def _job(loaded: Loaded, workload: Workload, effort: Effort, show: Show) -> tupl
     count = workload.num_requests or 2 * n
     source = Source(workload, plan.spec.vocab_size, _sample(range(count), effort))
     started = seconds_since_start()
-    loaded.worker.record_next()  # and from then on those that are as full as the fullest, now and then
-    passes = list(run_passes(engine, iter(source), source, 2 * n, count=count, show=show))
-    timelines = [loaded.worker.fullest_pass] if loaded.worker.fullest_pass else []
+    passes, fullest = list[PassRecord](), list[RecordedPass]()
+    for record in run_passes(engine, iter(source), source, 2 * n, count=count, show=show):
+        passes.append(record)
+        found = loaded.worker.recorded
+        if found and (not fullest or found.facts.num_decode >= fullest[0].facts.num_decode):
+            fullest = [found]
+        loaded.worker.record_next = len(passes) % _RECORD_EVERY == 1
     prediction = plan.prediction
-    found = Measured(
+    measured = Measured(
         "job", tuple(passes), prediction.job_tokens_per_s if prediction else None,
-        summarize(timelines, page_bytes(loaded), (), prediction.lane_s if prediction else None),
-        engine.num_preemptions, started, timelines=tuple(timelines),
+        summarize(fullest, page_bytes(loaded), prediction.lane_s if prediction else None),
+        engine.num_preemptions, started, timelines=tuple(one.timeline() for one in fullest),
     )  # fmt: skip
-    return found, source
+    return measured, source
 
 
 def _sample(numbers: range, effort: Effort) -> tuple[int, ...]:

@@ -81,11 +81,6 @@ class Engine:
         return self._batcher.allocator.num_free
 
     @property
-    def num_held_tokens(self) -> int:
-        """Tokens of all running sequences: what the attention of the next pass reads."""
-        return sum(sequence.num_tokens for sequence in self._batcher.running)
-
-    @property
     def num_preemptions(self) -> int:
         """How often a sequence had to give its memory back."""
         return self._batcher.num_preemptions
