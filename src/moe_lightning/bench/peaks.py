@@ -22,7 +22,7 @@ class Peaks:
         gpu: that the driver reports of the process, context and kernels included; None without a GPU.
         gpu_allowed: by the user; None for all there is.
         host: resident at most.
-        host_before: resident before weights and KV: the interpreter and libraries.
+        host_before: resident before weights and KV: the interpreter, libraries and the GPU's context.
         host_planned: that the plan says weights, KV and the engine take.
     """
 

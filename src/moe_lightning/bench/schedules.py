@@ -8,7 +8,7 @@ from statistics import mean, median
 
 from moe_lightning.bench.lanes import Lanes, summarize
 from moe_lightning.bench.passes import PassRecord, Show, Source, begin_midway, run_passes, show_nothing
-from moe_lightning.bench.peaks import Peaks, PeakWatch
+from moe_lightning.bench.peaks import Peaks
 from moe_lightning.bench.session import Loaded, Session
 from moe_lightning.bench.throughput import page_bytes
 from moe_lightning.bench.variants import Variant, paper_plan, policy_of
@@ -115,7 +115,7 @@ def measure(
 def _row(
     session: Session, plan: Plan, variant: Variant, work: Workload, rates: Rates, num_passes: int, show: Show
 ) -> Row:
-    watch = PeakWatch(session.host_before)
+    watch = session.watch()
     loaded = session.load(plan)
     session.fill_kv(loaded)
     run = _Run(loaded, work, variant, num_passes, show)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moe_lightning.bench.peaks import resident_bytes
+from moe_lightning.bench.peaks import PeakWatch, resident_bytes
 from moe_lightning.config import EngineConfig
 from moe_lightning.engine.build import build_worker
 from moe_lightning.engine.engine import Engine
@@ -63,7 +63,6 @@ class Session:
     Attributes:
         host_memory: bytes for weights and KV, where a plan's settings do not say.
         limit_host_memory: what the hardware's limit counts with then: what was allowed, or all that was free.
-        host_before: bytes that the process held before.
     """
 
     def __init__(self, config: EngineConfig, spec: ModelSpec, *, shares_memory: bool | None = None) -> None:
@@ -74,7 +73,7 @@ class Session:
         self.host_memory = config.host_memory or usable_host_memory(device)
         is_dummy = config.load_format == "dummy"
         self._shares = is_dummy and (self._has_gpu if shares_memory is None else shares_memory)
-        self.host_before = resident_bytes()
+        self._host_before: int | None = None
         self._plans: dict[tuple[Workload | None, EngineConfig], Plan] = {}
         self._shared: SharedArena | None = None
         self._is_filled = False
@@ -113,6 +112,15 @@ class Session:
         if self._has_gpu:
             collect_rarely()
         return Loaded(plan, worker, self._tokenizer, time.perf_counter() - start)
+
+    def watch(self) -> PeakWatch:
+        """Begin to watch memory, once there is a plan: what is held then, the GPU's context too, no plan speaks of.
+
+        Of engines that share memory, what was there before the first counts.
+        """
+        if self._host_before is None or not self._shares:
+            self._host_before = resident_bytes()
+        return PeakWatch(self._host_before)
 
     def planned_host_bytes(self, plan: Plan) -> int:
         """Host memory that may come to what there was: what the plan takes, or all that engines share."""

@@ -49,13 +49,13 @@ def measure(
     Raises:
         ConfigError, NoFeasiblePolicyError: the model cannot run as asked.
     """
-    watch = PeakWatch(session.host_before)
     plan = session.plan(workload, config)
     if workload.longest > plan.max_model_len:
         raise ConfigError(
             f"the workload has sequences of {workload.longest} tokens, and max_model_len={plan.max_model_len}; "
             "raise it, or choose another workload"
         )
+    watch = session.watch()
     loaded = session.load(plan, config.gpu_memory)
     policy = plan.policy
     show(f"ready after {loaded.ready_s:.0f} s; {policy.max_num_seqs} sequences, {policy.num_blocks} blocks")
