@@ -12,6 +12,7 @@ from checkpoints import tiny_policy
 from moe_lightning.bench import report, throughput
 from moe_lightning.bench.cell import Effort
 from moe_lightning.bench.passes import Source, begin_midway, run_passes
+from moe_lightning.bench.peaks import Peaks
 from moe_lightning.bench.session import Session
 from moe_lightning.bench.workloads import WORKLOADS, prompts, workload
 from moe_lightning.config import EngineConfig
@@ -109,7 +110,7 @@ def test_what_is_off_is_flagged(session):
     cell = measured(session)
     text = report.to_text(cell)
     assert "predicted 5 tokens/s (+" in text and "OFF" in text
-    peaks = replace(cell.peaks, gpu=3 * 2**30, gpu_allowed=2 * 2**30, host_planned=0)
+    peaks = Peaks(gpu=3 * 2**30, gpu_allowed=2 * 2**30, host=2**30, host_before=0, host_planned=0)
     text = report.to_text(replace(cell, peaks=peaks))
     assert "GPU memory 3.00 GiB of 2.00 allowed OVER" in text
     assert "0.00 planned OVER" in text
