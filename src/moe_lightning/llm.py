@@ -12,6 +12,7 @@ from moe_lightning.config import EngineConfig
 from moe_lightning.engine.build import build_worker
 from moe_lightning.engine.draws import stable_seed
 from moe_lightning.engine.engine import Engine
+from moe_lightning.engine.grammar import Grammars
 from moe_lightning.engine.plan import Plan, checkpoint_directory, make_plan
 from moe_lightning.engine.prompts import (
     Prompt,
@@ -89,6 +90,7 @@ class LLM:
         self.model_name = Path(model).absolute().name
         directory = checkpoint_directory(self.config)
         self.tokenizer = self._load_tokenizer(directory)
+        self._grammars = Grammars(self.tokenizer, self.spec.vocab_size, self.spec.eos_token_ids)
         # Before memory is taken: a wrong checkpoint is the commonest error.
         tensors = None if directory is None else checkpoint.open_model(directory, self.spec)
         self._worker = self._build(tensors)
@@ -228,7 +230,9 @@ class LLM:
             seed = params.seed
         elif seed is None:
             seed = stable_seed(self.config.seed, request_id)
-        return Request(request_id, ids, params, text, seed)
+        wanted = params.structured_outputs
+        form = None if wanted is None else self._grammars.compile(wanted)
+        return Request(request_id, ids, params, text, seed, form=form)
 
     def _load_tokenizer(self, directory: Path | None) -> Any:
         if self.config.tokenizer or directory:

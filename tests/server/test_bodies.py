@@ -70,6 +70,13 @@ WRONG = {
                         {"n": 0}, {"json_schema": "{}"}, {"max_new_tokens": -1}],
     "return_logprob": FLAGS, "top_logprobs_num": [*INTEGERS, 101], "logprob_start_len": [*INTEGERS, 5],
     "add_special_tokens": FLAGS, "return_token_strs": FLAGS,
+    "response_format": [5, "json", {}, {"type": "xml"}, {"type": "json_schema"}, {"type": "json_object", "x": 1},
+                        {"type": "json_schema", "json_schema": {"schema": 5}}, {"type": "structural_tag"},
+                        {"type": "json_schema", "json_schema": {"schema": {"type": "cat"}}}],
+    "structured_outputs": [5, "x", {}, {"x": 1}, {"regex": "a", "choice": ["b"]}, {"json_object": False},
+                           {"regex": ""}, {"choice": []}, {"choice": [5]}, {"json": 5}, {"grammar": 5}],
+    "guided_regex": [5, "", "(", "[a", {}, "x" * 10**5], "guided_choice": [5, "a", [], [""], [5], {}],
+    "guided_json": [5, "{", [], {"type": "cat"}], "guided_grammar": [5, "", "root ::= other", "x", {}],
     "tokens": [5, "x", {}, ["a"], [1.5], [-1], [True], [10**9], [2**40], [None]],
 }  # fmt: skip
 LOGPROBS = {"/v1/completions": [*INTEGERS, 101], "/v1/chat/completions": FLAGS}
@@ -78,7 +85,7 @@ _INNER = ("prompt", "text", "tokens", "model", "sampling_params")
 NAMED = [(path, name) for path in GOOD for name in GOOD[path] if name in WRONG and name not in _INNER]
 UNSUPPORTED = {
     "best_of": 2, "logit_bias": {"5": 1}, "suffix": "x", "tools": [{"type": "function"}], "tool_choice": "auto",
-    "response_format": {"type": "xml"}, "audio": {}, "modalities": ["audio"], "prediction": {}, "unheard_of": 1,
+    "audio": {}, "modalities": ["audio"], "prediction": {}, "unheard_of": 1,
     "Temperature": 1, "": 1, "\ud800": 1, "__class__": {}, "extra_body": {},
 }  # fmt: skip
 
@@ -144,6 +151,29 @@ def test_a_field_with_a_wrong_value_is_named(path, name, app):
     for value in WRONG[name]:
         status, _, data = asyncio.run(send(app, path, encode({**GOOD[path], name: value})))
         assert name.removeprefix("max_completion_").removesuffix("_num") in error_of(status, data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "response_format",
+        "structured_outputs",
+        "guided_regex",
+        "guided_choice",
+        "guided_json",
+        "guided_grammar",
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_form_that_cannot_be_is_refused_with_a_reason(path, name, app):
+    good = {"prompt": "a"} if path == "/v1/completions" else {"messages": MESSAGES}
+    for value in WRONG[name]:
+        status, _, data = asyncio.run(send(app, path, encode({**good, name: value})))
+        assert any(word in error_of(status, data) for word in (name, "structured_outputs"))
+    for other in ({"ignore_eos": True}, {"min_tokens": 1}, {"response_format": {"type": "json_object"},
+                                                             "structured_outputs": {"regex": "b"}}):  # fmt: skip
+        body = {**good, "guided_regex": "a", **other}
+        assert asyncio.run(send(app, path, encode(body)))[0] == 400
 
 
 def test_more_answers_than_one_request_may_have_are_refused(app):

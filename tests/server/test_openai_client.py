@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import openai
 import pytest
 
@@ -121,6 +124,21 @@ def test_echo_streams_the_prompt_first(client, model):
     for name in ("tokens", "token_logprobs", "text_offset"):
         joined = [value for part in parts for value in getattr(part.logprobs, name)]
         assert joined == getattr(whole.logprobs, name)
+
+
+def test_a_schema_is_kept_to(client, model):
+    schema = {"type": "object", "properties": {"is": {"type": "boolean"}}, "required": ["is"],
+              "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema, "strict": True}}
+    ask = {"model": model, "messages": MESSAGES, "max_tokens": 200, "seed": 1, "response_format": form}
+    text = client.chat.completions.create(**ask).choices[0].message.content
+    assert set(json.loads(text)) == {"is"}
+    parts = [
+        chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**ask, stream=True)
+    ]
+    assert "".join(parts) == text
+    got = client.completions.create(model=model, prompt=PROMPT, extra_body={"guided_regex": "[0-9]{4}"})
+    assert re.fullmatch("[0-9]{4}", got.choices[0].text)
 
 
 def test_a_closed_stream_leaves_the_engine(client, model, live):

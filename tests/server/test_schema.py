@@ -29,7 +29,10 @@ CHECKS = [
     status_code_conformance,
 ]  # fmt: skip
 # Fields that a document cannot say of with which values of others they go.
-DISAGREEING = ("min_tokens", "stream_options", "top_logprobs", "max_completion_tokens", "input_ids")
+DISAGREEING = (
+    "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+    "min_tokens", "stream_options", "top_logprobs", "max_completion_tokens", "input_ids",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def test_the_documents_commands_and_the_artifacts_work_and_sigterm_lets_a_stream
     ):
         assert re.search(r"ubs, n_ub\s+\d+, \d+", "".join(out))
         assert re.search(r"throughput\s+[\d.]+ token/s", "".join(out))
-        asking, scoring, watching = (
+        asking, forms, scoring, watching = (
             [run(["bash", "-ec"], command, port) for command in commands] for commands in blocks("console")
         )
         chat, stream, tokens, generated = asking
@@ -83,6 +83,7 @@ def test_the_documents_commands_and_the_artifacts_work_and_sigterm_lets_a_stream
         assert stream.endswith("data: [DONE]\n\n")
         assert json.loads(tokens)["count"] == 4
         assert "Paris" in json.loads(generated)["text"]
+        assert json.loads(forms[0])["choices"][0]["text"] in ("yes", "no")
         scores = json.loads(scoring[0])["choices"][0]["logprobs"]["token_logprobs"]
         assert scores[0] is None
         assert all(score < 0 for score in scores[1:])

@@ -103,7 +103,7 @@ def test_fields_that_ask_for_nothing_are_accepted() -> None:
         ("tools", [{"type": "function"}]),
         ("tool_choice", "auto"),
         ("logit_bias", {"5": 1}),
-        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "xml"}),
         ("best_of", 2),
         ("best_of", True),
         ("suffix", "x"),
@@ -398,3 +398,24 @@ def test_choices_of_several_prompts_are_numbered_through() -> None:
     body = respond(call, *outputs)
     assert [(c["index"], c["text"]) for c in body["choices"]] == [(0, "ab"), (1, "a"), (2, "ab"), (3, "b")]
     assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 8, "total_tokens": 10}
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, ("json_object", True)),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "strict": True,
+          "schema": {"type": "array"}}}}, ("json", '{"type": "array"}')),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, ("choice", ["a", "b"])),
+        ({"structured_outputs": {"json": {"type": "array"}, "regex": None}}, ("json", '{"type": "array"}')),
+        ({"guided_json": '{"type": "array"}'}, ("json", '{"type": "array"}')),
+        ({"guided_regex": "a+", "response_format": {"type": "text"}}, ("regex", "a+")),
+        ({"guided_choice": ["a"]}, ("choice", ["a"])),
+        ({"guided_grammar": 'root ::= "a"'}, ("grammar", 'root ::= "a"')),
+    ],
+)  # fmt: skip
+def test_each_way_to_ask_for_a_form_is_understood(fields: dict[str, Any], wanted: Any) -> None:
+    for call in (parse_completion({"prompt": "a", **fields}), parse_chat({"messages": HI, **fields})):
+        form = call.params.structured_outputs
+        assert (form and form.kind_and_value) == wanted

@@ -3,10 +3,69 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from json import dumps
+from typing import TYPE_CHECKING, Any
 
+from moe_lightning.engine.checks import shown
 from moe_lightning.errors import RequestError
 
+if TYPE_CHECKING:
+    from moe_lightning.engine.grammar import Form
+
 MAX_LOGPROBS = 100
+_FORMS = ("json", "regex", "choice", "grammar", "json_object")
+_MAX_FORM = 2**16  # characters
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """The form that an answer must have; exactly one field, names as in vLLM.
+
+    Attributes:
+        json: a JSON schema, as text or as an object.
+        regex: a regular expression that the whole answer matches.
+        choice: the answers that there may be.
+        grammar: in EBNF, as GBNF and xgrammar write it; its first rule is called root.
+        json_object: any JSON.
+
+    Raises:
+        RequestError: there is not exactly one, or it cannot be one; the message names it.
+    """
+
+    json: str | dict[str, object] | None = None
+    regex: str | None = None
+    choice: list[str] | tuple[str, ...] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in _FORMS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise RequestError(f"structured_outputs has {len(given)} forms; give one of {', '.join(_FORMS)}")
+        kind, value = self.kind_and_value
+        if kind == "choice":
+            if (
+                not isinstance(value, list | tuple)
+                or not value
+                or not all(isinstance(v, str) and v for v in value)
+            ):
+                raise RequestError(f"choice={shown(value)} of structured_outputs: give non-empty strings")
+        elif kind == "json_object":
+            if value is not True:
+                raise RequestError(f"json_object={shown(value)} of structured_outputs: give true")
+        elif not isinstance(value, str) or not value:
+            raise RequestError(f"{kind}={shown(value)} of structured_outputs: give a non-empty string")
+        if len(str(value)) > _MAX_FORM:
+            raise RequestError(
+                f"{kind} of structured_outputs has {len(str(value))} characters; {_MAX_FORM} are the most"
+            )
+
+    @property
+    def kind_and_value(self) -> tuple[str, Any]:
+        """The field that is given, and its value; a schema as text."""
+        kind = next(name for name in _FORMS if getattr(self, name) is not None)
+        value = getattr(self, kind)
+        return kind, dumps(value) if kind == "json" and isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)
@@ -35,6 +94,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1, 1024)
@@ -56,6 +116,19 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
         self._check_stops()
+        self._check_form()
+
+    def _check_form(self) -> None:
+        if self.structured_outputs is None:
+            return
+        if not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise RequestError(
+                f"structured_outputs={shown(self.structured_outputs)}: give a StructuredOutputsParams"
+            )
+        # A form says itself when an answer may end.
+        if self.min_tokens or self.ignore_eos:
+            name = "min_tokens" if self.min_tokens else "ignore_eos"
+            raise RequestError(f"{name} does not go with structured outputs; remove it")
 
     def _check_stops(self) -> None:
         if not isinstance(self.stop, str | list | tuple | None) or not all(
@@ -111,7 +184,7 @@ Logprobs = dict[int, Logprob]  # token id -> its log-probability; the sampled to
 class Request:
     """One prompt, already tokenized. `seed` fixes the random draws of all its n sequences.
 
-    Background work waits behind all other.
+    Background work waits behind all other. `form` is what the parameters' structured outputs ask for.
     """
 
     request_id: str
@@ -120,6 +193,7 @@ class Request:
     prompt: str | None = None
     seed: int = 0
     is_background: bool = False
+    form: Form | None = None
 
 
 @dataclass(frozen=True)

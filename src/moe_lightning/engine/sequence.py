@@ -29,6 +29,7 @@ class Sequence:
         self.finish: Finish | None = None
         self.max_new_tokens = max_new_tokens(request.params, len(request.prompt_token_ids), max_model_len)
         self._num_prompt_tokens = len(request.prompt_token_ids)
+        self._form = request.form.begin() if request.form else None
         self._greedy: RowSampling | None = None  # the same for every token of most greedy answers
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=request.params.skip_special_tokens)
 
@@ -72,14 +73,22 @@ class Sequence:
             prompt_ids=self.request.prompt_token_ids,
             output_ids=self.output_ids,
             num_logprobs=p.logprobs,
+            allowed=self._form.allowed() if self._form else None,
         )
-        if sampling.is_greedy and not sampling.has_penalty and position >= p.min_tokens:
+        if (
+            sampling.is_greedy
+            and self._form is None
+            and not sampling.has_penalty
+            and position >= p.min_tokens
+        ):
             self._greedy = sampling
         return sampling
 
     def accept(self, token_id: int, eos_token_ids: Collection[int], logprobs: Logprobs | None) -> None:
         """Take the next token; sets `finish` when it is the last."""
         self.output_ids.append(token_id)
+        if self._form:
+            self._form.accept(token_id)
         if logprobs is not None:
             self.logprobs.append(logprobs)
             self.cumulative_logprob += logprobs[token_id].logprob

@@ -31,8 +31,22 @@ SAMPLING: dict[str, tuple[type, ...]] = {
     "include_stop_str_in_output": (bool,),
 }
 IGNORED = frozenset({"user", "metadata", "store"})
-COMPLETION = frozenset({"model", "prompt", "max_tokens", "logprobs", "echo"})
-CHAT = frozenset({"model", "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"})
+# The form of an answer: OpenAI's field, vLLM's, and vLLM's older ones.
+FORMS = frozenset(
+    {
+        "response_format",
+        "structured_outputs",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+    }
+)
+COMPLETION = frozenset({"model", "prompt", "max_tokens", "logprobs", "echo"}) | FORMS
+CHAT = (
+    frozenset({"model", "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"})
+    | FORMS
+)
 
 # Fields of the API that are not supported, with the values that ask for nothing: some clients send those.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -45,7 +59,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),  # says how tools are called; without tools it says nothing
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "stream": (False,),
     "stream_options": (),

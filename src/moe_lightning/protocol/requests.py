@@ -11,6 +11,7 @@ from moe_lightning.engine.messages import checked_messages
 from moe_lightning.engine.request import SamplingParams
 from moe_lightning.errors import RequestError
 from moe_lightning.protocol import fields
+from moe_lightning.protocol.forms import parse_form
 
 Prompt = str | tuple[int, ...]
 
@@ -48,6 +49,7 @@ def parse_completion(body: Mapping[str, Any]) -> CompletionCall:
     echo = fields.typed("echo", given.get("echo", False), (bool,))
     if "logprobs" in given:
         sampling["logprobs"] = fields.typed("logprobs", given["logprobs"], (int,))
+    sampling["structured_outputs"] = parse_form(given)
     params = SamplingParams(**sampling)
     if echo and params.logprobs is not None:  # the echoed prompt comes with log-probabilities of its own
         params = replace(params, prompt_logprobs=max(params.logprobs, params.prompt_logprobs or 0))
@@ -65,6 +67,7 @@ def parse_chat(body: Mapping[str, Any]) -> ChatCall:
     sampling = sampling_of(given)
     sampling["max_tokens"] = _chat_max_tokens(given)
     sampling["logprobs"] = _chat_logprobs(given)
+    sampling["structured_outputs"] = parse_form(given)
     return ChatCall(_model(given), messages, SamplingParams(**sampling))
 
 

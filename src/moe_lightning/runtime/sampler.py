@@ -142,7 +142,8 @@ def _rank_keys(logits: Tensor) -> Tensor:
 def _adjust(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """Logits in float32 after penalties, with forbidden tokens at -inf; a copy only if something changes."""
     adjusted = logits.float()
-    if adjusted is logits and (batch.penalties or batch.masked_rows is not None):
+    is_changed = batch.penalties or batch.masked_rows is not None or batch.formed_rows is not None
+    if adjusted is logits and is_changed:
         adjusted = logits.clone()
     if batch.penalties:
         _penalize_(adjusted, batch.penalties)
@@ -150,7 +151,21 @@ def _adjust(logits: Tensor, batch: SamplingBatch) -> Tensor:
         # A Python number would be copied to the device, and the host wait for it.
         never = torch.full((), float("-inf"), device=adjusted.device)
         adjusted.index_put_((batch.masked_rows, batch.masked_ids), never)
+    if batch.formed_rows is not None:
+        _keep_allowed_(adjusted, batch)
     return adjusted
+
+
+def _keep_allowed_(logits: Tensor, batch: SamplingBatch) -> None:
+    """Let rows with a form choose only what it allows next."""
+    assert batch.formed_rows is not None
+    assert batch.allowed is not None
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    word, bit = ids // 32, (ids % 32).to(torch.int32)
+    at_once = max(1, _SORTED_AT_ONCE // logits.shape[1])
+    for rows, allowed in zip(batch.formed_rows.split(at_once), batch.allowed.split(at_once), strict=True):
+        is_allowed = (allowed.index_select(1, word) >> bit) & 1 == 1
+        logits[rows] = logits[rows].masked_fill(~is_allowed, float("-inf"))
 
 
 def _penalize_(logits: Tensor, penalties: Penalties) -> None:

@@ -25,6 +25,7 @@ class RowSampling:
         forbidden_ids: tokens that must not be chosen.
         prompt_ids: the prompt; read only when there is a repetition penalty.
         output_ids: tokens generated so far; read only when there is a penalty.
+        allowed: [ceil(V / 32)] int32, a bit for each token that may be chosen, lowest first; None for all.
     """
 
     temperature: float = 1.0
@@ -39,6 +40,7 @@ class RowSampling:
     prompt_ids: Sequence[int] = field(default=(), repr=False)
     output_ids: Sequence[int] = field(default=(), repr=False)
     num_logprobs: int | None = None
+    allowed: npt.NDArray[np.int32] | None = field(default=None, repr=False)
 
     @property
     def is_greedy(self) -> bool:
@@ -49,7 +51,7 @@ class RowSampling:
     def is_plain(self) -> bool:
         """The most likely token of the unchanged logits is taken, and nothing else is wanted."""
         is_changed = self.forbidden_ids or self.num_logprobs is not None or self.has_penalty
-        return self.is_greedy and not is_changed
+        return self.is_greedy and not is_changed and self.allowed is None
 
     @property
     def has_penalty(self) -> bool:
@@ -88,6 +90,8 @@ class SamplingBatch:
         penalties: changes to single logits.
         masked_rows: [M] int64; with masked_ids, logits that become -inf.
         masked_ids: [M] int64.
+        formed_rows: [F] int64, rows that may choose only some tokens.
+        allowed: [F, ceil(V / 32)] int32, a bit for each token that they may choose.
         num_logprobs: most likely tokens to give for each row: the largest number any row wants.
     """
 
@@ -101,6 +105,8 @@ class SamplingBatch:
     penalties: Penalties | None = None
     masked_rows: Tensor | None = None
     masked_ids: Tensor | None = None
+    formed_rows: Tensor | None = None
+    allowed: Tensor | None = None
     num_logprobs: int | None = None
 
 
@@ -124,6 +130,7 @@ def build_sampling_batch(
     top_p = [row.top_p if row.top_p < 1.0 else float("inf") for row in rows]
     wanted = [row.num_logprobs for row in rows if row.num_logprobs is not None]
     masked_rows, masked_ids = _masked(rows, vocab_size, uploader)
+    formed = [(i, row.allowed) for i, row in enumerate(rows) if row.allowed is not None]
     return SamplingBatch(
         num_rows=len(rows),
         random_rows=column(random, torch.int64) if random else None,
@@ -135,6 +142,8 @@ def build_sampling_batch(
         penalties=_penalties(rows, vocab_size, uploader),
         masked_rows=masked_rows,
         masked_ids=masked_ids,
+        formed_rows=column([i for i, _ in formed], torch.int64) if formed else None,
+        allowed=column(np.stack([bits for _, bits in formed]), torch.int32) if formed else None,
         num_logprobs=max(wanted, default=None),
     )
 

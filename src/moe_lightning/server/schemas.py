@@ -58,6 +58,33 @@ _STREAM: dict[str, Schema] = {
     ),
 }
 _IGNORED: dict[str, Schema] = {"user": _TEXT, "metadata": {"type": "object"}, "store": _FLAG}
+_FORM_TEXT: Schema = {"type": "string", "minLength": 1, "maxLength": 2**16}
+_CHOICE: Schema = {"type": "array", "minItems": 1, "items": _FORM_TEXT}
+_JSON_SCHEMA: Schema = {"anyOf": [{"type": "object"}, _FORM_TEXT]}
+_FORMS: dict[str, Schema] = {
+    "response_format": _object(
+        {
+            "type": {"enum": ["text", "json_object", "json_schema"]},
+            "json_schema": _object({"name": _TEXT, "schema": {"type": "object"}, "strict": _FLAG}),
+        },
+        ("type",),
+        additionalProperties=False,
+    ),
+    "structured_outputs": _object(
+        {
+            "json": _JSON_SCHEMA,
+            "regex": _FORM_TEXT,
+            "choice": _CHOICE,
+            "grammar": _FORM_TEXT,
+            "json_object": {"const": True},
+        },
+        additionalProperties=False,
+    ),
+    "guided_json": _JSON_SCHEMA,
+    "guided_regex": _FORM_TEXT,
+    "guided_choice": _CHOICE,
+    "guided_grammar": _FORM_TEXT,
+}
 _MESSAGE = _object(
     {
         "role": {"enum": ["system", "developer", "user", "assistant"]},
@@ -86,7 +113,7 @@ def _body(properties: dict[str, Schema], required: tuple[str, ...]) -> Schema:
 
 def _bodies(model: Schema, token: Schema) -> dict[str, Schema]:
     sampling = _sampling()
-    common = {"model": model, **sampling, **_IGNORED, **_STREAM}
+    common = {"model": model, **sampling, **_IGNORED, **_STREAM, **_FORMS}
     ids = _array(token, minItems=1)
     prompt: Schema = {
         "anyOf": [_TEXT, ids, _array(_TEXT, minItems=1), _array(ids, minItems=1)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -36,6 +37,7 @@ from moe_lightning.server.watch import Watch
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _INLINE_BYTES = 2**16  # a body up to this size is parsed and tokenized faster than another thread takes it up
+_HAS_FORM = re.compile(rb"response_format|structured_outputs|guided_")  # takes time to compile
 _T = TypeVar("_T")
 Call = ChatCall | CompletionCall | NativeCall
 
@@ -83,7 +85,7 @@ class Service:
             HttpError: it cannot be used.
         """
         try:
-            if len(raw) <= _INLINE_BYTES:
+            if len(raw) <= _INLINE_BYTES and not _HAS_FORM.search(raw):
                 return parse(raw)
             return await asyncio.get_running_loop().run_in_executor(self._tokenizing, parse, raw)
         except RequestError as error:
