@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from checkpoints import greedy, load, prompts_of
+from fake_machine import RATES
 from moe_lightning import SamplingParams
+from moe_lightning.engine.plan import Plan
 from moe_lightning.errors import ScheduleError
+from moe_lightning.perf.workload import Workload
 from moe_lightning.pipeline.task import Lane, Schedule, TaskKind
 from moe_lightning.runtime.cuda_executor import CudaExecutor
 from policies import LENGTHS, drawn_policy
@@ -262,3 +265,15 @@ def test_the_timeline_has_every_task_and_lanes_that_overlap(mixtral, prompts):
     assert timeline is not None
     assert timeline.span > 0
     assert all(seconds > 0 for seconds in timeline.busy_seconds().values())
+
+
+def test_passes_that_drift_from_their_plan_change_it_and_no_token(mixtral, prompts, answers, caplog):
+    llm = cuda(mixtral, num_frames=17)
+    work = Workload(LENGTHS, 40)
+    # A plan for a machine that is very much slower.
+    llm.keep_to(Plan(llm.spec, llm._device, llm.dtype, llm.policy, llm.max_model_len, None, RATES, work))
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    outputs = llm.generate(prompts, params)
+    assert [list(output.outputs[0].token_ids)[:NEW_TOKENS] for output in outputs] == answers
+    assert 1 <= llm.engine.watch.num_revisions == len(caplog.messages)
+    assert caplog.messages[0].startswith("passes take 0.0")
