@@ -64,6 +64,13 @@ def test_where_attention_takes_as_long_as_the_gpu_experts_sweep_for_half_of_the_
     assert found.group_size < whole.group_size
 
 
+def test_micro_batches_that_did_not_fit_are_not_tried_again_however_fast_they_would_be():
+    small = replace(PLANNED, micro_batch_size=PLANNED.micro_batch_size // 4)
+    assert replan(SPEC, "bfloat16", small, BOUNDS, RATES, WORK)[0].micro_batch_size > small.micro_batch_size
+    bounds = Bounds(small, BOUNDS.least_prefill)
+    assert replan(SPEC, "bfloat16", small, bounds, RATES, WORK)[0].micro_batch_size == small.micro_batch_size
+
+
 @pytest.mark.parametrize("name", ["num_frames", "num_blocks", "block_size", "pages_per_expert"])
 def test_what_takes_other_memory_is_told(name):
     assert not only_limits_differ(replace(PLANNED, **{name: getattr(PLANNED, name) + 1}), PLANNED)
