@@ -8,7 +8,8 @@ __version__ = "0.1.0"
 __all__ = ["LLM", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 if TYPE_CHECKING:
-    from moe_lightning.engine.request import RequestOutput, SamplingParams, StructuredOutputsParams
+    from moe_lightning.engine.request import RequestOutput, SamplingParams
+    from moe_lightning.engine.structured import StructuredOutputsParams
     from moe_lightning.llm import LLM
 
 # Imported on first use: `import moe_lightning.perf` must not import torch.
@@ -16,7 +17,7 @@ _LAZY = {
     "LLM": "moe_lightning.llm",
     "RequestOutput": "moe_lightning.engine.request",
     "SamplingParams": "moe_lightning.engine.request",
-    "StructuredOutputsParams": "moe_lightning.engine.request",
+    "StructuredOutputsParams": "moe_lightning.engine.structured",
 }
 
 

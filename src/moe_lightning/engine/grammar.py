@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_lightning.engine.request import StructuredOutputsParams
+from moe_lightning.engine.structured import StructuredOutputsParams
 from moe_lightning.errors import RequestError
 
 _CACHE_BYTES = 256 * 2**20

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_lightning.engine.checks import shown, text
-from moe_lightning.engine.request import StructuredOutputsParams
+from moe_lightning.engine.structured import StructuredOutputsParams
 from moe_lightning.errors import RequestError
 from moe_lightning.protocol.fields import FORMS, exactly
 

@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from moe_lightning.engine.request import Request, RequestOutput
-from moe_lightning.server.engine_thread import EngineThread, Ticket, Update
+from moe_lightning.server.engine_thread import EngineThread, Ticket
 from moe_lightning.server.errors import HttpError
+from moe_lightning.server.inbox import Inbox, News
 from moe_lightning.server.limits import Limits
-
-News = tuple[int, Update]  # which of the requests, and what is new of it
 
 
 @dataclass
@@ -95,7 +94,7 @@ class Desk:
         else:
             self.check_place(requests)
         answers, tokens = _total(requests)
-        inbox = _Inbox()
+        inbox = Inbox()
         with self._holding(held, answers, tokens):
             tickets = [Ticket(r, inbox.slot(i), is_stream) for i, r in enumerate(requests)]
             pending = set(range(len(requests)))
@@ -185,36 +184,3 @@ def _total(requests: Sequence[Request]) -> tuple[int, int]:
         sum(request.params.n for request in requests),
         sum(request.params.n * len(request.prompt_token_ids) for request in requests),
     )
-
-
-class _Inbox:
-    """News that came since the reader last looked."""
-
-    def __init__(self) -> None:
-        self._news: list[News] = []
-        self._arrived = asyncio.Event()
-
-    def slot(self, position: int) -> _Slot:
-        """What takes the news of one request."""
-        return _Slot(self, position)
-
-    def put(self, position: int, update: Update) -> None:
-        """Keep a piece of news."""
-        self._news.append((position, update))
-        self._arrived.set()
-
-    async def take(self) -> list[News]:
-        """All news; waits for some."""
-        await self._arrived.wait()
-        self._arrived.clear()
-        news, self._news = self._news, []
-        return news
-
-
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    inbox: _Inbox
-    position: int
-
-    def __call__(self, update: Update) -> None:
-        self.inbox.put(self.position, update)

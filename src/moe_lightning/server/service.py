@@ -30,8 +30,9 @@ from moe_lightning.protocol.failures import failure_of_reasons
 from moe_lightning.protocol.native import NativeCall
 from moe_lightning.protocol.stream_options import StreamOptions
 from moe_lightning.server.bodies import BodyReader
-from moe_lightning.server.desk import Desk, News
+from moe_lightning.server.desk import Desk
 from moe_lightning.server.errors import HttpError
+from moe_lightning.server.inbox import News
 from moe_lightning.server.limits import Limits
 from moe_lightning.server.watch import Watch
 

@@ -1,0 +1,46 @@
+"""News of the requests of one call, kept until somebody looks; for the event loop's thread."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from moe_lightning.server.engine_thread import Update
+
+News = tuple[int, Update]  # which of the requests, and what is new of it
+
+
+class Inbox:
+    """News that came since the reader last looked."""
+
+    def __init__(self) -> None:
+        self._news: list[News] = []
+        self._arrived = asyncio.Event()
+
+    def slot(self, position: int) -> Slot:
+        """What takes the news of one request."""
+        return Slot(self, position)
+
+    def put(self, position: int, update: Update) -> None:
+        """Keep a piece of news."""
+        self._news.append((position, update))
+        self._arrived.set()
+
+    async def take(self) -> list[News]:
+        """All news; waits for some."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        news, self._news = self._news, []
+        return news
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Puts the news of one request into an inbox."""
+
+    inbox: Inbox
+    position: int
+
+    def __call__(self, update: Update) -> None:
+        """Put one in."""
+        self.inbox.put(self.position, update)
