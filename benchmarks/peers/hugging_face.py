@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,16 +34,18 @@ def build(s: Setting) -> torch.nn.Module:
 @torch.no_grad()
 def fill(parameter: torch.Tensor) -> None:
     """Random numbers, one tile of them over and over: zeros would be faster than what a model holds."""
-    generator = torch.Generator().manual_seed(0)
     flat = parameter.view(-1)
     if parameter.dim() == 1:
         flat.fill_(1.0)
         return
-    scale = parameter.shape[-1] ** -0.5
-    tile = (torch.randn(min(_TILE, len(flat)), generator=generator) * scale).to(parameter.dtype)
-    for start in range(0, len(flat), len(tile)):
-        part = flat[start : start + len(tile)]
-        part.copy_(tile[: len(part)])
+    for start in range(0, len(flat), _TILE):
+        part = flat[start : start + _TILE]
+        torch.mul(_tile(parameter.dtype)[: len(part)], parameter.shape[-1] ** -0.5, out=part)
+
+
+@cache
+def _tile(dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(_TILE, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def run_batch(model: Any, s: Setting, size: int) -> Times:
