@@ -190,7 +190,7 @@ def test_our_plan_for_a_file_takes_its_lengths_and_says_how_long_it_takes(capsys
 
 def test_a_model_that_does_not_fit_says_what_it_needs(capsys) -> None:
     message = refused(capsys, "plan", "mixtral-8x7b", "--gpu-memory", "4GiB")
-    assert "of GPU memory to stream one layer at a time" in message
+    assert "of GPU memory to stream its experts" in message
 
 
 # -- refusals ----------------------------------------------------------------------------------------------
