@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,16 +39,18 @@ def test_sampling_does_not_wait(no_waiting):
         RowSampling(
             repetition_penalty=1.2, prompt_ids=[1, 2], output_ids=[3], forbidden_ids=[7], uniform=0.9
         ),
+        RowSampling(temperature=0, allowed=np.full(-(-5000 // 32), 1, dtype=np.int32)),
     ]
     uploader = Uploader(torch.device("cuda"))
     batch = build_sampling_batch(rows, 5000, uploader)
     uploader.send()
-    logits = torch.randn(3, 5000, device="cuda", dtype=torch.bfloat16)
-    ids = torch.tensor([1, 2, 3], device="cuda")
+    logits = torch.randn(4, 5000, device="cuda", dtype=torch.bfloat16)
+    ids = torch.tensor([1, 2, 3, 4], device="cuda")
     no_waiting()
     sampled, scored = sample(logits, batch), prompt_logprobs(logits, ids, 2)
     torch.cuda.set_sync_debug_mode("default")
-    assert sampled.token_ids.shape == scored.token_ids.shape == (3,)
+    assert sampled.token_ids.shape == scored.token_ids.shape == (4,)
+    assert sampled.token_ids[3] % 32 == 0
 
 
 def test_sampling_gives_the_tokens_of_the_cpu():

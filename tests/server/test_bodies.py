@@ -182,6 +182,18 @@ def test_more_answers_than_one_request_may_have_are_refused(app):
         assert (status, "64 at most" in error_of(status, data)) == (400, True)
 
 
+def test_text_that_cannot_fit_is_refused_without_tokenizing_it(app, alone, monkeypatch):
+    monkeypatch.setattr(alone, "tokenizer", None)
+    long = "fox " * 10**6
+    for path, body in (
+        ("/v1/completions", {"prompt": ["a", long]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": long}]}),
+        ("/generate", {"text": long}),
+    ):
+        status, _, data = asyncio.run(send(app, path, json.dumps(body).encode()))
+        assert (status, "4000000 characters" in error_of(status, data)) == (400, True)
+
+
 def test_a_template_cannot_reach_out_of_its_sandbox(app, alone, monkeypatch):
     template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     monkeypatch.setattr(alone.tokenizer, "chat_template", template)

@@ -81,6 +81,15 @@ def test_streams_join_to_the_whole_answers(client, model, alone):
     assert usage == whole.usage
 
 
+def test_usage_can_come_with_each_chunk(client, model):
+    ask = {"model": model, "prompt": PROMPT, "temperature": 0, "max_tokens": 20, "stream": True}
+    options = {"continuous_usage_stats": True}
+    counts = [c.usage.completion_tokens for c in client.completions.create(**ask, stream_options=options)]
+    assert counts == sorted(counts)
+    whole = client.completions.create(model=model, prompt=PROMPT, temperature=0, max_tokens=20)
+    assert counts[-1] == whole.usage.completion_tokens
+
+
 def test_a_chat_stream_begins_with_the_role_and_joins_to_the_answer(client, model):
     ask = {"model": model, "messages": MESSAGES, "temperature": 0, "max_tokens": 12, "logprobs": True,
            "top_logprobs": 2}  # fmt: skip

@@ -70,6 +70,9 @@ class Service:
         self.bodies = BodyReader(limits)
         self.names = tuple(names)
         self.created = int(time.time())
+        # Normalizing may join characters: a few times what the longest token holds.
+        longest = max(map(len, llm.tokenizer.get_vocab()), default=1)
+        self._max_chars = 4 * longest * llm.max_model_len
         # One thread: tokenizers are not made for several.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         # So that interactive requests do not wait there for a whole batch.
@@ -120,6 +123,7 @@ class Service:
         """
         self.check_model(call.model)
         self.limits.check(call)
+        self._check_length(call)
         unique = uuid.uuid4().hex
         # Of the request's own id, so that whoever sends that again gets the same draws.
         seed = stable_seed(self.llm.config.seed, request_id)
@@ -133,6 +137,18 @@ class Service:
         if is_background:
             requests = [replace(request, is_background=True) for request in requests]
         return Work(call, requests, f"{'chatcmpl' if isinstance(call, ChatCall) else 'cmpl'}-{unique}")
+
+    def _check_length(self, call: Call) -> None:
+        """Refuse text that is hopelessly long before minutes go into its tokens."""
+        if isinstance(call, ChatCall):
+            lengths = [sum(len(message["content"]) for message in call.messages)]
+        else:
+            lengths = [len(prompt) for prompt in call.prompts if isinstance(prompt, str)]
+        if lengths and max(lengths) > self._max_chars:
+            raise RequestError(
+                f"the prompt has {max(lengths)} characters; {self._max_chars} are the most that "
+                f"max_model_len={self.llm.max_model_len} tokens can hold. Shorten it"
+            )
 
     async def outputs(self, work: Work) -> list[RequestOutput]:
         """All outputs of a call's requests.
