@@ -111,6 +111,15 @@ def test_the_documents_commands_and_the_artifacts_work_and_sigterm_lets_a_stream
         assert server.wait(60) == -signal.SIGTERM
 
 
+def test_a_server_may_have_as_many_connections_as_the_system_lets_it():
+    code = (
+        "import resource as r; from moe_lightning.server.run import allow_connections; "
+        "r.setrlimit(r.RLIMIT_NOFILE, (64, 500)); allow_connections(); print(*r.getrlimit(r.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["500", "500"]
+
+
 def test_the_documents_flags_and_variables_exist(capsys):
     text = DOCUMENT.read_text(encoding="utf-8")
     with pytest.raises(SystemExit):

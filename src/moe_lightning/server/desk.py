@@ -80,6 +80,8 @@ class Desk:
     def stream(self, requests: Sequence[Request]) -> AsyncGenerator[list[News], None]:
         """News of requests as it comes, several at a time if the reader is slow; to end early, close it.
 
+        After each silence of `keep_alive_seconds` comes an empty list.
+
         Raises:
             HttpError: as `outputs`.
         """
@@ -101,7 +103,7 @@ class Desk:
             self._engine.submit(tickets)
             try:
                 while pending:
-                    news = await inbox.take()
+                    news = await inbox.take(self._limits.keep_alive_seconds if is_stream else None)
                     pending -= {position for position, update in news if update.output.finished}
                     yield news
             finally:

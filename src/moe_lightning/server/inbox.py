@@ -26,9 +26,13 @@ class Inbox:
         self._news.append((position, update))
         self._arrived.set()
 
-    async def take(self) -> list[News]:
-        """All news; waits for some."""
-        await self._arrived.wait()
+    async def take(self, seconds: float | None = None) -> list[News]:
+        """All news; waits for some, but no longer than some seconds: then there is none."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._arrived.wait()
+        except TimeoutError:
+            return []
         self._arrived.clear()
         news, self._news = self._news, []
         return news

@@ -69,24 +69,22 @@ async def _cancel(*tasks: asyncio.Future[Any]) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events; a comment after each silence, so that nobody on the way takes the line for dead.
+    """Server-sent events.
 
     A slow reader holds up nothing but its own stream: events that come meanwhile are sent together later.
 
     Args:
-        events: lists of JSON objects, each one event; is closed when the client goes.
-        keep_alive_seconds: of silence.
-        headers: of the response.
+        events: lists of JSON objects, each one event; of an empty one a comment is sent, so that nobody on the way
+            takes the line for dead. Closed when the client goes.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: Events, keep_alive_seconds: float, headers: dict[str, str] | None = None):
+    def __init__(self, events: Events) -> None:
         # A proxy that collects what it passes on would make one piece of the stream.
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | (headers or {}))
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
-        self._keep_alive_seconds = keep_alive_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
@@ -97,35 +95,20 @@ class EventStream(Response):
             return
 
     async def _send_all(self, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            coming = asyncio.ensure_future(anext(events, None))
-            try:
-                while True:
-                    done, _ = await asyncio.wait({coming}, timeout=self._keep_alive_seconds)
-                    if not done:
-                        await _write(send, KEEP_ALIVE)
-                        continue
-                    batch = _result(coming)
-                    if batch is None:
-                        break
-                    await _write(send, b"".join(map(_event, batch)))
-                    if coming.exception() is not None:
-                        break
-                    coming = asyncio.ensure_future(anext(events, None))
-            finally:
-                await _cancel(coming)
+        try:
+            async with aclosing(self._events) as events:
+                async for batch in events:
+                    await _write(send, b"".join(map(_event, batch)) if batch else KEEP_ALIVE)
+        except Exception as error:  # the status is sent already: the last event says it
+            await _write(send, _event(_body_of(error)))
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
 
-def _result(coming: asyncio.Future[list[dict[str, Any]] | None]) -> list[dict[str, Any]] | None:
-    """The next events; of an error the event that says it: the status is sent already."""
-    error = coming.exception()
-    if error is None:
-        return coming.result()
+def _body_of(error: Exception) -> dict[str, Any]:
     if isinstance(error, HttpError):
-        return [error.body()]
+        return error.body()
     _log.error("a stream failed", exc_info=error)
-    return [error_body(500, "the server failed; its log says more", "internal_error")]
+    return error_body(500, "the server failed; its log says more", "internal_error")
 
 
 def _event(value: dict[str, Any]) -> bytes:

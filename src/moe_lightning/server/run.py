@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -16,6 +17,7 @@ from moe_lightning.server.service import Service
 
 _GRACE_S = 5.0  # for the last words of requests that did not finish in time
 _BACKLOG = 2048
+_FILES = 2**16
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -33,11 +35,20 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+def allow_connections() -> None:
+    """Let the process have as many files open as it may, within reason: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def serve(app: FastAPI, listening: socket.socket, on_ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT; then running requests get some time, and new ones are refused.
 
     A second signal ends all at once.
     """
+    allow_connections()
     with listening:
         Server(app, on_ready).run(sockets=[listening])
 

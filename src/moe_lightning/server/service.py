@@ -163,7 +163,7 @@ class Service:
         return outputs
 
     async def news(self, work: Work) -> AsyncGenerator[list[News], None]:
-        """What is new of a call's requests, as it comes.
+        """What is new of a call's requests, as it comes; an empty list after each silence.
 
         Raises:
             HttpError: there is no answer, or no more of it.
@@ -196,6 +196,8 @@ class Service:
     async def events(self, work: Work, options: StreamOptions) -> AsyncGenerator[list[dict[str, Any]], None]:
         """The chunks that answer a call of an OpenAI endpoint, those that come together in one list.
 
+        After each silence comes an empty list.
+
         Raises:
             HttpError: there is no answer, or no more of it.
         """
@@ -205,7 +207,8 @@ class Service:
             async for news in stream:
                 found = [chunks.of(i, update.output, update.pieces) for i, update in news]
                 yield [chunk for some in found for chunk in some]
-        yield chunks.last()
+        if last := chunks.last():
+            yield last
 
     def check_finished(self, outputs: Sequence[RequestOutput]) -> None:
         """Make sure that outputs are answers, or will be.
