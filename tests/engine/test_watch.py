@@ -112,6 +112,17 @@ def test_a_few_slow_passes_are_no_drift(mixtral, prompts, caplog):
     assert caplog.messages == []
 
 
+def test_a_watch_that_fails_costs_no_answer(mixtral, prompts, answers, caplog, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Watch, "note", fail)
+    job = Job(mixtral, prompts, {})
+    assert job.tokens == answers
+    assert job.llm.engine.watch is None
+    assert caplog.messages == ["passes are no longer compared with the plan"]
+
+
 def test_what_drifts_on_and_on_is_followed_a_few_times_only(mixtral, prompts, answers):
     period = WINDOW + 2
     factors = {number: dict.fromkeys(TaskKind, 2.0 ** (number // period)) for number in range(1, 200)}

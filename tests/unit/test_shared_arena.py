@@ -66,3 +66,12 @@ def test_what_does_not_fit_is_an_error_with_a_remedy():
     shared.pages((3, ROW), torch.float32)
     with pytest.raises(ConfigError, match=r"take 80\.0 KiB of a shared arena of 64\.0 KiB; give all engines"):
         shared.blocks((2, ROW), torch.float32)
+
+
+def test_what_no_engine_has_used_is_told_from_what_one_has():
+    shared = SharedArena(10 * ROW * 4)
+    shared.pages((6, ROW), torch.float32)
+    assert shared.filled_before(shared.blocks((1, ROW), torch.float32).tensor) == 0
+    shared.pages((4, ROW), torch.float32)
+    assert shared.filled_before(shared.blocks((6, ROW), torch.float32).tensor) == 3 * ROW
+    assert shared.filled_before(shared.blocks((2, ROW), torch.float32).tensor) == 2 * ROW

@@ -63,6 +63,17 @@ def test_a_batch_has_room_until_its_end_and_others_take_the_place_of_those_that_
     assert paper.group_size == continuous.group_size == 1 < found["grouped"].group_size
 
 
+def test_a_batch_is_as_large_as_the_papers_planner_says_where_memory_holds_it():
+    """The more of the experts stays on the GPU, the more sequences have room beside the rest."""
+    machine = replace(PaperMachine.of(preset("l4")), gpu_memory=40 * GIB, host_memory=100 * GIB)
+    paper = paper_plan(SPEC, machine, WORK)
+    policy = policy_of(VARIANTS["paper"], OURS, SPEC, 2, Memory(96 * GIB, 39 * GIB), paper, WORK)
+    at_end = sum(-(-(n + 64) // 16) for n in WORK.prompt_lens) / len(WORK.prompt_lens)
+    host = 96 * GIB - PAGE * (32 * 112 - sum(policy.resident_pages))
+    room = (host - host_buffer_bytes(SPEC, 2, policy.max_num_seqs)) / 2**21 / at_end
+    assert policy.max_num_seqs >= min(paper.ubs * paper.n_ub, int(room)) - 1
+
+
 def test_what_does_not_fit_is_an_error_with_a_remedy():
     machine = PaperMachine.of(preset("l4"))
     paper = paper_plan(SPEC, machine, WORK)

@@ -10,7 +10,7 @@ from moe_lightning.bench.lanes import Lanes, summarize
 from moe_lightning.bench.passes import PassRecord, Show, Source, begin_midway, run_passes, show_nothing
 from moe_lightning.bench.peaks import Peaks
 from moe_lightning.bench.session import Loaded, Session
-from moe_lightning.bench.throughput import page_bytes
+from moe_lightning.bench.throughput import check_all_fitted, page_bytes
 from moe_lightning.bench.variants import Variant, paper_plan, policy_of
 from moe_lightning.engine.plan import Plan
 from moe_lightning.errors import ConfigError, MoELightningError
@@ -180,10 +180,12 @@ class _Run:
         def run(number: int) -> list[PassRecord]:
             return list(run_passes(engine, requests, source, 2 * n, num_passes=number, show=self.show))
 
+        loaded.worker.records_fullest = False  # recording takes time
         run(_WARM_UP)
         passes = run(count)
         loaded.worker.record_next = True
         run(1)
+        check_all_fitted(engine)
         recorded = loaded.worker.recorded
         return tuple(passes), num_seqs, summarize([recorded] if recorded else [], page_bytes(loaded))
 

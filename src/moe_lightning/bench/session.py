@@ -76,7 +76,6 @@ class Session:
         self._host_before: int | None = None
         self._plans: dict[tuple[Workload | None, EngineConfig], Plan] = {}
         self._shared: SharedArena | None = None
-        self._is_filled = False
         self._tokenizer: Any = None
 
     def plan(self, workload: Workload | None, config: EngineConfig | None = None) -> Plan:
@@ -138,23 +137,23 @@ class Session:
 
         Memory that earlier engines used holds numbers already.
         """
-        if self._is_filled:
-            return
         cache = loaded.worker.kv.arena.tensor.view(-1)
+        if self._shared:
+            cache = cache[self._shared.filled_before(cache) :]
         some = loaded.worker.weights.pages.frames[
             0
         ].cpu()  # a copy by the GPU may not cross pieces locked apart
         for start in range(0, len(cache), len(some)):
             piece = cache[start : start + len(some)]
             piece.copy_(some[: len(piece)])
-        self._is_filled = self._shared is not None
 
     def unload(self) -> None:
         """Give GPU memory back, once the caller has dropped what was loaded."""
+        if self._has_gpu:
+            torch.cuda.synchronize()  # copies for a next pass may still read what is given back
         gc.unfreeze()
         gc.collect()
         if self._has_gpu:
-            torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
     def _arena(self, plan: Plan) -> SharedArena | None:

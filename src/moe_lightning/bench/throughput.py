@@ -22,9 +22,10 @@ from moe_lightning.bench.passes import (
 from moe_lightning.bench.peaks import PeakWatch
 from moe_lightning.bench.session import Loaded, Session
 from moe_lightning.config import EngineConfig
+from moe_lightning.engine.engine import Engine
 from moe_lightning.engine.plan import Plan
 from moe_lightning.engine.worker import RecordedPass
-from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
+from moe_lightning.errors import ConfigError, DeviceError, NoFeasiblePolicyError
 from moe_lightning.perf.limit import HardwareLimit, hardware_limit
 from moe_lightning.perf.workload import Workload
 from moe_lightning.verify import Verification, check, from_memory
@@ -96,12 +97,14 @@ def _steady(
         return found
 
     started = seconds_since_start()
+    loaded.worker.records_fullest = False  # recording takes time
     run(_WARM_UP)
     passes = run(effort.steady_passes)
     for _ in range(_RECORDED):
         loaded.worker.record_next = True
         run(1)
         recorded += [loaded.worker.recorded] if loaded.worker.recorded else []
+    check_all_fitted(engine)
     source.keep([output for number in source.scored if (output := engine.abort(str(number)))])
     prediction = plan.prediction
     measured = Measured(
@@ -118,6 +121,7 @@ def _job(loaded: Loaded, workload: Workload, effort: Effort, show: Show) -> tupl
     count = workload.num_requests or 2 * n
     source = Source(workload, plan.spec.vocab_size, _sample(range(count), effort))
     started = seconds_since_start()
+    loaded.worker.records_fullest = False
     passes, fullest = list[PassRecord](), list[RecordedPass]()
     for record in run_passes(engine, iter(source), source, 2 * n, count=count, show=show):
         passes.append(record)
@@ -125,6 +129,7 @@ def _job(loaded: Loaded, workload: Workload, effort: Effort, show: Show) -> tupl
         if found and (not fullest or found.facts.num_decode >= fullest[0].facts.num_decode):
             fullest = [found]
         loaded.worker.record_next = len(passes) % _RECORD_EVERY == 1
+    check_all_fitted(engine)
     prediction = plan.prediction
     measured = Measured(
         "job", tuple(passes), prediction.job_tokens_per_s if prediction else None,
@@ -159,6 +164,19 @@ def _limit(
         return hardware_limit(plan.spec, plan.dtype.itemsize, gpu_memory, host_memory, rate, workload)
     except NoFeasiblePolicyError:  # all experts fit on the GPU: no link bounds it
         return None
+
+
+def check_all_fitted(engine: Engine) -> None:
+    """Make sure that passes were as large as planned.
+
+    Raises:
+        DeviceError: some did not fit, and those after them were smaller.
+    """
+    if engine.num_too_large:
+        raise DeviceError(
+            f"{engine.num_too_large} passes did not fit in GPU memory and those after them were smaller, so the "
+            "plan was not measured; end other programs on the GPU, or give a policy with fewer resident_pages"
+        )
 
 
 def page_bytes(loaded: Loaded) -> int:

@@ -18,6 +18,7 @@ _CHUNK_TOKENS = 2048
 _MOST_PREFILL = 2**16  # tokens of prompts in a pass
 _LOOK_AHEAD = 2  # of Algorithm 1
 _FULL = 0.98  # of the blocks: some wait for the next tokens of those that run
+_ROUNDS = 16
 _RING = 2  # layers: the paper keeps one for the GPU and one for the link
 
 
@@ -124,10 +125,19 @@ class _Sizes:
             resident_pages=(0,) * spec.num_layers, num_frames=0, num_blocks=1, block_size=_BLOCK_SIZE,
             schedule=schedule,
         )  # fmt: skip
-        per_layer = spec.experts.num_experts * pages
-        policy = self._with_blocks(policy)
-        policy = self._with_frames(policy, floor(paper.wg * per_layer))
-        return self._with_blocks(policy)
+        wanted = floor(paper.wg * spec.experts.num_experts * pages)
+        start = policy
+        for _ in range(
+            _ROUNDS
+        ):  # pages that stay on the GPU leave room for KV, and sequences need room there
+            sized = self._with_blocks(replace(start, resident_pages=policy.resident_pages))
+            policy = self._with_frames(sized, wanted)
+            if policy.resident_pages == sized.resident_pages:
+                return policy
+        raise NoFeasiblePolicyError(
+            f"schedule {schedule} of the paper's planner finds no number of sequences that both memories hold",
+            "Change gpu_memory or host_memory a little",
+        )
 
     def _with_frames(self, policy: Policy, wanted: int) -> Policy:
         """As many resident pages of each layer as wanted, if the ring then still holds a layer."""

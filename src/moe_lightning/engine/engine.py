@@ -19,6 +19,7 @@ from moe_lightning.engine.worker import Worker
 from moe_lightning.errors import DeviceError
 from moe_lightning.perf.replan import changes, smaller
 from moe_lightning.policy import Policy
+from moe_lightning.runtime.micro_batch import Step
 from moe_lightning.runtime.runner import MicroBatchOutput
 from moe_lightning.runtime.sampler import NOT_FINITE, SampleOutput
 
@@ -58,6 +59,7 @@ class Engine:
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
         self.watch: Watch | None = None
+        self._last_pass: tuple[Step, float] | None = None  # and its seconds, not yet compared
         self.clock: Callable[[], float] = time.perf_counter
 
     @property
@@ -79,6 +81,11 @@ class Engine:
     def num_free_blocks(self) -> int:
         """KV blocks that no sequence holds."""
         return self._batcher.allocator.num_free
+
+    @property
+    def num_too_large(self) -> int:
+        """Passes that did not fit in GPU memory; those after them are smaller."""
+        return self._num_too_large
 
     @property
     def num_preemptions(self) -> int:
@@ -136,6 +143,7 @@ class Engine:
         """One pass; the requests it finished."""
         if not self._batcher.has_work:
             return []
+        self._compare()
         start = self.clock()
         batch = self._batcher.next()
         reason, outputs = "", []
@@ -153,15 +161,22 @@ class Engine:
         ended = {s.request.request_id for s in self._batcher.running if s.finish}
         self._batcher.retire()
         done = [r for r in ended if all(s.finish for s in self._unfinished[r])]
-        outputs_of_ended = [self._finish(request_id) for request_id in sorted(done, key=self._order)]
         if self.watch:
-            self._compare(self.watch, batch, self.clock() - start)
-        return outputs_of_ended
+            self._last_pass = batch.step, self.clock() - start
+        return [self._finish(request_id) for request_id in sorted(done, key=self._order)]
 
-    def _compare(self, watch: Watch, batch: Batch, seconds: float) -> None:
-        """Tell the watch of a pass; go on as it says."""
-        revision = watch.note(batch.step, seconds, self._worker.recorded)
-        self._worker.record_next = watch.wants_recording
+    def _compare(self) -> None:
+        """Tell the watch of the last pass, whose outputs are out; go on as it says."""
+        if self.watch is None or self._last_pass is None:
+            return
+        (step, seconds), self._last_pass = self._last_pass, None
+        try:
+            revision = self.watch.note(step, seconds, self._worker.recorded)
+        except Exception:  # nobody's answers depend on a prediction
+            _log.exception("passes are no longer compared with the plan")
+            self.watch = None
+            return
+        self._worker.record_next = self.watch.wants_recording
         if revision:
             self._keep_to(revision.policy)
             _log.warning(revision.message)

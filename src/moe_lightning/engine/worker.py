@@ -47,7 +47,7 @@ class Worker:
         fullest: the last recorded pass with the most decode micro-batches so far, then the most chunks.
         recorded: the last pass, if it was.
         record_next: record the next pass, whatever it is.
-        record_every: passes as full as the fullest, of which one is recorded.
+        records_fullest: record passes fuller than all before, and now and then one that is as full.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Worker:
         self.fullest: RecordedPass | None = None
         self.recorded: RecordedPass | None = None
         self.record_next = False
-        self.record_every = _RECORD_EVERY
+        self.records_fullest = True
         self._num_unrecorded = 0
         self._fullness = (0, 0)  # of that pass: decode micro-batches, chunks
 
@@ -132,9 +132,8 @@ class Worker:
     def _is_fullest(self, fullness: tuple[int, int]) -> bool:
         """Whether this pass is to be kept: one fuller than all before, and now and then one that is as full."""
         self._num_unrecorded += 1
-        return fullness > self._fullness or (
-            fullness == self._fullness and self._num_unrecorded >= self.record_every
-        )
+        is_due = fullness == self._fullness and self._num_unrecorded >= _RECORD_EVERY
+        return self.records_fullest and (fullness > self._fullness or is_due)
 
     def _run(self, schedule: Schedule, runner: Runner, record: bool) -> Callable[[], Timeline]:
         try:

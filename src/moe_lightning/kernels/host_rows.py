@@ -22,8 +22,8 @@ def _load_kernel(host_ptr, out_ptr, num_words, BLOCK: tl.constexpr):
     for at in range(start, num_words, step):
         words = at + tl.arange(0, BLOCK)
         inside = words < num_words
-        # Never from a cache of the GPU: the CPU has written since the last pass.
-        tl.store(out_ptr + words, tl.load(host_ptr + words, mask=inside, cache_modifier=".cv"), mask=inside)
+        # What the CPU wrote before this kernel began: a kernel begins with nothing in its caches.
+        tl.store(out_ptr + words, tl.load(host_ptr + words, mask=inside), mask=inside)
 
 
 def load_host_rows(host: Tensor, out: Tensor) -> None:

@@ -31,6 +31,7 @@ class SharedArena:
         self._arena: HostArena | None = None
         self._is_in = False
         self._num_pages, self._num_filled = 0, 0
+        self._num_used = 0  # bytes that have held weights or KV
 
     @property
     def arena(self) -> HostArena:
@@ -49,7 +50,7 @@ class SharedArena:
             self._arena = None  # before there is another
             num_rows = max(1, math.ceil(self._num_bytes / (math.prod(row) * dtype.itemsize)))
             self._arena = HostArena((num_rows, *row), dtype)
-            self._is_in, self._num_filled = False, 0
+            self._is_in, self._num_filled, self._num_used = False, 0, 0
         self._check(shape[0] * self._row_bytes)
         self._num_pages = shape[0]
         self._num_filled = min(self._num_filled, self._num_pages)  # what follows will hold KV
@@ -82,6 +83,13 @@ class SharedArena:
             self.arena.prepare(pin=pin, num_threads=num_threads, node=node, on_rows=fill)
         self._is_in = True
         self._num_filled = last if on_rows is not None else 0
+
+    def filled_before(self, blocks: Tensor) -> int:
+        """Elements at the beginning of an engine's KV that hold numbers already; from now on, all of them do."""
+        start = blocks.data_ptr() - self.arena.tensor.data_ptr()
+        known = (self._num_used - start) // blocks.itemsize
+        self._num_used = max(self._num_used, start + blocks.nbytes)
+        return min(max(known, 0), blocks.numel())
 
     @property
     def _row_bytes(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.memory import activation_bytes
+from moe_lightning.perf.memory import HEAD_ROWS, activation_bytes
 from moe_lightning.pipeline.baselines import SCHEDULES
 from moe_lightning.policy import Policy
 from moe_lightning.units import GIB, MIB, format_bytes
@@ -71,7 +71,7 @@ def default_policy(
     length = min(length, capacity)
     policy = Policy(
         max_num_seqs=num_seqs,
-        micro_batch_size=max(1, num_seqs // 4),
+        micro_batch_size=max(1, min(HEAD_ROWS, num_seqs // 4)),
         group_size=2**16,  # one sweep over the experts for the whole pass
         look_ahead=8,  # no attention waits for what the GPU does with an earlier one
         prefill_tokens=max(prefill, length),

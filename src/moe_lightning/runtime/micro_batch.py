@@ -66,7 +66,7 @@ class MicroBatch:
         rows: its rows in the pass's buffers on the device.
         token_ids: [B] int64.
         positions: [B] int64.
-        slots: [B] int64, KV slots of the new tokens; on the host for decode.
+        slots: [B] int64, KV slots of the new tokens; on the host for decode, where the CPU attends.
         sample_rows: rows to sample after, relative to its first; their parameters are `sampling`.
         score_rows: rows whose next prompt token is scored, `score_ids` [S] that token.
         prefill: prefill only: its prompts, as attention reads them.
@@ -165,12 +165,13 @@ def _decode(
     tables = _tables([r.block_table for r in rows])
     positions = np.array([r.position for r in rows], dtype=np.int64)
     own_blocks = tables[np.arange(len(rows)), positions // block_size]
+    slots = own_blocks * block_size + positions % block_size
     none = uploader.put([], torch.int64)
     return MicroBatch(
         rows=slice(row, row + len(rows)),
         token_ids=uploader.put([r.token_id for r in rows], torch.int64),
         positions=uploader.put(positions, torch.int64),
-        slots=torch.from_numpy(own_blocks * block_size + positions % block_size),
+        slots=uploader.put(slots, torch.int64) if stages_kv else torch.from_numpy(slots),
         sample_rows=uploader.put(range(len(rows)), torch.int64),
         sampling=build_sampling_batch([r.sampling for r in rows], vocab_size, uploader),
         score_rows=none,

@@ -119,7 +119,7 @@ class TaskRunner:
         if k.is_cuda and not self._kv.arena.is_pinned:  # then kernels cannot reach it, and the launcher waits
             reference.store_kv(self._kv.layer(task.layer), k.cpu(), v.cpu(), batch.slots.cpu())
             return
-        reference.store_kv(self._kv.layer_on(k.device, task.layer), k, v, batch.slots.to(k.device))
+        reference.store_kv(self._kv.layer_on(k.device, task.layer), k, v, batch.slots)
 
     def _load_kv(self, task: Task) -> None:
         batch, slot = self._batch(task), task.writes[0].index
