@@ -38,7 +38,7 @@ class BatchLimits:
     open_batches: int = 100
     requests: int = 50_000
     line_bytes: int = 4 * MIB
-    body_depth: int = 32
+    body_depth: int = 64
     requests_in_flight: int = 8192
     bytes_in_flight: int = 256 * MIB
     window_hours: int = 7 * 24
