@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from moe_lightning import SamplingParams
 
 URL = "/v1/completions"
 PROMPTS = ["the quick", "brown fox", "jumps over", "the lazy dog", "fox", "dog over the fox"]
+NUM_KILLS = 20 if os.environ.get("MOE_LIGHTNING_FULL_TESTS") == "1" else 1  # each takes a start of the server
 GREEDY = {"temperature": 0, "max_tokens": 8}
 
 
@@ -113,21 +115,28 @@ def serve(mixtral, tmp_path):
         process.stdout.close()
 
 
+@pytest.mark.timeout(300 * NUM_KILLS)
 def test_a_killed_server_goes_on_with_its_batch_as_if_nothing_had_happened(serve, alone, tmp_path):
-    prompts = {f"id-{i}": " ".join(PROMPTS[i % 6 :]) for i in range(24)}
+    draw = random.Random(3)
+    prompts = {f"id-{i}": " ".join(PROMPTS[i % 6 :]) for i in range(24 * NUM_KILLS)}
     lines = [line(i, prompt, max_tokens=20, ignore_eos=True, temperature=0) for i, prompt in prompts.items()]
     lines.append(line("sampled", PROMPTS[0], max_tokens=20, seed=5))
     process, client = serve()
     batch = begin(client, *lines)
-    while client.batches.retrieve(batch.id).request_counts.completed < 5:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process, client = serve()
+    for kill in range(NUM_KILLS):
+        client.completions.create(model=client.models.list().data[0].id, prompt="the", max_tokens=2)
+        wanted = draw.randrange(5) if kill else 5
+        counts = client.batches.retrieve(batch.id).request_counts
+        enough = counts.completed + wanted
+        while client.batches.retrieve(batch.id).request_counts.completed < enough:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process, client = serve()
     batch = ended(client, client.batches.retrieve(batch.id))
     assert batch.status == "completed" and batch.error_file_id is None
     got = {k: text_of(row) for k, row in rows(client, batch.output_file_id).items()}
-    params = [SamplingParams(max_tokens=20, ignore_eos=True, temperature=0)] * 24
+    params = [SamplingParams(max_tokens=20, ignore_eos=True, temperature=0)] * len(prompts)
     params.append(SamplingParams(max_tokens=20, seed=5))
     want = alone.generate([*prompts.values(), PROMPTS[0]], params, use_tqdm=False)
     assert got == dict(zip([*prompts, "sampled"], (o.outputs[0].text for o in want), strict=True))
