@@ -17,7 +17,7 @@ from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.hardware.presets import preset
 from moe_lightning.memory.arena import HostArena
 from moe_lightning.models import registry
-from moe_lightning.perf.memory import activation_bytes
+from moe_lightning.perf.memory import memory_use
 from moe_lightning.perf.paper_model import PaperMachine
 from moe_lightning.perf.rates import DatasheetRates
 from moe_lightning.perf.workload import Workload
@@ -31,8 +31,11 @@ PAGE = 3 * 64 * 96 * 4
 def session(mixtral, monkeypatch):
     """A model of three layers of eight pages, under a cap that leaves frames for thirteen pages."""
     spec = registry.resolve(str(mixtral))
-    others = spec.num_parameters * 4 - 3 * 8 * PAGE
-    gpu_memory = others + activation_bytes(spec, 4, 50) + 13 * PAGE
+    empty = tiny_policy(
+        max_num_seqs=6, micro_batch_size=3, prefill_tokens=44, chunk_tokens=44, pages_per_expert=1,
+        resident_pages=(0, 0, 0), num_frames=0,
+    )  # fmt: skip
+    gpu_memory = memory_use(spec, 4, empty).gpu_bytes + 13 * PAGE
     config = EngineConfig(
         str(mixtral), device="cpu", load_format="dummy", dtype="float32", host_memory=600 * 2**20,
         gpu_memory=gpu_memory, executor="threads",

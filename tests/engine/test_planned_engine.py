@@ -11,7 +11,7 @@ from moe_lightning.engine.plan import measured_rates
 from moe_lightning.hardware.presets import preset
 from moe_lightning.models import registry
 from moe_lightning.perf.default_policy import Memory
-from moe_lightning.perf.memory import activation_bytes
+from moe_lightning.perf.memory import memory_use
 from moe_lightning.perf.planner import search
 from moe_lightning.perf.rates import DatasheetRates
 from moe_lightning.perf.workload import Workload
@@ -28,8 +28,7 @@ def test_the_planners_policy_gives_the_same_tokens(streamed_share, mixtral, mixt
     experts = 3 * spec.hidden_size * spec.experts.intermediate_size * spec.experts.num_experts * 4
     all_experts = experts * spec.num_layers
     roomy = search(spec, "float32", Memory(GIB, 4 * GIB), rates, work).policy
-    rows = roomy.max_num_seqs + roomy.prefill_tokens
-    others = spec.num_parameters * 4 - all_experts + activation_bytes(spec, 4, rows)
+    others = memory_use(spec, 4, roomy).gpu_bytes - all_experts
     room = max(all_experts * (1 - streamed_share), 1.1 * experts) if streamed_share else GIB
     policy = search(spec, "float32", Memory(GIB, others + int(room)), rates, work).policy
     assert bool(policy.num_frames) == bool(streamed_share)

@@ -14,7 +14,7 @@ from moe_lightning.errors import CheckpointError
 from moe_lightning.memory import checkpoint
 from moe_lightning.memory.layout import PageLayout, Placement
 from moe_lightning.memory.weights import allocate
-from moe_lightning.models import registry
+from moe_lightning.models import registry, stored
 
 SINGLE = "model.safetensors"
 GATE = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
@@ -139,12 +139,12 @@ class TestReading:
 
     @pytest.mark.parametrize("kind", ["mixtral", "sharded_mixtral"])
     def test_a_load_reads_the_header_of_each_file_once(self, kind, request, monkeypatch):
-        directory, read, seen = request.getfixturevalue(kind), checkpoint._read_header, []
+        directory, read, seen = request.getfixturevalue(kind), stored._read_header, []
 
         def counted(path):
             seen.append(path.name)
             return read(path)
 
-        monkeypatch.setattr(checkpoint, "_read_header", counted)
+        monkeypatch.setattr(stored, "_read_header", counted)
         load(directory)
         assert sorted(seen) == sorted(path.name for path in directory.glob("*.safetensors"))

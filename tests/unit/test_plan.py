@@ -2,19 +2,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 import moe_lightning
 from moe_lightning.cli.main import main
+from moe_lightning.cli.plan_job import job_of
+from moe_lightning.errors import ConfigError, UnsupportedModelError
 from moe_lightning.hardware.profile_cache import cache_path
+from moe_lightning.models.from_headers import resolve_to_plan
 from moe_lightning.models.known import KNOWN_MODELS
+from moe_lightning.models.registry import resolve
 from moe_lightning.units import GIB
 
 MEMORY = ("--gpu-memory", "24GiB", "--host-memory", "120GiB")
+SMALL = ("--num-requests", "400")  # few chunks and micro-batches: quick to search for
 PAPER = ["plan", "mixtral-8x7b", "--cost-model", "paper"]
 
 
@@ -123,11 +131,16 @@ def test_planning_starts_without_torch_and_without_matplotlib_unless_it_draws(tm
 
 
 def test_our_plan_says_what_it_reaches_what_holds_it_back_and_what_would_help(capsys) -> None:
-    assert main(["plan", "mixtral-8x7b", "--hardware", "h100-sxm", *MEMORY]) == 0
+    assert main(["plan", "mixtral-8x7b", "--hardware", "h100-sxm", *MEMORY, "--num-requests", "900"]) == 0
     text = capsys.readouterr().out
-    for part in ("fits NVIDIA H100 SXM: 24.0 GiB", "of the hardware limit", "seconds a pass", "the bottleneck",
-                 "KV blocks of 16", "32 GiB more host memory", "8 GiB less GPU memory"):  # fmt: skip
+    for part in (
+        "fits NVIDIA H100 SXM: 24.0 GiB", "of the hardware limit", "prompt tokens/s", "seconds of a pass",
+        "the bottleneck", "experts resident", "KV cache", "24.0 GiB of 24.0 GiB", "KV blocks", "next best",
+        "32 GiB more host memory", "16 GiB of GPU memory", "FP8 experts", "why not", "A_g", "r_c", "F_g",
+    ):  # fmt: skip
         assert part in text
+    assert "24 GiB of GPU memory  " not in text.split("what if")[1], "it has as much"
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_our_plan_as_json_is_the_searchs(capsys) -> None:
@@ -139,16 +152,23 @@ def test_our_plan_as_json_is_the_searchs(capsys) -> None:
     assert prediction["job_s"] == pytest.approx(3000 * 32 / prediction["job_tokens_per_s"])
     assert values["bottleneck"] == max(prediction["lane_s"], key=prediction["lane_s"].get)
     assert 0 < prediction["tokens_per_s"] < values["limit"]["tokens_per_s"]
+    memory = values["memory"]
+    assert sum(memory["device"].values()) + sum(memory["during_pass"].values()) <= 23 * GIB
+    assert all(r["tokens_per_s"] < prediction["job_tokens_per_s"] for r in values["runners_up"])
+    assert {each["symbol"] for each in values["left_out"]} == {"A_g=1", "r_c>0", "F_g<1"}
+    assert values["what_ifs"]["FP8 experts, same FLOP/s"] > 1.2 * prediction["job_tokens_per_s"]
     more, less = (values["what_ifs"][f"32 GiB {word} host memory"] for word in ("more", "less"))
     assert less < prediction["job_tokens_per_s"] <= 1.001 * more
 
 
 def test_our_plan_takes_measured_rates(capsys) -> None:
     profile = str(Path(__file__).parents[2] / "benchmarks" / "results" / "profile_h100.json")
-    values = planned(capsys, "--profile", profile, *MEMORY, base=["plan", "mixtral-8x7b"])
+    values = planned(capsys, "--profile", profile, *MEMORY, *SMALL, base=["plan", "mixtral-8x7b"])
     assert values["machine"]["name"] == "NVIDIA H100 80GB HBM3"
     pages = values["prediction"]["lane_s"]["h2d"]
-    streamed = sum(112 - r for r in values["policy"]["resident_pages"]) * 25165824
+    per_expert = values["policy"]["pages_per_expert"]
+    page_bytes = 2 * 3 * 4096 * 14336 // per_expert
+    streamed = sum(8 * per_expert - r for r in values["policy"]["resident_pages"]) * page_bytes
     assert 45e9 < streamed / pages < 55e9, "the rate of the profile's copies beside attention"
 
 
@@ -160,12 +180,15 @@ def test_this_machine_is_what_its_profile_says(capsys, tmp_path, monkeypatch) ->
     path = cache_path()
     path.parent.mkdir(parents=True)
     path.write_text((Path(__file__).parents[2] / "benchmarks" / "results" / "profile_h100.json").read_text())
-    values = planned(capsys, "--hardware", "this", *MEMORY, base=["plan", "mixtral-8x7b"])
+    message = refused(capsys, "plan", "mixtral-8x7b", "--hardware", "this")
+    assert "is of another machine or set-up: cpu was " in message and "profile` here again" in message
+    monkeypatch.setattr("moe_lightning.cli.plan.changes_here", lambda profile: [])
+    values = planned(capsys, "--hardware", "this", *MEMORY, *SMALL, base=["plan", "mixtral-8x7b"])
     assert values["machine"]["name"] == "NVIDIA H100 80GB HBM3"
 
 
 def test_our_plan_for_a_card_without_bfloat16_is_in_float16(capsys) -> None:
-    values = planned(capsys, "--hardware", "t4", base=["plan", "mixtral-8x7b"])
+    values = planned(capsys, "--hardware", "t4", *SMALL, base=["plan", "mixtral-8x7b"])
     assert values["dtype"] == "float16"
 
 
@@ -183,14 +206,77 @@ def test_our_plan_for_a_file_takes_its_lengths_and_says_how_long_it_takes(capsys
     assert set(values["workload"]["prompt_lens"]) == {100}
     assert values["policy"]["prefill_tokens"] >= 400, "each byte might be a token"
     assert main(["plan", "mixtral-8x7b", *flags]) == 0
-    assert "minutes" in capsys.readouterr().out
+    assert re.search(r"the job +\d+ min \d+ s +for 2,000 requests", capsys.readouterr().out)
     missing = str(tmp_path / "none.jsonl")
     assert "cannot read" in refused(capsys, "plan", "mixtral-8x7b", "--input", missing)
 
 
 def test_a_model_that_does_not_fit_says_what_it_needs(capsys) -> None:
     message = refused(capsys, "plan", "mixtral-8x7b", "--gpu-memory", "4GiB")
-    assert "of GPU memory to stream its experts" in message
+    assert re.search(
+        r"4\.\d GiB of GPU memory to stream its experts, .* fit with [\d.]+ GiB more GPU", message
+    )
+    message = refused(capsys, "plan", "mixtral-8x7b", "--host-memory", "40GiB", "--gpu-memory", "24GiB")
+    assert re.search(
+        r"GiB of host memory .* fit with [\d.]+ GiB more GPU memory .*GiB more host memory", message
+    )
+    assert "0 B are allowed" in refused(capsys, "plan", "mixtral-8x7b", "--gpu-memory", "1MiB")
+
+
+def test_prompts_beyond_the_models_length_are_refused_or_left_out(capsys, tmp_path) -> None:
+    message = refused(capsys, "plan", "mixtral-8x7b", "--avg-prompt-len", "40k")
+    assert "prompts have 40,960 tokens" in message and "no more than 32,768" in message
+    message = refused(capsys, "plan", "mixtral-8x7b", "--avg-prompt-len", "200", "--max-model-len", "128")
+    assert "prompts have 200 tokens" in message and "--max-model-len" in message
+    message = refused(capsys, "plan", "mixtral-8x7b", "--max-model-len", "64k")
+    assert "max_model_len=65536 is more than the model's 32768" in message
+    file = tmp_path / "in.jsonl"
+    bodies = [{"prompt": "x" * size, "max_tokens": 8} for size in (400,) * 3 + (40_000,)]
+    line = {"method": "POST", "url": "/v1/completions"}
+    lines = ({"custom_id": str(i), "body": body, **line} for i, body in enumerate(bodies))
+    file.write_text("\n".join(map(json.dumps, lines)))
+    args = Namespace(input=file, max_model_len=None)
+    job = job_of(args, 4096)
+    assert job.workload.num_requests == 3 and max(job.workload.prompt_lens) < 4096
+    assert "25.0% of the prompts" in job.notes[0]
+    assert job_of(args, 32768).notes == ()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "llama-tied-llama3"])
+def test_weights_without_a_config_are_planned_for_and_what_is_assumed_is_said(
+    kind, checkpoint_of, tmp_path, capsys
+) -> None:
+    directory = shutil.copytree(checkpoint_of(kind), tmp_path / "weights")
+    (directory / "config.json").unlink()
+    found, notes = resolve_to_plan(str(directory))
+    spec, none = resolve_to_plan(str(checkpoint_of(kind)))
+    assert none == () and "no config.json" in notes[0]
+    assert (found.num_parameters, found.num_expert_parameters, found.num_layers, found.dtype) == (
+        spec.num_parameters, spec.num_expert_parameters, spec.num_layers, spec.dtype,
+    )  # fmt: skip
+    assert found.kv_bytes_per_token(2) == spec.kv_bytes_per_token(2)
+    assert [(t.name, t.shape) for t in found.tensors()] == [(t.name, t.shape) for t in spec.tensors()]
+    if kind == "mixtral":
+        assert main(["plan", str(directory), "--num-requests", "8", "--gpu-memory", "2GiB"]) == 0
+        assert (
+            "note: no config.json beside the weights; assumed are 2 experts a token"
+            in capsys.readouterr().out
+        )
+    with pytest.raises(ConfigError):
+        resolve(str(directory))  # only a plan may assume anything
+
+
+def test_weights_of_an_unknown_kind_without_a_config_ask_for_it(mixtral, tmp_path) -> None:
+    directory = shutil.copytree(mixtral, tmp_path / "weights")
+    (directory / "config.json").unlink()
+    file = directory / "model.safetensors"
+    file.write_bytes(
+        file.read_bytes().replace(b"layers.0.block_sparse_moe.gate", b"layers.0.block_sparse_moe.gata")
+    )
+    with pytest.raises(
+        UnsupportedModelError, match=r"no config.json.*put the model's config.json beside them"
+    ):
+        resolve_to_plan(str(directory))
 
 
 # -- refusals ----------------------------------------------------------------------------------------------

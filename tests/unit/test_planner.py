@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from functools import cache
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -11,72 +14,131 @@ from hypothesis import strategies as st
 from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.hardware.presets import PRESETS
 from moe_lightning.models import registry
+from moe_lightning.models.spec import AttentionSpec, ExpertsSpec, RouterSpec
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.limit import hardware_limit
-from moe_lightning.perf.memory import activation_bytes, host_buffer_bytes
-from moe_lightning.perf.outlook import outlook
-from moe_lightning.perf.planner import search
-from moe_lightning.perf.rates import DatasheetRates
+from moe_lightning.perf.memory import memory_use
+from moe_lightning.perf.outlook import at_best, estimate, outlook
+from moe_lightning.perf.planner import problem_of, search
+from moe_lightning.perf.predict import pass_work
+from moe_lightning.perf.rates import DatasheetRates, LighterPages
+from moe_lightning.perf.sizing import sized
 from moe_lightning.perf.workload import Workload
 from moe_lightning.pipeline.baselines import SCHEDULES
 from moe_lightning.pipeline.shape import check_ring
+from moe_lightning.pipeline.task import Lane, PassShape, Task, TaskKind
 from moe_lightning.units import GIB
 
 MIXTRAL = registry.resolve("mixtral-8x7b")
 H100 = PRESETS["h100-sxm"]
 WORK = Workload((20, 30, 40, 214), gen_len=32)
-PAGE = 3 * 4096 * 1024 * 2
 
 
-def gpu_bytes(policy):
-    experts = 8 * policy.pages_per_expert * 32 * PAGE
-    frames = (sum(policy.resident_pages) + policy.num_frames) * PAGE
-    rows = policy.max_num_seqs + policy.prefill_tokens
-    return MIXTRAL.num_parameters * 2 - experts + frames + activation_bytes(MIXTRAL, 2, rows)
+@cache
+def planned(gpu=24, host=120, **changes):
+    """The plan for Mixtral on an H100 with less memory, searched for once."""
+    return search(
+        MIXTRAL, "bfloat16", Memory(host * GIB, gpu * GIB), DatasheetRates(H100), replace(WORK, **changes)
+    )
 
 
-def host_bytes(policy):
-    streamed = sum(8 * policy.pages_per_expert - r for r in policy.resident_pages) * PAGE
-    kv = policy.num_blocks * policy.block_size * MIXTRAL.kv_bytes_per_token(2)
-    return streamed + kv + host_buffer_bytes(MIXTRAL, 2, policy.max_num_seqs)
-
-
-@pytest.mark.parametrize("gpu", [10, 16, 24, 48])
-@pytest.mark.parametrize("host", [96, 120, 250])
+@pytest.mark.parametrize("gpu", [10, 24])
+@pytest.mark.parametrize("host", [96, 120])
 def test_the_plan_fits_both_memories_and_leaves_little_of_them(gpu, host):
-    planned = search(MIXTRAL, "bfloat16", Memory(host * GIB, gpu * GIB), DatasheetRates(H100), WORK)
-    policy = planned.policy
-    assert policy.pages_per_expert == 14
-    assert 0.99 * gpu * GIB < gpu_bytes(policy) <= gpu * GIB
-    assert 0.99 * host * GIB < host_bytes(policy) <= host * GIB
+    policy = planned(gpu, host).policy
+    use = memory_use(MIXTRAL, 2, policy)
+    assert 0.99 * gpu * GIB < use.gpu_bytes <= gpu * GIB
+    assert 0.99 * host * GIB < use.host_bytes <= host * GIB
     check_ring(policy, num_experts=8)
     blocks = policy.max_num_seqs * WORK.mean_blocks(16)
     assert blocks <= policy.num_blocks, "all sequences fit at their mean length"
-    assert planned.prediction.num_seqs == policy.max_num_seqs
+    assert planned(gpu, host).prediction.num_seqs == policy.max_num_seqs
 
 
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 def test_no_other_schedule_is_predicted_faster_than_the_plan(schedule):
-    planned = search(MIXTRAL, "bfloat16", Memory(120 * GIB, 24 * GIB), DatasheetRates(H100), WORK)
-    policy = replace(planned.policy, schedule=schedule)
+    plan = planned()
+    # Those that sweep whole layers need a ring for one, with what room it takes.
+    whole = search(
+        MIXTRAL, "bfloat16", Memory(120 * GIB, 24 * GIB), DatasheetRates(H100), WORK, near=plan
+    ).policy
+    pages = 8 * whole.pages_per_expert
+    frames = sum(whole.resident_pages) + whole.num_frames
+    resident = next(r for r in range(pages, -1, -1) if 32 * r + pages - r <= frames)
+    policy = replace(
+        whole, schedule=schedule, expert_parts=1, resident_pages=(resident,) * 32, num_frames=pages - resident
+    )
     found = outlook(MIXTRAL, "bfloat16", policy, DatasheetRates(H100), WORK)
-    assert found.pass_s >= planned.prediction.pass_s * (1 - 1e-9)
+    assert found.job_tokens_per_s <= plan.tokens_per_s
     if schedule in ("flexgen", "no_overlap"):
-        assert found.pass_s > 1.2 * planned.prediction.pass_s, "the test could not fail otherwise"
+        assert found.pass_s > 1.2 * plan.prediction.pass_s, "the test could not fail otherwise"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"group_size": 2}, {"look_ahead": 1}, {"look_ahead": 8}, {"micro_batch_size": 64},
+        {"micro_batch_size": 512}, {"chunk_tokens": 512},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_no_policy_that_differs_in_one_value_is_predicted_much_faster(change):
+    plan = planned()
+    found = outlook(MIXTRAL, "bfloat16", replace(plan.policy, **change), DatasheetRates(H100), WORK)
+    assert found.job_tokens_per_s <= 1.005 * plan.tokens_per_s
+
+
+def test_runners_up_fit_too_and_each_is_slower_than_the_one_before():
+    plan = planned()
+    speeds = [p.tokens_per_s for p in (plan, *plan.runners_up)]
+    assert len(speeds) > 2 and all(b < a for a, b in pairwise(speeds))
+    for other in plan.runners_up:
+        assert other.choice != plan.choice
+        use = memory_use(MIXTRAL, 2, other.policy)
+        assert use.gpu_bytes <= 24 * GIB and use.host_bytes <= 120 * GIB
+
+
+def test_estimates_and_bounds_are_about_what_is_simulated():
+    plan, rates = planned(), DatasheetRates(H100)
+    for found in (plan, *plan.runners_up):
+        given = (MIXTRAL, "bfloat16", found.policy, rates, WORK)
+        assert estimate(*given) == pytest.approx(found.tokens_per_s, rel=0.05)
+        assert at_best(*given) > 0.99 * found.tokens_per_s
+
+
+def test_the_search_for_a_large_model_simulates_few_tasks(monkeypatch):
+    """Seconds are not measured here: some 10 us a task make the 5 s that a plan may take."""
+    spec = replace(
+        MIXTRAL,
+        num_layers=94,
+        attention=AttentionSpec(64, 4, 128),
+        experts=ExpertsSpec(128, 1536, RouterSpec(8)),
+    )
+    count, build = 0, SCHEDULES["cgopipe"]
+
+    def counting(shape):
+        nonlocal count
+        schedule = build(shape)
+        count += len(schedule.tasks)
+        return schedule
+
+    monkeypatch.setitem(SCHEDULES, "cgopipe", counting)
+    search(spec, "bfloat16", Memory(520 * GIB, 24 * GIB), DatasheetRates(H100), Workload((77,), 128))
+    assert 10_000 < count < 250_000
 
 
 def test_a_model_that_fits_on_the_gpu_streams_nothing():
-    policy = search(MIXTRAL, "bfloat16", Memory(64 * GIB, 120 * GIB), DatasheetRates(H100), WORK).policy
-    assert policy.resident_pages == (112,) * 32
+    policy = planned(120, 64).policy
+    assert policy.resident_pages == (8 * policy.pages_per_expert,) * 32
     assert policy.num_frames == 0
 
 
-@pytest.mark.parametrize("num_layers", [1, 2, 7, 8, 9])
+@pytest.mark.parametrize("num_layers", [1, 2, 7])
 def test_models_of_few_layers_can_be_planned(num_layers):
     spec = replace(MIXTRAL, num_layers=num_layers)
-    planned = search(spec, "bfloat16", Memory(100 * GIB, 7 * GIB), DatasheetRates(H100), WORK)
-    assert len(planned.policy.resident_pages) == num_layers
-    assert planned.prediction.pass_s > 0
+    plan = search(spec, "bfloat16", Memory(40 * GIB, 7 * GIB), DatasheetRates(H100), WORK, max_num_seqs=200)
+    assert len(plan.policy.resident_pages) == num_layers
+    assert plan.prediction.pass_s > 0
 
 
 def test_prompts_with_answers_of_one_token_are_planned_in_time_and_in_passes_that_can_be_built():
@@ -86,43 +148,125 @@ def test_prompts_with_answers_of_one_token_are_planned_in_time_and_in_passes_tha
 
 
 def test_a_batch_is_no_larger_than_the_work():
-    work = replace(WORK, num_requests=40)
-    planned = search(MIXTRAL, "bfloat16", Memory(120 * GIB, 24 * GIB), DatasheetRates(H100), work)
-    assert planned.policy.max_num_seqs <= 40
-    assert planned.prediction.job_s is not None
-    assert planned.prediction.job_tokens_per_s == pytest.approx(40 * 32 / planned.prediction.job_s)
+    plan = planned(num_requests=40)
+    assert plan.policy.max_num_seqs <= 40
+    assert plan.prediction.job_s is not None
+    assert plan.prediction.job_tokens_per_s == pytest.approx(40 * 32 / plan.prediction.job_s)
 
 
-@settings(max_examples=5, deadline=None)
-@given(
-    gpu=st.sampled_from([12, 16, 20, 24]),
-    better=st.sampled_from(["h2d", "cpu", "hbm", "flops", "gpu memory", "host memory"]),
-)
-def test_better_hardware_is_never_predicted_slower(gpu, better):
-    memory, hardware = Memory(110 * GIB, gpu * GIB), H100
-    if better == "h2d":
-        hardware = replace(hardware, h2d=1.3 * hardware.h2d)
-    elif better == "cpu":
-        hardware = replace(hardware, cpu=replace(hardware.cpu, bandwidth=1.5 * hardware.cpu.bandwidth))
-    elif better == "hbm":
-        hardware = replace(hardware, gpu=replace(hardware.gpu, bandwidth=1.5 * hardware.gpu.bandwidth))
-    elif better == "flops":
-        flops = {dtype: 1.5 * rate for dtype, rate in hardware.gpu.flops.items()}
-        hardware = replace(hardware, gpu=replace(hardware.gpu, flops=flops))
+def better_machine(better, factor):
+    """Memory and hardware of which one thing is better than those of `planned`."""
+    gpu, host, hardware = 16, 110, H100
+    if better in ("h2d", "d2h"):
+        hardware = replace(hardware, **{better: factor * getattr(hardware, better)})
     elif better == "gpu memory":
-        memory = replace(memory, gpu=memory.gpu + 4 * GIB)
+        gpu *= factor
+    elif better == "host memory":
+        host *= factor
     else:
-        memory = replace(memory, host=memory.host + 16 * GIB)
-    before = search(MIXTRAL, "bfloat16", Memory(110 * GIB, gpu * GIB), DatasheetRates(H100), WORK).prediction
-    after = search(MIXTRAL, "bfloat16", memory, DatasheetRates(hardware), WORK).prediction
+        device, what = better.split()
+        old = getattr(hardware, device)
+        rates = {dtype: factor * rate for dtype, rate in old.flops.items()}
+        changed = {"bandwidth": {"bandwidth": factor * old.bandwidth}, "flops": {"flops": rates}}[what]
+        hardware = replace(hardware, **{device: replace(old, **changed)})
+    return Memory(int(host * GIB), int(gpu * GIB)), DatasheetRates(hardware)
+
+
+BETTER = [
+    "h2d", "d2h", "cpu bandwidth", "cpu flops", "gpu bandwidth", "gpu flops", "gpu memory", "host memory",
+]  # fmt: skip
+
+
+@settings(max_examples=3, deadline=None)
+@given(better=st.sampled_from(BETTER), factor=st.sampled_from([1.02, 1.1, 1.5, 2.0]))
+def test_better_hardware_is_never_predicted_slower(better, factor):
+    memory, rates = better_machine(better, factor)
+    after = search(MIXTRAL, "bfloat16", memory, rates, WORK)
     # A search that varies one choice at a time may miss a little.
-    assert after.job_tokens_per_s >= 0.995 * before.job_tokens_per_s
+    assert after.tokens_per_s >= 0.995 * planned(16, 110).tokens_per_s
 
 
-@pytest.mark.parametrize("memory", [Memory(110 * GIB, 4 * GIB), Memory(60 * GIB, 16 * GIB)])
-def test_what_cannot_fit_says_what_it_needs(memory):
-    with pytest.raises(NoFeasiblePolicyError, match=r"of GPU memory .* of host memory .*allow more memory"):
-        search(MIXTRAL, "bfloat16", memory, DatasheetRates(H100), WORK)
+@settings(max_examples=6, deadline=None)
+@given(better=st.sampled_from(BETTER), factor=st.sampled_from([1.02, 1.1, 2.0]))
+def test_a_plan_runs_on_better_hardware_at_least_as_fast(better, factor):
+    """So a search that has the smaller machine's plan in hand, as what-ifs have, never says less."""
+    memory, rates = better_machine(better, factor)
+    before = planned(16, 110)
+    use = memory_use(MIXTRAL, 2, before.policy)
+    assert use.gpu_bytes <= memory.gpu and use.host_bytes <= memory.host
+    after = outlook(MIXTRAL, "bfloat16", before.policy, rates, WORK)
+    assert after.job_tokens_per_s >= before.tokens_per_s * (1 - 1e-9)
+
+
+def test_a_search_near_a_plan_is_no_slower_than_the_plan_and_about_as_fast_as_a_whole_one():
+    memory, rates = better_machine("gpu memory", 1.5)
+    near = search(MIXTRAL, "bfloat16", memory, rates, WORK, near=planned(16, 110))
+    whole = search(MIXTRAL, "bfloat16", memory, rates, WORK)
+    assert near.tokens_per_s >= planned(16, 110).tokens_per_s
+    assert near.tokens_per_s >= 0.97 * whole.tokens_per_s
+
+
+def test_half_the_bytes_of_experts_leave_twice_as_many_resident_and_take_half_the_time():
+    rates = LighterPages(DatasheetRates(H100), 0.5)
+    work = pass_work(MIXTRAL, PassShape(32, 0, 1, 1, 0, (112,) * 32, 112), (8,), 100, pages_per_expert=14)
+    page, other = (
+        Task(kind, lane, 0, (0,), (), ())
+        for kind, lane in ((TaskKind.LOAD_PAGE, Lane.H2D), (TaskKind.EXPERTS, Lane.GPU))
+    )
+    whole, half = DatasheetRates(H100).seconds(work), rates.seconds(work)
+    assert (half(page), half(other)) == (whole(page) / 2, whole(other))
+    policy = planned().policy
+    full, light = memory_use(MIXTRAL, 2, policy), memory_use(MIXTRAL, 2, policy, expert_bytes=1)
+    assert 2 * light.device.resident == full.device.resident and 2 * light.host.experts == full.host.experts
+    assert light.device.weights == full.device.weights and light.host.kv == full.host.kv
+
+
+# -- what does not fit -------------------------------------------------------------------------------------
+
+
+def lacking(memory, **options):
+    with pytest.raises(NoFeasiblePolicyError) as caught:
+        search(MIXTRAL, "bfloat16", memory, DatasheetRates(H100), WORK, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "host", "ways"),
+    [
+        (4, 110, [{"gpu"}]),
+        (0, 110, [{"gpu"}]),
+        (16, 60, [{"gpu"}, {"host"}]),
+        (4, 60, [{"gpu"}, {"gpu", "host"}]),
+    ],
+)
+def test_what_cannot_fit_says_what_it_needs_and_each_way_that_is_named_is_just_enough(gpu, host, ways):
+    message = lacking(Memory(host * GIB, gpu * GIB))
+    assert re.search(r"needs [\d.]+ GiB of GPU memory .* [\d.]+ GiB of host memory", message)
+    named = [
+        {name.lower(): float(size) for size, name in re.findall(r"([\d.]+) GiB more (GPU|host)", way)}
+        for way in message.split("It would fit with")[1].split(", or ")
+    ]
+    assert sorted(map(set, named), key=len) == ways or named == ways
+    for more in named:
+        for slack, fits in ((0.06, True), (-0.25, False)):
+            added = {name: size + slack for name, size in more.items()}
+            memory = Memory(int((host + added.get("host", 0)) * GIB), int((gpu + added.get("gpu", 0)) * GIB))
+            assert bool(smallest_policy(problem_of(MIXTRAL, "bfloat16", memory, WORK))) == fits
+
+
+def test_where_a_shorter_model_length_would_do_the_message_says_which():
+    memory = Memory(90 * GIB, 6 * GIB)
+    message = lacking(memory, max_model_len=32768)
+    length = int(re.search(r"max_model_len=(\d+) instead of 32768", message)[1])
+    for longest, fits in ((length, True), (length + 1, False)):
+        problem = problem_of(MIXTRAL, "bfloat16", memory, WORK, max_model_len=longest)
+        assert bool(smallest_policy(problem)) == fits
+
+
+def smallest_policy(problem):
+    from moe_lightning.perf.planner import _starts
+
+    return sized(problem, _starts(problem)[-1], 1)
 
 
 def test_a_length_that_the_model_cannot_have_is_refused():

@@ -12,7 +12,7 @@ from moe_lightning.errors import NoFeasiblePolicyError
 from moe_lightning.hardware.presets import preset
 from moe_lightning.models.registry import resolve
 from moe_lightning.perf.default_policy import Memory
-from moe_lightning.perf.memory import activation_bytes, host_buffer_bytes, staging_bytes
+from moe_lightning.perf.memory import memory_use
 from moe_lightning.perf.paper_model import PaperMachine
 from moe_lightning.policy import Policy
 from moe_lightning.units import GIB
@@ -34,23 +34,21 @@ def policies(gpu, host):
 
 @pytest.mark.parametrize("gpu", [16 * GIB, 24 * GIB])
 def test_every_variant_fits_in_both_memories(gpu):
-    others = SPEC.num_parameters * 2 - 32 * 112 * PAGE
     for name, policy in policies(gpu, 125 * GIB).items():
         if name == "plan":
             assert policy == OURS
             continue
-        used = others + activation_bytes(SPEC, 2, policy.max_num_seqs + policy.prefill_tokens)
-        used += staging_bytes(SPEC, 2, policy) + PAGE * (sum(policy.resident_pages) + policy.num_frames)
-        assert used <= gpu - GIB
-        host = PAGE * (32 * 112 - sum(policy.resident_pages)) + 2**21 * policy.num_blocks
-        assert host + host_buffer_bytes(SPEC, 2, policy.max_num_seqs) <= 121 * GIB
+        use = memory_use(SPEC, 2, policy)
+        assert use.gpu_bytes <= gpu - GIB
+        assert use.host_bytes <= 121 * GIB
         assert policy.num_frames >= 112 - policy.resident_pages[0]
 
 
 def test_attention_on_the_gpu_takes_its_memory_from_the_ring():
     found = policies(16 * GIB, 125 * GIB)
     frames = {name: p.num_frames + sum(p.resident_pages) for name, p in found.items()}
-    assert staging_bytes(SPEC, 2, found["flexgen"]) > 0 == staging_bytes(SPEC, 2, found["paper"])
+    staging = {name: memory_use(SPEC, 2, found[name]).device.staging for name in ("flexgen", "paper")}
+    assert staging["flexgen"] > 0 == staging["paper"]
     assert frames["flexgen"] < frames["paper"]
 
 

@@ -22,7 +22,7 @@ from moe_lightning.hardware.host import available_memory
 from moe_lightning.memory import checkpoint
 from moe_lightning.memory.shared_arena import SharedArena
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.memory import activation_bytes, host_buffer_bytes
+from moe_lightning.perf.memory import ENGINE_BYTES, memory_use
 from moe_lightning.perf.workload import Workload
 
 
@@ -158,19 +158,13 @@ class Session:
 
     def _arena(self, plan: Plan) -> SharedArena | None:
         if self._shares and self._shared is None:
-            size = self.host_memory - host_buffer_bytes(plan.spec, plan.dtype.itemsize, 0)
+            size = self.host_memory - ENGINE_BYTES
             self._shared = SharedArena(max(size, 1))
         return self._shared
 
 
 def host_bytes(plan: Plan) -> int:
     """Host memory that a plan takes: streamed pages, KV, and what the engine keeps of requests."""
-    spec, policy, size = plan.spec, plan.policy, plan.dtype.itemsize
-    page = 3 * spec.hidden_size * spec.experts.intermediate_size * size // policy.pages_per_expert
-    per_layer = spec.experts.num_experts * policy.pages_per_expert
-    pages = page * (per_layer * spec.num_layers - sum(policy.resident_pages))
-    if plan.device.type == "cpu":  # which plays the GPU, over host memory
-        rows = policy.max_num_seqs + policy.prefill_tokens
-        pages = spec.num_parameters * size + page * policy.num_frames + activation_bytes(spec, size, rows)
-    kv = spec.kv_bytes_per_token(size) * policy.block_size * policy.num_blocks
-    return pages + kv + host_buffer_bytes(spec, size, policy.max_num_seqs)
+    on_cpu = plan.device.type == "cpu"  # which plays the GPU, over host memory
+    use = memory_use(plan.spec, plan.dtype.itemsize, plan.policy, has_gpu=not on_cpu)
+    return use.host_bytes + (use.gpu_bytes if on_cpu else 0)

@@ -8,7 +8,7 @@ from math import ceil, floor
 from moe_lightning.errors import NoFeasiblePolicyError
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.default_policy import Memory, pages_per_expert
-from moe_lightning.perf.memory import HEAD_ROWS, activation_bytes, host_buffer_bytes, staging_bytes
+from moe_lightning.perf.memory import HEAD_ROWS, memory_use
 from moe_lightning.perf.paper_model import PaperMachine, PaperPlan, PaperWorkload, plan_paper
 from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy
@@ -143,14 +143,9 @@ class _Sizes:
         """As many resident pages of each layer as wanted, if the ring then still holds a layer."""
         spec, pages = self.spec, policy.pages_per_expert
         per_layer = spec.experts.num_experts * pages
-        rows = policy.max_num_seqs + policy.prefill_tokens
         assert self.memory.gpu is not None
-        room = (
-            self.memory.gpu
-            - self._others
-            - activation_bytes(spec, self.dtype_bytes, rows)
-            - staging_bytes(spec, self.dtype_bytes, policy)
-        )
+        without = replace(policy, resident_pages=(0,) * spec.num_layers, num_frames=0)
+        room = self.memory.gpu - memory_use(spec, self.dtype_bytes, without).gpu_bytes
         frames = room // (self._expert_bytes // pages)
         for resident in range(min(wanted, per_layer), -1, -1):
             streamed, ring = per_layer - resident, frames - resident * spec.num_layers
@@ -168,10 +163,8 @@ class _Sizes:
     def _with_blocks(self, policy: Policy) -> Policy:
         """KV blocks in what host memory is left, and no more sequences than have room in them."""
         spec, work = self.spec, self.work
-        per_layer = spec.experts.num_experts * policy.pages_per_expert
-        streamed = per_layer * spec.num_layers - sum(policy.resident_pages)
-        free = self.memory.host - streamed * (self._expert_bytes // policy.pages_per_expert)
-        free -= host_buffer_bytes(spec, self.dtype_bytes, policy.max_num_seqs)
+        without = replace(policy, num_blocks=0)
+        free = self.memory.host - memory_use(spec, self.dtype_bytes, without).host_bytes
         block = spec.kv_bytes_per_token(self.dtype_bytes) * policy.block_size
         at_end = [ceil((prompt + work.gen_len) / policy.block_size) for prompt in work.prompt_lens]
         blocks = min(free // block, policy.max_num_seqs * max(at_end))
@@ -188,11 +181,3 @@ class _Sizes:
     @property
     def _expert_bytes(self) -> int:
         return 3 * self.spec.hidden_size * self.spec.experts.intermediate_size * self.dtype_bytes
-
-    @property
-    def _others(self) -> int:
-        spec = self.spec
-        return (
-            spec.num_parameters * self.dtype_bytes
-            - self._expert_bytes * spec.experts.num_experts * spec.num_layers
-        )

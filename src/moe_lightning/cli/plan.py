@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from moe_lightning.cli.flags import positive_count
 from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.hardware.presets import preset
 from moe_lightning.hardware.profile import Profile
-from moe_lightning.hardware.profile_cache import cache_path, load_profile
+from moe_lightning.hardware.profile_cache import cache_path, changes_here, load_profile
 from moe_lightning.hardware.spec import HardwareSpec
-from moe_lightning.models.registry import resolve
+from moe_lightning.models.from_headers import resolve_to_plan
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.units import GIB, parse_bytes
 
@@ -43,7 +44,11 @@ class Answer:
 def add_flags(parser: ArgumentParser) -> None:
     """Add the verb's flags."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="checkpoint, config.json or a name such as mixtral-8x7b")
+    add(
+        "model",
+        metavar="MODEL",
+        help="checkpoint (its weights alone will do), config.json or a name such as mixtral-8x7b",
+    )
     add(
         "--cost-model",
         choices=tuple(_COST_MODELS),
@@ -85,6 +90,12 @@ def add_flags(parser: ArgumentParser) -> None:
         help="requests of the job (default: what fills KV memory twice)",
     )
     add(
+        "--max-model-len",
+        type=positive_count,
+        metavar="N",
+        help="tokens of the longest sequence, such as 16k (default: the longest of the job)",
+    )
+    add(
         "--profile",
         type=Path,
         metavar="FILE",
@@ -105,9 +116,9 @@ def run(args: Namespace) -> int:
         from moe_lightning.perf.roofline_plot import check_plot_path
 
         check_plot_path(args.plot)
-    spec, profile = resolve(args.model), _profile(args)
+    (spec, notes), profile = resolve_to_plan(args.model), _profile(args)
     hardware = _machine(args, profile)
-    answer = _COST_MODELS[args.cost_model](spec, hardware, profile, args)
+    answer = _COST_MODELS[args.cost_model](spec, hardware, profile, args, notes)
     if args.plot:
         _plot(args, spec, hardware, answer.micro_batch_size)
     print(json.dumps(answer.values, indent=1) if args.json else answer.text)
@@ -121,9 +132,16 @@ def _profile(args: Namespace) -> Profile | None:
     if args.hardware != "this":
         return None
     try:
-        return load_profile(cache_path())
+        profile = load_profile(cache_path())
     except ConfigError as error:
         raise ConfigError(f"--hardware this: {error}. Run `moe-lightning profile` here first") from error
+    different = changes_here(profile)
+    if different:
+        raise ConfigError(
+            f"--hardware this: {cache_path()} is of another machine or set-up: {'; '.join(different)}. "
+            "Run `moe-lightning profile` here again, or hand it in as --profile to plan for that machine"
+        )
+    return profile
 
 
 def _machine(args: Namespace, profile: Profile | None) -> HardwareSpec:
@@ -139,29 +157,32 @@ def _machine(args: Namespace, profile: Profile | None) -> HardwareSpec:
     return replace(hardware, gpu=gpu, cpu=cpu)
 
 
-def _plan_ours(spec: ModelSpec, hardware: HardwareSpec, profile: Profile | None, args: Namespace) -> Answer:
-    from moe_lightning.jobs import open_input, survey_input
+def _plan_ours(
+    spec: ModelSpec, hardware: HardwareSpec, profile: Profile | None, args: Namespace, notes: tuple[str, ...]
+) -> Answer:
+    from moe_lightning.cli.plan_job import job_of
+    from moe_lightning.cli.plan_table import to_text
     from moe_lightning.perf.rates import DatasheetRates, MeasuredRates
-    from moe_lightning.perf.report import Machine, plan, to_text
-    from moe_lightning.perf.workload import Workload
+    from moe_lightning.perf.report import Machine, plan
 
     found = Machine(
         hardware.gpu.name,
         MeasuredRates(profile) if profile else DatasheetRates(hardware),
         hardware.gpu.memory_bytes,
         args.host_memory or int(_HOST_SHARE * hardware.cpu.memory_bytes),
+        hardware.cpu.peak_flops("float32"),
     )
-    workload, longest = Workload((args.avg_prompt_len,), args.gen_len, args.num_requests), None
-    if args.input:
-        with open_input(args.input) as file:
-            lengths = survey_input(file).lengths
-        workload, longest = lengths.workload(None), min(lengths.longest, spec.max_position)
-    dtype = _dtype(spec, hardware)
-    report = plan(spec, dtype, found, workload, longest)
-    return Answer(to_text(spec, report), report.to_json(), report.planned.policy.micro_batch_size)
+    job = job_of(args, args.max_model_len or spec.max_position)
+    notes += job.notes
+    report = plan(spec, _dtype(spec, hardware), found, job.workload, job.longest)
+    columns = shutil.get_terminal_size((100, 0)).columns if sys.stdout.isatty() else 100
+    text = to_text(report, notes, is_terminal=sys.stdout.isatty(), width=columns)
+    return Answer(text, {**report.to_json(), "notes": list(notes)}, report.planned.policy.micro_batch_size)
 
 
-def _plan_paper(spec: ModelSpec, hardware: HardwareSpec, _: Profile | None, args: Namespace) -> Answer:
+def _plan_paper(
+    spec: ModelSpec, hardware: HardwareSpec, _: Profile | None, args: Namespace, notes: tuple[str, ...]
+) -> Answer:
     from moe_lightning.perf.paper_model import PaperMachine, PaperWorkload, plan_paper
     from moe_lightning.perf.paper_report import format_plan
 
@@ -171,10 +192,12 @@ def _plan_paper(spec: ModelSpec, hardware: HardwareSpec, _: Profile | None, args
     except NoFeasiblePolicyError as e:
         remedy = "Raise --gpu-memory or --host-memory, lower --avg-prompt-len, or name a larger --hardware"
         raise NoFeasiblePolicyError(e.problem, remedy) from e
-    return Answer(format_plan(plan), plan.to_json(), plan.ubs)
+    text = "\n".join([*(f"note: {note}" for note in notes), format_plan(plan)])
+    return Answer(text, plan.to_json(), plan.ubs)
 
 
-_COST_MODELS: dict[str, Callable[[ModelSpec, HardwareSpec, Profile | None, Namespace], Answer]] = {
+_Model = Callable[[ModelSpec, HardwareSpec, Profile | None, Namespace, tuple[str, ...]], Answer]
+_COST_MODELS: dict[str, _Model] = {
     "ours": _plan_ours,
     "paper": _plan_paper,
 }

@@ -6,9 +6,11 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from moe_lightning.errors import ConfigError
+from moe_lightning.hardware.host import cpu_name, total_memory
 from moe_lightning.hardware.machine import Machine, changes
 from moe_lightning.hardware.profile import REMEDY, Profile
 
@@ -33,6 +35,17 @@ def read_cache(path: Path, machine: Machine) -> tuple[Profile | None, str]:
     if different:
         return None, f"{path} is of another machine or set-up: {'; '.join(different)}"
     return profile, ""
+
+
+def changes_here(profile: Profile) -> list[str]:
+    """What shows, without torch, that a profile is not of the machine that this runs on."""
+    here = replace(
+        profile.machine,
+        cpu=cpu_name(),
+        cores=len(os.sched_getaffinity(0)),
+        host_memory_bytes=total_memory(),
+    )
+    return changes(profile.machine, here)
 
 
 def load_profile(path: Path) -> Profile:

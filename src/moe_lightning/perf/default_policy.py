@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.memory import HEAD_ROWS, activation_bytes
+from moe_lightning.perf.memory import HEAD_ROWS, memory_use
 from moe_lightning.pipeline.baselines import SCHEDULES
 from moe_lightning.policy import Policy
 from moe_lightning.units import GIB, MIB, format_bytes
@@ -22,7 +22,7 @@ _PREFILL_TOKENS = 2048
 _STREAMED_PREFILL_TOKENS = 8192  # so that a batch fills up within few passes
 _CHUNK_TOKENS = 512
 _STREAMED_CHUNK_TOKENS = 2048
-_PAGE_BYTES = 32 * MIB  # enough to saturate a link, small enough to let hidden states pass between
+PAGE_BYTES = 32 * MIB  # enough to saturate a link, small enough to let hidden states pass between
 _RING_LAYERS = 1.5  # pages of the next layer arrive while the experts of this one still read theirs
 
 
@@ -53,12 +53,12 @@ def default_policy(
             f"max_model_len={max_model_len} is more than the model's {spec.max_position} positions; lower it"
         )
     num_seqs = max_num_seqs or (_MAX_SEQS if memory.gpu is None else _MAX_STREAMED_SEQS)
-    prefill = _PREFILL_TOKENS if memory.gpu is None else _STREAMED_PREFILL_TOKENS
-    rows = num_seqs + max(prefill, length)
-    pages, resident, frames = _pages(spec, dtype_bytes, memory, rows)
-    streamed = sum(spec.experts.num_experts * pages - r for r in resident)
-    page_bytes = _expert_bytes(spec, dtype_bytes) // pages
-    on_host = streamed * page_bytes if memory.gpu is not None else _all_bytes(spec, dtype_bytes)
+    policy = _with_pages(spec, dtype_bytes, memory, _draft(spec, dtype_bytes, memory, num_seqs, length))
+    on_host = (
+        _all_bytes(spec, dtype_bytes)
+        if memory.gpu is None
+        else memory_use(spec, dtype_bytes, policy).host.total
+    )
     num_blocks = _num_blocks(spec, dtype_bytes, memory.host - on_host - _WORKSPACE, num_seqs, length)
     capacity = num_blocks * _BLOCK_SIZE
     if capacity < (max_model_len or min(length, _BLOCK_SIZE)):
@@ -69,20 +69,26 @@ def default_policy(
             "Lower max_model_len or free host memory",
         )
     length = min(length, capacity)
-    policy = Policy(
+    rows = max(_PREFILL_TOKENS if memory.gpu is None else _STREAMED_PREFILL_TOKENS, length)
+    return replace(policy, num_blocks=num_blocks, prefill_tokens=rows), length
+
+
+def _draft(spec: ModelSpec, dtype_bytes: int, memory: Memory, num_seqs: int, length: int) -> Policy:
+    """The policy without places for experts and KV."""
+    is_cpu = memory.gpu is None
+    return Policy(
         max_num_seqs=num_seqs,
         micro_batch_size=max(1, min(HEAD_ROWS, num_seqs // 4)),
         group_size=2**16,  # one sweep over the experts for the whole pass
         look_ahead=8,  # no attention waits for what the GPU does with an earlier one
-        prefill_tokens=max(prefill, length),
-        chunk_tokens=_CHUNK_TOKENS if memory.gpu is None else _STREAMED_CHUNK_TOKENS,
-        pages_per_expert=pages,
-        resident_pages=resident,
-        num_frames=frames,
-        num_blocks=num_blocks,
+        prefill_tokens=max(_PREFILL_TOKENS if is_cpu else _STREAMED_PREFILL_TOKENS, length),
+        chunk_tokens=_CHUNK_TOKENS if is_cpu else _STREAMED_CHUNK_TOKENS,
+        pages_per_expert=1 if is_cpu else pages_per_expert(spec, dtype_bytes),
+        resident_pages=(0,) * spec.num_layers,
+        num_frames=0,
+        num_blocks=0,
         block_size=_BLOCK_SIZE,
     )
-    return policy, length
 
 
 def load_policy(path: str, base: Policy) -> Policy:
@@ -143,37 +149,33 @@ def _is_int(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _pages(spec: ModelSpec, dtype_bytes: int, memory: Memory, rows: int) -> tuple[int, tuple[int, ...], int]:
-    """Pages per expert, resident pages of each layer, frames of the ring."""
-    num_experts, layers = spec.experts.num_experts, spec.num_layers
+def _with_pages(spec: ModelSpec, dtype_bytes: int, memory: Memory, draft: Policy) -> Policy:
+    """The policy with resident pages of each layer and a ring."""
+    layers, per_layer = spec.num_layers, spec.experts.num_experts * draft.pages_per_expert
     if memory.gpu is None:
-        return 1, (num_experts,) * layers, 0
-    expert_bytes = _expert_bytes(spec, dtype_bytes)
-    pages = pages_per_expert(spec, dtype_bytes)
-    per_layer = num_experts * pages
-    fixed = _all_bytes(spec, dtype_bytes) - expert_bytes * num_experts * layers
-    activations = activation_bytes(spec, dtype_bytes, rows)
-    frames = (memory.gpu - fixed - activations) // (expert_bytes // pages)
+        return replace(draft, resident_pages=(per_layer,) * layers)
+    fixed = memory_use(spec, dtype_bytes, draft).gpu_bytes
+    page_bytes = _expert_bytes(spec, dtype_bytes) // draft.pages_per_expert
+    frames = (memory.gpu - fixed) // page_bytes
     if frames >= per_layer * layers:
-        return pages, (per_layer,) * layers, 0
+        return replace(draft, resident_pages=(per_layer,) * layers)
     if frames < per_layer:
-        needed = fixed + activations + expert_bytes * num_experts
         raise NoFeasiblePolicyError(
-            f"{spec.architecture} needs {format_bytes(needed)} of GPU memory to stream one layer at a time; "
-            f"{format_bytes(memory.gpu)} is allowed",
+            f"{spec.architecture} needs {format_bytes(fixed + per_layer * page_bytes)} of GPU memory to stream one "
+            f"layer at a time; {format_bytes(memory.gpu)} is allowed",
             "Raise gpu_memory or lower max_num_seqs",
         )
     # resident * layers + ring, with a ring of _RING_LAYERS * (per_layer - resident), fills all frames.
     resident = int((frames - _RING_LAYERS * per_layer) / max(layers - _RING_LAYERS, 1))
     resident = min(max(resident, 0), per_layer)
-    return pages, (resident,) * layers, frames - resident * layers
+    return replace(draft, resident_pages=(resident,) * layers, num_frames=frames - resident * layers)
 
 
-def pages_per_expert(spec: ModelSpec, dtype_bytes: int) -> int:
+def pages_per_expert(spec: ModelSpec, dtype_bytes: int, page_bytes: int = PAGE_BYTES) -> int:
     """The fewest equal slices of an expert that are no larger than a page should be."""
     intermediate_size, expert_bytes = spec.experts.intermediate_size, _expert_bytes(spec, dtype_bytes)
     for pages in range(1, intermediate_size + 1):
-        if intermediate_size % pages == 0 and expert_bytes // pages <= _PAGE_BYTES:
+        if intermediate_size % pages == 0 and expert_bytes // pages <= page_bytes:
             return pages
     return intermediate_size
 

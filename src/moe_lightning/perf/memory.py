@@ -1,6 +1,9 @@
-"""GPU memory that passes need beside weights and frames."""
+"""GPU and host memory of a policy: what is held from before the first pass on, to the byte, and what passes add."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
 
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.pipeline.baselines import STAGING_SLOTS
@@ -9,26 +12,190 @@ from moe_lightning.units import MIB
 
 EXPERTS_AT_ONCE = 8192  # tokens: enough that reading the weights costs nothing beside the arithmetic
 HEAD_ROWS = 512  # rows of logits that exist at once: of a vocabulary of 128 k, 256 MiB in float32
-_ENGINE = 512 * MIB  # requests, step arrays, readers of a checkpoint
+SORTED_AT_ONCE = (
+    2**22
+)  # logits that are sorted at once: a micro-batch of 324 rows has up to 50 million of them
+UPLOAD_BYTES = MIB  # for a pass's small arrays at first; more where a pass has more
+COUNTER_BYTES = 4096  # of the count that streams wait for
+_SORTED_BYTES = 64  # a logit while it is sorted and cut: values, order, likelihoods, sums
+_ROW_ARRAY_BYTES = 128  # of a row: ids, places, lengths, how it is sampled
+ENGINE_BYTES = 512 * MIB  # Python's objects for requests, readers of a checkpoint
+_LIBRARIES = 64 * MIB  # cuBLAS' workspaces, what the allocator rounds up
 _UNEVEN = 1.5  # KV of a micro-batch, as a multiple of an even share: few sequences may be long ones
-_SMALL = 64 * MIB  # token ids, positions, tables, what the allocator rounds up
+_INT32, _INT64, _FLOAT32 = 4, 8, 4
 
 
-def host_buffer_bytes(spec: ModelSpec, dtype_bytes: int, num_seqs: int) -> int:
-    """Bytes of host memory for the rows of decoding sequences, and what the engine keeps of requests."""
-    a = spec.attention
-    return num_seqs * (a.qkv_size + a.q_size) * dtype_bytes + _ENGINE
+class _Parts:
+    """Bytes by name."""
+
+    @property
+    def total(self) -> int:
+        """Of all parts."""
+        return sum(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 
 
-def activation_bytes(spec: ModelSpec, dtype_bytes: int, num_rows: int) -> int:
-    """Bytes of the activations, the experts' workspace and the logits of passes of up to `num_rows` tokens."""
-    a, e = spec.attention, spec.experts
-    per_row = dtype_bytes * (2 * spec.hidden_size + a.qkv_size + a.q_size + e.num_experts) + 12 * e.top_k
-    workspace = (
-        min(num_rows, EXPERTS_AT_ONCE) * e.top_k * dtype_bytes * (spec.hidden_size + e.intermediate_size)
+@dataclass(frozen=True)
+class DeviceUse(_Parts):
+    """Where the dense work is done.
+
+    Attributes:
+        weights: all but the experts'.
+        resident: experts that stay.
+        ring: frames that the other experts pass through.
+        activations: rows of a pass.
+        workspace: of the experts' kernels; none on a CPU.
+        tables: of pages, and rotary frequencies.
+        uploads: where a pass's small arrays arrive; none on a CPU.
+        staging: KV on its way to attention, in schedules that attend on the GPU.
+    """
+
+    weights: int
+    resident: int
+    ring: int
+    activations: int
+    workspace: int
+    tables: int
+    uploads: int
+    staging: int
+
+
+@dataclass(frozen=True)
+class HostUse(_Parts):
+    """Host memory beside the device's.
+
+    Attributes:
+        experts: that are streamed.
+        kv: the cache.
+        rows: of decoding sequences, on their way to attention and back.
+        uploads: where a pass's small arrays are put together, and the count that streams wait for; none on a CPU.
+    """
+
+    experts: int
+    kv: int
+    rows: int
+    uploads: int
+
+
+@dataclass(frozen=True)
+class PassUse(_Parts):
+    """What a pass takes of the device for a while: no more than this.
+
+    Attributes:
+        rotary: cosines and sines.
+        arrays: that `uploads` have no room for, of steps without penalties and bans.
+        attention: outputs of a prefill chunk, from Ampere on.
+        logits: of the rows that are sampled at once, and what sampling makes of them.
+        libraries: an allowance for what libraries and the allocator take beside tensors.
+    """
+
+    rotary: int
+    arrays: int
+    attention: int
+    logits: int
+    libraries: int
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Memory of a policy."""
+
+    device: DeviceUse
+    host: HostUse
+    during_pass: PassUse
+
+    @property
+    def gpu_bytes(self) -> int:
+        """What the GPU needs for tensors: driver and kernels come on top."""
+        return self.device.total + self.during_pass.total
+
+    @property
+    def host_bytes(self) -> int:
+        """What the host needs, with an allowance for the engine's own objects."""
+        return self.host.total + self.during_pass.arrays + ENGINE_BYTES
+
+
+def memory_use(
+    spec: ModelSpec,
+    dtype_bytes: int,
+    policy: Policy,
+    *,
+    has_gpu: bool = True,
+    expert_bytes: int | None = None,
+) -> MemoryUse:
+    """What a worker takes that runs a policy.
+
+    Args:
+        spec: the model.
+        dtype_bytes: of weights, activations and KV.
+        policy: how it runs.
+        has_gpu: the dense work is done on a GPU; else in host memory.
+        expert_bytes: of a weight of an expert, where it is stored in another format.
+    """
+    rows_of_page = spec.experts.intermediate_size // policy.pages_per_expert
+    page = 3 * spec.hidden_size * rows_of_page * (expert_bytes or dtype_bytes)
+    per_layer = spec.experts.num_experts * policy.pages_per_expert
+    resident = sum(policy.resident_pages)
+    a, rows = spec.attention, policy.max_num_seqs + policy.prefill_tokens
+    return MemoryUse(
+        DeviceUse(
+            weights=_other_parameters(spec) * dtype_bytes,
+            resident=resident * page,
+            ring=policy.num_frames * page,
+            activations=rows * _row_bytes(spec, dtype_bytes),
+            workspace=_workspace_bytes(spec, dtype_bytes, rows) if has_gpu else 0,
+            tables=2 * spec.num_layers * per_layer * _INT32 + a.head_dim // 2 * _FLOAT32,
+            uploads=UPLOAD_BYTES if has_gpu else 0,
+            staging=_staging_bytes(spec, dtype_bytes, policy),
+        ),
+        HostUse(
+            experts=(per_layer * spec.num_layers - resident) * page,
+            kv=policy.num_blocks * policy.block_size * spec.kv_bytes_per_token(dtype_bytes),
+            rows=policy.max_num_seqs * (a.qkv_size + a.q_size) * dtype_bytes,
+            uploads=UPLOAD_BYTES + COUNTER_BYTES if has_gpu else 0,
+        ),
+        _pass_use(spec, dtype_bytes, policy, rows),
     )
-    logits = HEAD_ROWS * spec.vocab_size * (dtype_bytes + 8)  # as computed, in float32, and a copy to change
-    return num_rows * per_row + workspace + logits + _SMALL
+
+
+@lru_cache(maxsize=64)
+def _other_parameters(spec: ModelSpec) -> int:
+    return spec.num_parameters - spec.num_expert_parameters
+
+
+def _row_bytes(spec: ModelSpec, dtype_bytes: int) -> int:
+    """Hidden states twice, q k v, attention's output, router logits; ids and weights of the chosen experts."""
+    a, e = spec.attention, spec.experts
+    elements = 2 * spec.hidden_size + a.qkv_size + a.q_size + e.num_experts
+    return elements * dtype_bytes + e.top_k * (_INT64 + _FLOAT32)
+
+
+def _workspace_bytes(spec: ModelSpec, dtype_bytes: int, rows: int) -> int:
+    """As `kernels.experts.Workspace`: sorted rows, intermediate results, and the integers of the sort."""
+    e = spec.experts
+    slots = min(rows, EXPERTS_AT_ONCE) * e.top_k
+    chunks, counted = -(-slots // 1024), max(16, 1 << (e.num_experts - 1).bit_length())
+    partial = min(e.num_experts, slots)
+    blocks = partial + (slots - partial) // 16
+    integers = slots + chunks * counted + 4 * blocks
+    return slots * (spec.hidden_size + e.intermediate_size) * dtype_bytes + integers * _INT32
+
+
+def _pass_use(spec: ModelSpec, dtype_bytes: int, policy: Policy, rows: int) -> PassUse:
+    a, largest = spec.attention, max(policy.chunk_tokens, policy.micro_batch_size)
+    sampled = min(max(HEAD_ROWS, policy.micro_batch_size), rows)
+    logits = sampled * spec.vocab_size
+    at_once = min(logits, max(SORTED_AT_ONCE, spec.vocab_size))
+    attention = policy.chunk_tokens * (a.q_size * dtype_bytes + a.num_heads * _FLOAT32)
+    return PassUse(
+        rotary=a.head_dim * (rows * 2 * dtype_bytes + largest * 3 * _FLOAT32),
+        # The buffer that is too small, those before it, and the one of twice its size.
+        arrays=3 * _ROW_ARRAY_BYTES * rows,
+        attention=attention,
+        logits=logits * (dtype_bytes + _FLOAT32)
+        + at_once * _SORTED_BYTES
+        + 2 * sampled * spec.hidden_size * dtype_bytes,
+        libraries=_LIBRARIES,
+    )
 
 
 def staging_slots(policy: Policy) -> int:
@@ -43,7 +210,6 @@ def staging_blocks(policy: Policy) -> int:
     return min(policy.num_blocks, policy.micro_batch_size * longest, max(longest, round(share)))
 
 
-def staging_bytes(spec: ModelSpec, dtype_bytes: int, policy: Policy) -> int:
-    """Bytes of GPU memory for all of them."""
+def _staging_bytes(spec: ModelSpec, dtype_bytes: int, policy: Policy) -> int:
     block = spec.kv_bytes_per_token(dtype_bytes) // spec.num_layers * policy.block_size
     return staging_slots(policy) * staging_blocks(policy) * block

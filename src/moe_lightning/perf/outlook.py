@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil
 
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.predict import predict
+from moe_lightning.perf.cost import PassWork
+from moe_lightning.perf.predict import pass_work
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload
+from moe_lightning.pipeline.baselines import SCHEDULES
 from moe_lightning.pipeline.shape import pass_shape
-from moe_lightning.pipeline.task import Lane
+from moe_lightning.pipeline.simulate import times
+from moe_lightning.pipeline.task import Lane, PassShape, Task, TaskKind
 from moe_lightning.policy import Policy
 
-_SHORT, _LONG = 4, 8  # layers simulated; a pass takes a constant and so much a layer
+# Layers simulated for an estimate: a pass takes a constant and so much a layer. That errs to the fast side where a
+# lane has a head start, such as pages loaded before, that is used up in deeper layers only.
+_SHORT, _LONG = 3, 6
+_RAMP, _SHORT_RAMP = 4, 2  # layers of a pass that has prompts only
+_FEW_PAGES = 24  # of a layer: for an estimate, several are taken for one
+_MOST_TASKS = 8_000  # of a simulated pass, about: all layers beyond are alike
+_ALL_PAGES = 2**30
 _HOST_S, _HOST_SEQ_S = 3e-3, 11e-6  # between two passes, and for each sequence
 
 
@@ -38,6 +50,11 @@ class Prediction:
     job_tokens_per_s: float
     job_s: float | None
 
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Tokens of prompts, while KV memory is full."""
+        return self.prefill_tokens / self.pass_s
+
 
 def outlook(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload: Workload) -> Prediction:
     """Passes with as many sequences as the policy allows and the prompts that take the place of those that end.
@@ -46,22 +63,78 @@ def outlook(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload:
         ScheduleError: the policy's ring cannot hold the pages of a layer.
         ConfigError: the policy's pages are not the model's, or the machine has no rate for the dtype.
     """
-    n = policy.max_num_seqs
-    # Where answers are short, prompts come no faster than passes have room for them.
-    steady = min(round(n * workload.mean_prompt / workload.gen_len), policy.prefill_tokens)
-    model = Passes(spec, dtype, policy, rates, workload.mean_context(), workload.mean_prompt)
-    pass_s, lane_s = model.steady(n, steady)
-    ramp_s = model.ramp(min(n + policy.prefill_tokens, round(n * workload.mean_prompt)))
-    ramp = n * workload.mean_prompt / (n + policy.prefill_tokens)
-    requests = workload.num_requests or 2 * n
-    # Passes that the answers need, or the prompts where those are what takes long.
-    passes = max(requests * workload.gen_len / n, requests * workload.mean_prompt / policy.prefill_tokens)
-    job_s = ramp * max(ramp_s, pass_s / 2) + passes * pass_s
-    return Prediction(
-        pass_s, lane_s, n, steady, requests * workload.gen_len / (passes * pass_s),
-        requests * workload.gen_len / job_s,
-        job_s if workload.num_requests else None,
-    )  # fmt: skip
+    plan = _Whole(spec, dtype, policy, rates, workload)
+    deep = max(_LONG, _MOST_TASKS // plan.passes.tasks_of_layer(plan.num_seqs, plan.steady_prompts))
+    return plan.prediction(*plan.steady(deep), plan.passes.ramp(plan.ramp_prompts, _RAMP))
+
+
+def estimate(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload: Workload) -> float:
+    """Generated tokens/s of the whole job, about as `outlook` has them: quicker, from a few layers and pages."""
+    plan = _Whole(spec, dtype, policy, rates, workload, _FEW_PAGES)
+    ramp_s = plan.passes.ramp(plan.ramp_prompts, _SHORT_RAMP)
+    return plan.prediction(*plan.steady(_LONG), ramp_s).job_tokens_per_s
+
+
+def at_best(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload: Workload) -> float:
+    """Generated tokens/s of the whole job if the busiest lane never waited: what no schedule exceeds."""
+    plan = _Whole(spec, dtype, policy, rates, workload)
+    lanes = plan.passes.lane_seconds(plan.num_seqs, plan.steady_prompts)
+    ramp = plan.passes.lane_seconds(0, plan.ramp_prompts)
+    return plan.prediction(max(lanes.values()), {}, max(ramp.values())).job_tokens_per_s
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A workload under a policy, with passes as full as the policy allows."""
+
+    spec: ModelSpec
+    dtype: str
+    policy: Policy
+    rates: Rates
+    workload: Workload
+    most_pages: int = _ALL_PAGES
+
+    @cached_property
+    def passes(self) -> Passes:
+        """Its passes."""
+        work = self.workload
+        context, prompt = work.mean_context(), work.mean_prompt
+        return Passes(self.spec, self.dtype, self.policy, self.rates, context, prompt, self.most_pages)
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences that decode in a pass."""
+        return self.policy.max_num_seqs
+
+    @cached_property
+    def steady_prompts(self) -> int:
+        """Prompt tokens of a steady pass: where answers are short, no more than passes have room for."""
+        steady = round(self.num_seqs * self.workload.mean_prompt / self.workload.gen_len)
+        return min(steady, self.policy.prefill_tokens)
+
+    @cached_property
+    def ramp_prompts(self) -> int:
+        """Prompt tokens of a pass while memory fills."""
+        wanted = round(self.num_seqs * self.workload.mean_prompt)
+        return min(self.num_seqs + self.policy.prefill_tokens, wanted)
+
+    def steady(self, depth: int) -> tuple[float, dict[str, float]]:
+        """Seconds of a pass while memory is full, and of each lane in it."""
+        return self.passes.steady(self.num_seqs, self.steady_prompts, depth)
+
+    def prediction(self, pass_s: float, lane_s: dict[str, float], ramp_s: float) -> Prediction:
+        """From seconds of a steady pass and of one that has prompts only to those of a job."""
+        n, prefill, work = self.num_seqs, self.policy.prefill_tokens, self.workload
+        ramp = n * work.mean_prompt / (n + prefill)
+        requests = work.num_requests or 2 * n
+        # Passes that the answers need, or the prompts where those are what takes long.
+        passes = max(requests * work.gen_len / n, requests * work.mean_prompt / prefill)
+        job_s = ramp * max(ramp_s, pass_s / 2) + passes * pass_s
+        return Prediction(
+            pass_s, lane_s, n, self.steady_prompts, requests * work.gen_len / (passes * pass_s),
+            requests * work.gen_len / job_s,
+            job_s if work.num_requests else None,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +148,7 @@ class Passes:
         rates: of the machine.
         mean_context: tokens that a decoding sequence holds.
         mean_prompt: tokens of a prompt.
+        most_pages: of a layer that are simulated, each standing for several where there are more.
     """
 
     spec: ModelSpec
@@ -83,36 +157,118 @@ class Passes:
     rates: Rates
     mean_context: float
     mean_prompt: float
+    most_pages: int = _ALL_PAGES
 
-    def steady(self, decode: int, prefill: int) -> tuple[float, dict[str, float]]:
-        """Seconds of a pass in the middle of many, and of each lane in it."""
+    def tasks_of_layer(self, decode: int, prefill: int) -> int:
+        """Tasks of a layer of a pass, about."""
+        shape, _ = self._pass(decode, prefill, 1)
+        return max(shape.streamed_pages) + 5 * shape.num_micro_batches + 2 * shape.num_parts
+
+    def steady(self, decode: int, prefill: int, depth: int = 8) -> tuple[float, dict[str, float]]:
+        """Seconds of a pass in the middle of many, and of each lane in it; simulated are `depth` layers at most."""
         layers = self.spec.num_layers
-        long = self._simulated(decode, prefill, min(_LONG, layers))
-        short = self._simulated(decode, prefill, _SHORT) if layers > _LONG else long
-
-        def at_full_depth(a: float, b: float) -> float:
-            return b + (b - a) / (_LONG - _SHORT) * max(0, layers - _LONG)
-
-        lanes = {lane.value: at_full_depth(short[1][lane], long[1][lane]) for lane in Lane}
+        long = min(depth, layers)
+        end, lanes = self._simulated(decode, prefill, long)
+        if long < layers:
+            short = depth - _SHORT
+            end_of_short, lanes_of_short = self._simulated(decode, prefill, short)
+            more = (layers - long) / (long - short)
+            end += (end - end_of_short) * more
+            lanes = {lane: lanes[lane] + (lanes[lane] - lanes_of_short[lane]) * more for lane in Lane}
         between = _HOST_S + _HOST_SEQ_S * decode
-        return max(lanes["h2d"], at_full_depth(short[0], long[0]) + between), lanes
+        return max(lanes[Lane.H2D], end + between), {lane.value: lanes[lane] for lane in Lane}
 
-    def ramp(self, prefill: int) -> float:
-        """Seconds of a pass that has prompts only."""
-        layers = min(_SHORT, self.spec.num_layers)
+    def ramp(self, prefill: int, depth: int) -> float:
+        """Seconds of a pass that has prompts only; simulated are `depth` layers at most."""
+        layers = min(depth, self.spec.num_layers)
         return self._simulated(0, prefill, layers)[0] * self.spec.num_layers / layers
+
+    def lane_seconds(self, decode: int, prefill: int) -> dict[Lane, float]:
+        """Seconds that each lane works in a pass, but for embedding and sampling."""
+        shape, work = self._pass(decode, prefill, self.spec.num_layers)
+        seconds = self.rates.seconds(work)
+
+        def of(kind: TaskKind, lane: Lane, members: list[tuple[int, ...]]) -> float:
+            parts = range(shape.num_parts if kind is TaskKind.EXPERTS else 1)
+            return sum(
+                seconds(Task(kind, lane, 0, each, (), (), part=part)) for each in members for part in parts
+            )
+
+        chunks: list[tuple[int, ...]] = [(j,) for j in range(shape.num_prefill)]
+        rows: list[tuple[int, ...]] = [(j,) for j in range(shape.num_prefill, shape.num_micro_batches)]
+        both, layers = chunks + rows, shape.num_layers
+        gpu = (
+            of(TaskKind.PRE_ATTENTION, Lane.GPU, both)
+            + of(TaskKind.PREFILL_ATTENTION, Lane.GPU, chunks)
+            + of(TaskKind.POST_ATTENTION, Lane.GPU, both)
+            + of(TaskKind.EXPERTS, Lane.GPU, list(shape.groups))
+        )
+        d2h = of(TaskKind.OFFLOAD_QKV, Lane.D2H, rows) + of(TaskKind.STORE_KV, Lane.D2H, chunks)
+        return {
+            Lane.GPU: layers * gpu,
+            Lane.D2H: layers * d2h,
+            Lane.CPU: layers * of(TaskKind.ATTENTION, Lane.CPU, rows),
+            Lane.BACK: layers * of(TaskKind.LOAD_HIDDEN, Lane.BACK, rows),
+            Lane.H2D: sum(shape.streamed_pages) * of(TaskKind.LOAD_PAGE, Lane.H2D, [()]),
+        }
 
     def _simulated(self, decode: int, prefill: int, layers: int) -> tuple[float, dict[Lane, float]]:
         """Seconds until the last token of a pass of fewer layers, and those that each lane works."""
+        shape, work = self._pass(decode, prefill, layers)
+        shape = _with_fewer_pages(shape, self.most_pages)
+        # As each simulated page stands for several, or layers have a page more or less than those left out.
+        pages = self._streamed_of_layer * layers / max(sum(shape.streamed_pages), 1)
+        schedule = SCHEDULES[self.policy.schedule](shape)
+        starts, ends = times(schedule, _remembered(self.rates.seconds(work), pages))
+        last, lanes = 0.0, dict.fromkeys(Lane, 0.0)
+        for task, start, end in zip(schedule.tasks, starts, ends, strict=True):
+            lanes[task.lane] += end - start
+            if task.lane is not Lane.H2D:
+                last = max(last, end)
+        return last or max(ends), lanes
+
+    @cached_property
+    def _streamed_of_layer(self) -> float:
+        """Pages, on average."""
+        per_layer = self.spec.experts.num_experts * self.policy.pages_per_expert
+        return per_layer - sum(self.policy.resident_pages) / self.spec.num_layers
+
+    def _pass(self, decode: int, prefill: int, layers: int) -> tuple[PassShape, PassWork]:
         policy = self.policy
         chunks, groups = _cut(prefill, policy.chunk_tokens), _cut(decode, policy.micro_batch_size)
-        shape = pass_shape(policy, self.spec.experts.num_experts, len(chunks), len(groups), num_layers=layers)
-        timeline = predict(
-            replace(self.spec, num_layers=layers), shape, chunks + groups, self.mean_context, self.rates,
-            pages_per_expert=policy.pages_per_expert, dtype=self.dtype, schedule=policy.schedule,
-            prompt_len=self.mean_prompt,
+        num_experts = self.spec.experts.num_experts
+        shape = pass_shape(policy, num_experts, len(chunks), len(groups), num_layers=layers)
+        return shape, pass_work(
+            replace(self.spec, num_layers=layers), shape, chunks + groups, self.mean_context,
+            pages_per_expert=policy.pages_per_expert, dtype=self.dtype, prompt_len=self.mean_prompt,
         )  # fmt: skip
-        return timeline.until_tokens, timeline.busy_seconds()
+
+
+def _with_fewer_pages(shape: PassShape, most: int) -> PassShape:
+    """About the same pass, no layer of which streams more than so many pages, each standing for several."""
+    several = max(shape.streamed_pages) / most
+    if several <= 1:
+        return shape
+    streamed, parts = (
+        tuple(ceil(pages / several) for pages in some) for some in (shape.streamed_pages, shape.part_pages)
+    )
+    fewer = replace(
+        shape, streamed_pages=streamed, part_pages=parts, num_frames=round(shape.num_frames / several)
+    )
+    return replace(fewer, num_frames=max(fewer.num_frames, fewer.least_frames))
+
+
+def _remembered(seconds: Callable[[Task], float], pages: float) -> Callable[[Task], float]:
+    """Asks once for tasks that differ in their layer or page alone; a page stands for several."""
+    known: dict[tuple[TaskKind, tuple[int, ...], int], float] = {}
+
+    def of(task: Task) -> float:
+        key = task.kind, task.micro_batches, task.part
+        if key not in known:
+            known[key] = seconds(task) * (pages if task.kind is TaskKind.LOAD_PAGE else 1.0)
+        return known[key]
+
+    return of
 
 
 def _cut(total: int, size: int) -> list[int]:

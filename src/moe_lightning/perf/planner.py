@@ -2,56 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import ceil
+from typing import Any
 
-from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
+from moe_lightning.errors import ConfigError
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.cost import DTYPE_BYTES
-from moe_lightning.perf.default_policy import Memory, pages_per_expert
-from moe_lightning.perf.memory import HEAD_ROWS, activation_bytes, host_buffer_bytes
-from moe_lightning.perf.outlook import Prediction, outlook
+from moe_lightning.perf.default_policy import PAGE_BYTES, Memory, pages_per_expert
+from moe_lightning.perf.outlook import Prediction, at_best, estimate, outlook
 from moe_lightning.perf.rates import Rates
+from moe_lightning.perf.shortfall import no_feasible_policy
+from moe_lightning.perf.sizing import MOST_SEQS, Choice, Problem, largest_policy
 from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy
-from moe_lightning.units import format_bytes
 
-_BLOCK_SIZE = 16
-_CHUNK_TOKENS = 2048
-_MOST_PREFILL = 2**16  # more chunks make schedules that take seconds to build
-_FULL = 0.98  # of the blocks are in use on average: some wait for the next tokens of those that run
-# What is tried, the middle first: streamed layers that the ring holds, sweeps over a layer's experts, decode
-# micro-batches, how many times the prompt tokens of a steady pass a pass has room for.
-_RINGS = (1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0)
-_PARTS = (4, 1, 2, 8)
-_MICRO_BATCHES = (8, 4, 12, 16)
-_PREFILLS = (2.0, 1.25, 1.5, 3.0, 4.0)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What is searched for; memory and workload decide the rest of a policy.
-
-    Attributes:
-        ring: streamed layers that the ring of frames holds.
-        micro_batches: of decode sequences in a pass.
-        prefill: how many times the prompt tokens of a steady pass a pass has room for.
-        parts: sweeps over a layer's experts.
-    """
-
-    ring: float
-    micro_batches: int
-    prefill: float
-    parts: int
+# What is tried of each choice, the one that is begun with first.
+_VALUES: dict[str, tuple[float, ...]] = {
+    "ring": (1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0),
+    "parts": (4, 1, 2, 8),
+    "prefill": (2.0, 1.25, 1.5, 3.0, 4.0),
+    "micro_batches": (8, 2, 4, 12, 16),
+    "groups": (1, 2, 4),
+    "ahead": (2.0, 1.0, 0.5),
+}
+_NAMES = (*_VALUES, "pages")
+_PAGE_SIZES = (1.0, 0.5, 2.0)  # shares of the usual page's
+_ROUNDS = 2
+_RUNNERS_UP = 3
+_WORTH = 1.002  # a smaller gain is not looked for: where the link is the bound, all plans are about as fast
+_BEHIND = 0.95  # of the best that is known: one choice after the other seldom makes up for more
+_APART = 2e-3  # runners-up that differ by less are one
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A policy, what it should reach, and the choices that it came from."""
+    """A policy, what it should reach, and the choices that it came from.
+
+    `runners_up` are the next best of those that were simulated, each slower than the one before.
+    """
 
     policy: Policy
     prediction: Prediction
     choice: Choice
+    runners_up: tuple[Planned, ...] = ()
+
+    @property
+    def tokens_per_s(self) -> float:
+        """By which plans are compared: generated, of the whole job."""
+        return self.prediction.job_tokens_per_s
 
 
 def search(
@@ -63,11 +61,13 @@ def search(
     *,
     max_model_len: int | None = None,
     max_num_seqs: int | None = None,
-    near: Choice | None = None,
+    expert_bytes: int | None = None,
+    near: Planned | None = None,
 ) -> Planned:
     """The policy that finishes the workload first, of all that fit.
 
-    One choice is varied at a time, twice each.
+    One choice is varied at a time, twice each, from several starts. Values whose lanes alone, or first layers, take
+    longer than what was found are not simulated to the end.
 
     Args:
         spec: the model.
@@ -77,141 +77,174 @@ def search(
         workload: what is to be computed.
         max_model_len: tokens of the longest sequence; default: the workload's.
         max_num_seqs: sequences that may decode at once; default: as many as fit.
-        near: vary the ring of this choice only: for a machine that hardly differs from one that was searched for.
+        expert_bytes: of a weight of an expert; default: the dtype's.
+        near: a plan for a machine that differs a little: it is tried too, and each choice varied from there once.
 
     Raises:
         NoFeasiblePolicyError: nothing fits.
+        ConfigError: max_model_len is more than the model was made for.
     """
-    problem = _Problem(spec, dtype, memory, rates, workload, max_model_len, max_num_seqs)
-    parts = [count for count in _PARTS if count <= spec.experts.num_experts]
-    best = near or Choice(_RINGS[0], _MICRO_BATCHES[0], _PREFILLS[0], parts[0])
-    for _ in range(1 if near else 2):
-        best = max((replace(best, ring=ring) for ring in _RINGS), key=problem.value)
-        if not near:
-            best = max((replace(best, parts=count) for count in parts), key=problem.value)
-            best = max((replace(best, prefill=prefill) for prefill in _PREFILLS), key=problem.value)
-            best = max((replace(best, micro_batches=count) for count in _MICRO_BATCHES), key=problem.value)
-    found = problem.solve(best)
-    if found is None:
-        raise problem.explain()
-    return found
+    problem = problem_of(
+        spec, dtype, memory, workload,
+        max_model_len=max_model_len, max_num_seqs=max_num_seqs, expert_bytes=expert_bytes,
+    )  # fmt: skip
+    found = _Search(problem, rates)
+    if near:
+        found.try_plan(near)
+        found.vary(near.choice, _NAMES, 1)
+    *starts, smallest = _starts(problem)
+    if found.best is None:
+        for start in starts:
+            found.vary(start, _NAMES, _ROUNDS)
+    if found.best is None:
+        found.vary(smallest, _NAMES, _ROUNDS)
+    if found.best is None:
+        raise no_feasible_policy(problem, smallest)
+    return found.best_with_others()
 
 
-class _Problem:
-    def __init__(
-        self,
-        spec: ModelSpec,
-        dtype: str,
-        memory: Memory,
-        rates: Rates,
-        workload: Workload,
-        max_model_len: int | None,
-        max_num_seqs: int | None,
-    ) -> None:
+def problem_of(
+    spec: ModelSpec,
+    dtype: str,
+    memory: Memory,
+    workload: Workload,
+    *,
+    max_model_len: int | None = None,
+    max_num_seqs: int | None = None,
+    expert_bytes: int | None = None,
+) -> Problem:
+    """What a policy has to fit; arguments as `search` has them.
+
+    Raises:
+        ConfigError: max_model_len is more than the model was made for.
+    """
+    if max_model_len and max_model_len > spec.max_position:
+        raise ConfigError(
+            f"max_model_len={max_model_len} is more than the model's {spec.max_position} positions; lower it"
+        )
+    return Problem(
+        spec, dtype, memory, workload,
+        length=max_model_len or min(workload.longest, spec.max_position),
+        most_seqs=min(x for x in (max_num_seqs, workload.num_requests, MOST_SEQS) if x),
+        expert_bytes=expert_bytes,
+    )  # fmt: skip
+
+
+def _pages(problem: Problem) -> list[int]:
+    sizes = (round(share * PAGE_BYTES) for share in _PAGE_SIZES)
+    size = problem.expert_bytes or problem.dtype_bytes
+    return list(dict.fromkeys(pages_per_expert(problem.spec, size, page) for page in sizes))
+
+
+def _values(problem: Problem) -> dict[str, tuple[float, ...]]:
+    most = problem.spec.experts.num_experts
+    return {**_VALUES, "parts": tuple(count for count in _VALUES["parts"] if count <= most)}
+
+
+def _starts(problem: Problem) -> tuple[Choice, ...]:
+    """The usual choice, two that differ in much, and one that takes as little memory as any."""
+    pages, values = _pages(problem), _values(problem)
+    usual = Choice(**{name: some[0] for name, some in values.items()}, pages=pages[0])  # type: ignore[arg-type]
+    fine = replace(usual, micro_batches=2, prefill=4.0, parts=max(values["parts"]), pages=min(pages))  # type: ignore[arg-type]
+    whole = replace(usual, ring=1.2, micro_batches=2, prefill=4.0, parts=1, groups=2)
+    least: dict[str, Any] = {name: min(values[name]) for name in ("ring", "prefill")}
+    most: dict[str, Any] = {name: max(values[name]) for name in ("micro_batches", "parts")}
+    return usual, fine, whole, replace(usual, **least, **most, pages=max(pages))
+
+
+def _with(choice: Choice, name: str, value: float) -> Choice:
+    changed: dict[str, Any] = {name: value}
+    return replace(choice, **changed)
+
+
+class _Search:
+    """What has been tried, and the best of it."""
+
+    def __init__(self, problem: Problem, rates: Rates) -> None:
+        self._problem = problem
+        self._rates = rates
+        self._values = {**_values(problem), "pages": tuple(_pages(problem))}
+        self._policies: dict[Choice, Policy | None] = {}
+        self._bounds: dict[Policy, float] = {}
+        self._estimates: dict[Policy, float] = {}
+        self._found: dict[Policy, Planned] = {}
+        self.best: Planned | None = None
+
+    def try_plan(self, plan: Planned) -> None:
+        """Take a plan for another machine as it is, if it fits."""
+        use, memory = self._problem.use(plan.policy), self._problem.memory
         assert memory.gpu is not None
-        if max_model_len and max_model_len > spec.max_position:
-            raise ConfigError(
-                f"max_model_len={max_model_len} is more than the model's {spec.max_position} positions; lower it"
-            )
-        self._spec, self._dtype, self._dtype_bytes = spec, dtype, DTYPE_BYTES[dtype]
-        dtype_bytes = self._dtype_bytes
-        self._gpu, self._host = memory.gpu, memory.host
-        self._rates, self._workload = rates, workload
-        self._length = max_model_len or min(workload.longest, spec.max_position)
-        most = min(x for x in (max_num_seqs, workload.num_requests, 2**20) if x)
-        self._most_seqs = most
-        self._pages = pages_per_expert(spec, dtype_bytes)
-        self._per_layer = spec.experts.num_experts * self._pages
-        expert_bytes = 3 * spec.hidden_size * spec.experts.intermediate_size * dtype_bytes
-        self._page_bytes = expert_bytes // self._pages
-        self._others = (
-            spec.num_parameters * dtype_bytes - expert_bytes * spec.experts.num_experts * spec.num_layers
-        )
-        self._block_bytes = spec.kv_bytes_per_token(dtype_bytes) * _BLOCK_SIZE
-        self._found: dict[Choice, Planned | None] = {}
+        if use.gpu_bytes <= memory.gpu and use.host_bytes <= memory.host:
+            self._simulate(plan.policy, plan.choice)
 
-    def value(self, candidate: Choice) -> float:
-        found = self.solve(candidate)
-        return found.prediction.job_tokens_per_s if found else 0.0
+    def vary(self, start: Choice, names: Iterable[str], rounds: int) -> None:
+        """Vary one choice after the other from `start`; nothing where that is far behind."""
+        names = tuple(names)
+        base = self._try([start]) or start
+        policy = self._policy(start)
+        if policy and self._value(policy) < _BEHIND * self._reached:
+            return
+        for _ in range(rounds):
+            before = base
+            for name in names:
+                base = self._try(_with(base, name, value) for value in self._values[name]) or base
+            if base == before:
+                return
 
-    def solve(self, candidate: Choice) -> Planned | None:
-        if candidate not in self._found:
-            policy = self._policy(candidate)
-            self._found[candidate] = None if policy is None else self._predicted(policy, candidate)
-        return self._found[candidate]
+    def best_with_others(self) -> Planned:
+        """The best plan with its runners-up."""
+        assert self.best is not None
+        others: list[Planned] = []
+        for plan in sorted(self._found.values(), key=lambda p: -p.tokens_per_s):
+            last = others[-1] if others else self.best
+            if plan.tokens_per_s < last.tokens_per_s * (1 - _APART) and len(others) < _RUNNERS_UP:
+                others.append(plan)
+        return replace(self.best, runners_up=tuple(others))
 
-    def explain(self) -> NoFeasiblePolicyError:
-        spec, rows = self._spec, 1 + self._length
-        smallest = self._largest_part(max(count for count in _PARTS if count <= spec.experts.num_experts))
-        gpu = self._others + activation_bytes(spec, self._dtype_bytes, rows) + smallest * self._page_bytes
-        streamed = self._per_layer * spec.num_layers * self._page_bytes
-        streamed = max(0, streamed - max(0, self._gpu - gpu))
-        host = streamed + self._blocks_of_longest() * self._block_bytes
-        return NoFeasiblePolicyError(
-            f"{spec.architecture} needs {format_bytes(gpu)} of GPU memory to stream its experts, of which "
-            f"{format_bytes(max(0, self._gpu))} are allowed, and {format_bytes(host)} of host memory for weights "
-            f"and one sequence of {self._length} tokens, of which there are {format_bytes(self._host)}",
-            "Lower max_model_len, or allow more memory",
-        )
+    def _try(self, choices: Iterable[Choice]) -> Choice | None:
+        """Simulate those that may be faster than the best, most promising first; the choice to go on from."""
+        policies = [(self._policy(choice), choice) for choice in choices]
+        promising = [(self._bound(policy), policy, choice) for policy, choice in policies if policy]
+        estimated = [
+            (policy, choice)
+            for bound, policy, choice in sorted(promising, key=lambda entry: -entry[0])
+            if bound > self._reached * _WORTH
+        ]
+        for policy, choice in sorted(estimated, key=lambda entry: -self._estimate(entry[0])):
+            if self._estimate(policy) > self._reached * _WORTH:
+                self._simulate(policy, choice)
+        return max(estimated, key=lambda entry: self._value(entry[0]))[1] if estimated else None
 
-    def _blocks_of_longest(self) -> int:
-        return -(-self._length // _BLOCK_SIZE)
+    def _value(self, policy: Policy) -> float:
+        """As well as it is known."""
+        return self._found[policy].tokens_per_s if policy in self._found else self._estimate(policy)
 
-    def _policy(self, candidate: Choice) -> Policy | None:
-        """The largest batch that the candidate's way of using memory has room for."""
-        least, most = 0, self._most_seqs
-        while least < most:  # more sequences need more activations, and those push pages out to the host
-            middle = (least + most + 1) // 2
-            least, most = (middle, most) if self._sized(candidate, middle) else (least, middle - 1)
-        return self._sized(candidate, least) if least else None
+    @property
+    def _reached(self) -> float:
+        return self.best.tokens_per_s if self.best else 0.0
 
-    def _sized(self, candidate: Choice, num_seqs: int) -> Policy | None:
-        """The policy with a batch of that size, if memory holds it."""
-        spec, work = self._spec, self._workload
-        size = min(HEAD_ROWS, ceil(num_seqs / candidate.micro_batches))
-        steady = num_seqs * work.mean_prompt / work.gen_len
-        prefill = max(self._length, min(ceil(candidate.prefill * steady), _MOST_PREFILL))
-        resident = self._resident(num_seqs + prefill, candidate)
-        if resident is None:
-            return None
-        streamed = [self._per_layer - r for r in resident]
-        free = self._host - sum(streamed) * self._page_bytes
-        blocks = (free - host_buffer_bytes(spec, self._dtype_bytes, num_seqs)) // self._block_bytes
-        if blocks < max(self._blocks_of_longest(), num_seqs * work.mean_blocks(_BLOCK_SIZE) / _FULL):
-            return None
-        return Policy(
-            max_num_seqs=num_seqs, micro_batch_size=size, group_size=2**16, look_ahead=2 * ceil(num_seqs / size),
-            prefill_tokens=prefill, chunk_tokens=min(_CHUNK_TOKENS, prefill), pages_per_expert=self._pages,
-            resident_pages=resident, num_frames=self._num_frames(candidate, max(streamed)),
-            num_blocks=min(blocks, self._most_seqs * self._blocks_of_longest()), block_size=_BLOCK_SIZE,
-            expert_parts=candidate.parts,
-        )  # fmt: skip
+    def _policy(self, choice: Choice) -> Policy | None:
+        if choice not in self._policies:
+            self._policies[choice] = largest_policy(self._problem, choice)
+        return self._policies[choice]
 
-    def _num_frames(self, candidate: Choice, streamed: int) -> int:
-        """Of a ring for so many streamed pages a layer; the largest part must fit."""
-        return max(ceil(candidate.ring * streamed), min(self._largest_part(candidate.parts), streamed))
+    def _bound(self, policy: Policy) -> float:
+        if policy not in self._bounds:
+            p = self._problem
+            self._bounds[policy] = at_best(p.spec, p.dtype, policy, self._rates, p.workload)
+        return self._bounds[policy]
 
-    def _largest_part(self, parts: int) -> int:
-        """Pages of the largest of so many parts."""
-        return -(-self._spec.experts.num_experts // parts) * self._pages
+    def _estimate(self, policy: Policy) -> float:
+        if policy not in self._estimates:
+            p = self._problem
+            self._estimates[policy] = estimate(p.spec, p.dtype, policy, self._rates, p.workload)
+        return self._estimates[policy]
 
-    def _resident(self, rows: int, candidate: Choice) -> tuple[int, ...] | None:
-        """Pages of each layer that stay on the GPU beside the candidate's ring."""
-        layers, per_layer = self._spec.num_layers, self._per_layer
-        room = self._gpu - self._others - activation_bytes(self._spec, self._dtype_bytes, rows)
-        frames = room // self._page_bytes
-
-        def fits(total: int) -> bool:
-            streamed = per_layer - total // layers if total < per_layer * layers else 0
-            return total + self._num_frames(candidate, streamed) <= frames
-
-        if not fits(0):
-            return None
-        least, most = 0, per_layer * layers
-        while least < most:
-            middle = (least + most + 1) // 2
-            least, most = (middle, most) if fits(middle) else (least, middle - 1)
-        return tuple(least // layers + (layer < least % layers) for layer in range(layers))
-
-    def _predicted(self, policy: Policy, choice: Choice) -> Planned:
-        return Planned(policy, outlook(self._spec, self._dtype, policy, self._rates, self._workload), choice)
+    def _simulate(self, policy: Policy, choice: Choice) -> None:
+        if policy in self._found:
+            return
+        p = self._problem
+        plan = Planned(policy, outlook(p.spec, p.dtype, policy, self._rates, p.workload), choice)
+        self._found[policy] = plan
+        if plan.tokens_per_s > self._reached:
+            self.best = plan

@@ -45,6 +45,29 @@ def predict(
         ScheduleError: the ring cannot hold the pages of a layer.
     """
     _check_tokens(shape, tokens, mean_context)
+    work = pass_work(
+        spec,
+        shape,
+        tokens,
+        mean_context,
+        pages_per_expert=pages_per_expert,
+        dtype=dtype,
+        prompt_len=prompt_len,
+    )
+    return predict_pass(work, shape, hardware, schedule)
+
+
+def pass_work(
+    spec: ModelSpec,
+    shape: PassShape,
+    tokens: Sequence[int],
+    mean_context: float,
+    *,
+    pages_per_expert: int,
+    dtype: str | None = None,
+    prompt_len: float | None = None,
+) -> PassWork:
+    """What the tasks of such a pass work on; arguments as `predict` has them."""
     window = spec.attention.sliding_window
     keys = min(mean_context, window or mean_context)
     n = shape.num_prefill
@@ -56,10 +79,9 @@ def predict(
     context += [round(count * keys) for count in tokens[n:]]
     # A prompt's last token is sampled from, and each decode token.
     rows = tuple(round(number) for number in prompts) + tuple(tokens[n:])
-    work = PassWork(
+    return PassWork(
         spec, dtype or spec.dtype, pages_per_expert, tuple(tokens), tuple(context), rows, shape.num_parts
     )
-    return predict_pass(work, shape, hardware, schedule)
 
 
 def predict_pass(

@@ -84,6 +84,24 @@ class MeasuredRates:
         return _Measured(self.profile, self._gpu, work).of
 
 
+@dataclass(frozen=True)
+class LighterPages:
+    """Another machine's rates for a model whose pages have a share of the bytes, with the same FLOPs."""
+
+    rates: Rates
+    share: float
+
+    @property
+    def h2d(self) -> float:
+        """Bytes/s of large copies to the GPU."""
+        return self.rates.h2d
+
+    def seconds(self, work: PassWork) -> Callable[[Task], float]:
+        """Copies of pages take that share of the time, all else as long as it did."""
+        seconds = self.rates.seconds(work)
+        return lambda task: seconds(task) * (self.share if task.kind is TaskKind.LOAD_PAGE else 1.0)
+
+
 class _Measured:
     def __init__(self, profile: Profile, gpu: GpuProfile, work: PassWork) -> None:
         self._gpu, self._work = gpu, work

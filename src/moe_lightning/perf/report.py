@@ -1,21 +1,25 @@
-"""A plan in words: whether it fits, what it should reach, what holds it back, what would help."""
+"""A plan with what stands around it: its memory, its limit, the next best, and what other machines would reach."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moe_lightning.errors import NoFeasiblePolicyError
 from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.alternatives import Alternative, alternatives
+from moe_lightning.perf.cost import DTYPE_BYTES
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.limit import HardwareLimit, hardware_limit
-from moe_lightning.perf.planner import Planned, search
-from moe_lightning.perf.rates import Rates
+from moe_lightning.perf.memory import MemoryUse
+from moe_lightning.perf.planner import Planned, problem_of, search
+from moe_lightning.perf.rates import LighterPages, Rates
 from moe_lightning.perf.workload import Workload
-from moe_lightning.units import GIB, format_bytes
+from moe_lightning.units import GIB
 
 _CONTEXT = GIB  # the driver's context, cuBLAS and kernels
+_CARDS = (16, 24)  # GiB of usual cards
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,14 @@ class Machine:
         rates: of its lanes.
         gpu_memory: bytes that the process may use, context included.
         host_memory: bytes for weights and KV.
+        cpu_flops: FLOP/s of its CPUs in matrix products.
     """
 
     name: str
     rates: Rates
     gpu_memory: int
     host_memory: int
+    cpu_flops: float
 
     @property
     def memory(self) -> Memory:
@@ -45,20 +51,26 @@ class Report:
     """A plan, its limit, and what other machines would reach.
 
     Attributes:
+        spec: the model.
         machine: where.
         dtype: of weights and KV.
         workload: what.
         planned: policy and prediction.
+        memory: what the policy takes.
         limit: None where all experts fit on the GPU: then no link bounds the machine.
         what_ifs: tokens/s of the job by what would be changed; None: it would not fit.
+        left_out: places that the plan does not use.
     """
 
+    spec: ModelSpec
     machine: Machine
     dtype: str
     workload: Workload
     planned: Planned
+    memory: MemoryUse
     limit: HardwareLimit | None
     what_ifs: dict[str, float | None]
+    left_out: tuple[Alternative, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -68,8 +80,17 @@ class Report:
                 "host_memory": self.machine.host_memory,
             },
             "dtype": self.dtype, "workload": asdict(self.workload), "policy": asdict(self.planned.policy),
-            "prediction": asdict(self.planned.prediction), "limit": asdict(self.limit) if self.limit else None,
+            "prediction": {
+                **asdict(self.planned.prediction),
+                "prefill_tokens_per_s": self.planned.prediction.prefill_tokens_per_s,
+            },
+            "memory": asdict(self.memory), "limit": asdict(self.limit) if self.limit else None,
             "bottleneck": self.bottleneck, "what_ifs": self.what_ifs,
+            "runners_up": [
+                {"choice": asdict(p.choice), "num_seqs": p.policy.max_num_seqs, "tokens_per_s": p.tokens_per_s}
+                for p in self.planned.runners_up
+            ],
+            "left_out": [asdict(each) for each in self.left_out],
         }  # fmt: skip
 
     @property
@@ -93,78 +114,53 @@ def plan(
 
     Raises:
         NoFeasiblePolicyError: the model does not fit.
+        ConfigError: `longest` is more than the model was made for.
     """
     planned = search(spec, dtype, machine.memory, machine.rates, workload, max_model_len=longest)
-    size = 4 if dtype == "float32" else 2
+    problem = problem_of(spec, dtype, machine.memory, workload, max_model_len=longest)
+    return Report(
+        spec, machine, dtype, workload, planned, problem.use(planned.policy),
+        limit=_limit(spec, dtype, machine, workload),
+        what_ifs={name: reached() for name, reached in _changes(spec, dtype, machine, workload, longest, planned)},
+        left_out=alternatives(problem, planned, machine.rates, machine.cpu_flops),
+    )  # fmt: skip
 
-    def reached(memory: Memory) -> float | None:
-        try:
-            found = search(
-                spec, dtype, memory, machine.rates, workload, max_model_len=longest, near=planned.choice
-            )
-            return found.prediction.job_tokens_per_s
-        except NoFeasiblePolicyError:
-            return None
 
-    memory = machine.memory
-    assert memory.gpu is not None
-    changes: dict[str, Callable[[], float | None]] = {
-        "32 GiB more host memory": lambda: reached(Memory(memory.host + 32 * GIB, memory.gpu)),
-        "32 GiB less host memory": lambda: reached(Memory(max(memory.host - 32 * GIB, 0), memory.gpu)),
-        "8 GiB more GPU memory": lambda: reached(Memory(memory.host, (memory.gpu or 0) + 8 * GIB)),
-        "8 GiB less GPU memory": lambda: reached(Memory(memory.host, max((memory.gpu or 0) - 8 * GIB, 0))),
-    }
+def _limit(spec: ModelSpec, dtype: str, machine: Machine, workload: Workload) -> HardwareLimit | None:
     try:
-        limit = hardware_limit(
-            spec, size, machine.gpu_memory, machine.host_memory, machine.rates.h2d, workload
+        return hardware_limit(
+            spec, DTYPE_BYTES[dtype], machine.gpu_memory, machine.host_memory, machine.rates.h2d, workload
         )
     except NoFeasiblePolicyError:
-        limit = None
-    return Report(
-        machine, dtype, workload, planned, limit, {name: change() for name, change in changes.items()}
-    )
+        return None
 
 
-def to_text(spec: ModelSpec, report: Report) -> str:
-    """A page for people."""
-    machine, policy, p = report.machine, report.planned.policy, report.planned.prediction
-    per_layer = spec.experts.num_experts * policy.pages_per_expert
-    resident = sum(policy.resident_pages) / (per_layer * spec.num_layers)
-    lines = [
-        f"{spec.architecture} in {report.dtype} fits {machine.name}: {format_bytes(machine.gpu_memory)} of GPU "
-        f"memory, {format_bytes(machine.host_memory)} of host memory",
-        "",
-        f"  tokens/s, whole job    {p.job_tokens_per_s:8.0f}   generated, with prompts of "
-        f"{report.workload.mean_prompt:.0f} tokens and answers of {report.workload.gen_len}",
-        f"  tokens/s, memory full  {p.tokens_per_s:8.0f}"
-        + (
-            f"   {p.tokens_per_s / report.limit.tokens_per_s:.0%} of the hardware limit"
-            if report.limit
-            else ""
-        ),
-    ]
-    if p.job_s is not None:
-        lines.append(f"  the job                {p.job_s / 60:8.1f}   minutes")
-    lines += [
-        f"  a pass                 {p.pass_s:8.2f}   seconds, {p.num_seqs} sequences decode and "
-        f"{p.prefill_tokens} prompt tokens ride along",
-        "",
-        "  lane   seconds a pass",
+def _changes(
+    spec: ModelSpec, dtype: str, machine: Machine, workload: Workload, longest: int | None, planned: Planned
+) -> list[tuple[str, Callable[[], float | None]]]:
+    """What is asked for other machines: a name, and a function that says the tokens/s there."""
+
+    def on(changed: Machine, expert_bytes: int | None = None) -> Callable[[], float | None]:
+        def reached() -> float | None:
+            try:
+                return search(
+                    spec, dtype, changed.memory, changed.rates, workload,
+                    max_model_len=longest, near=planned, expert_bytes=expert_bytes,
+                ).tokens_per_s  # fmt: skip
+            except NoFeasiblePolicyError:
+                return None
+
+        return reached
+
+    gpu, host = machine.gpu_memory, machine.host_memory
+    lighter = replace(machine, rates=LighterPages(machine.rates, 1 / DTYPE_BYTES[dtype]))
+    return [
+        ("32 GiB more host memory", on(replace(machine, host_memory=host + 32 * GIB))),
+        ("32 GiB less host memory", on(replace(machine, host_memory=max(0, host - 32 * GIB)))),
         *(
-            f"  {lane.upper():<5}  {seconds:6.2f}  {'#' * round(40 * min(1.0, seconds / p.pass_s))}"
-            + ("  the bottleneck" if lane == report.bottleneck else "")
-            for lane, seconds in p.lane_s.items()
+            (f"{size} GiB of GPU memory", on(replace(machine, gpu_memory=size * GIB)))
+            for size in _CARDS
+            if abs(size * GIB - gpu) >= GIB
         ),
-        "",
-        f"  policy: {policy.max_num_seqs} sequences in micro-batches of {policy.micro_batch_size}; "
-        f"{resident:.0%} of the experts resident, the rest through a ring of {policy.num_frames} pages;",
-        f"          {policy.num_blocks} KV blocks of {policy.block_size} tokens; up to "
-        f"{policy.max_num_seqs + policy.prefill_tokens} rows a pass",
-        "",
-        "  with",
+        ("FP8 experts, same FLOP/s", on(lighter, expert_bytes=1)),
     ]
-    for name, reached in report.what_ifs.items():
-        change = "it does not fit" if reached is None else f"{reached:8.0f} tokens/s"
-        change += "" if reached is None else f"  {reached / p.job_tokens_per_s - 1:+.0%}"
-        lines.append(f"    {name:<26} {change}")
-    return "\n".join(lines)

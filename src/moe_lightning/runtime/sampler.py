@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from moe_lightning.perf.memory import SORTED_AT_ONCE
 from moe_lightning.runtime.sampling_batch import Penalties, SamplingBatch
 
 # What a row has for a token whose logits say nothing: NaN and infinity come of damaged weights or overflow, and
@@ -19,9 +20,8 @@ from moe_lightning.runtime.sampling_batch import Penalties, SamplingBatch
 NOT_FINITE = -1
 # A likelihood is an integer, in units of 2**-40 of the row's largest: 2**22 of them still sum below 2**63.
 _LIKELIHOOD_ONE = 2.0**40
-# Rows are sorted a few at a time: a sorted logit needs some 40 bytes of workspace, and a micro-batch of 324
-# rows has up to 50 million of them.
-_SORTED_AT_ONCE = 2**22
+# Rows are sorted a few at a time: a sorted logit needs some 50 bytes of workspace.
+_SORTED_AT_ONCE = SORTED_AT_ONCE
 
 
 @dataclass(frozen=True)

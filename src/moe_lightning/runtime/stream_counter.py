@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from moe_lightning.memory.arena import HostArena
+from moe_lightning.perf.memory import COUNTER_BYTES
 
 _WAIT_GEQ = 0  # until (int32)(*address - value) >= 0: right also after the count has wrapped
 
@@ -24,7 +25,7 @@ class StreamCounter:
     """
 
     def __init__(self, in_stream: bool | None = None) -> None:
-        arena = HostArena((1024,), torch.int32)
+        arena = HostArena((COUNTER_BYTES // 4,), torch.int32)
         arena.prepare(pin=True)
         self._words = arena.tensor.numpy()
         self._address = arena.tensor.data_ptr()

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_lightning.kernels import ops
 from moe_lightning.memory.arena import HostArena
 from moe_lightning.memory.mapped import device_view
+from moe_lightning.perf.memory import UPLOAD_BYTES
 
 Values = Sequence[int] | Sequence[float] | npt.NDArray[np.generic]
 _NUMPY = {
@@ -21,7 +22,6 @@ _NUMPY = {
     torch.float64: np.float64,
 }
 _ALIGNMENT = 16
-_CAPACITY = 2**20
 
 
 class Uploader:
@@ -31,7 +31,7 @@ class Uploader:
     kernel reads them all; where it cannot, one copy waits once.
     """
 
-    def __init__(self, device: torch.device, capacity: int = _CAPACITY) -> None:
+    def __init__(self, device: torch.device, capacity: int = UPLOAD_BYTES) -> None:
         self._device = device
         self._used = 0
         if device.type != "cpu":

@@ -1,0 +1,51 @@
+"""What a plan is for: lengths from flags or from a batch file."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass, replace
+
+from moe_lightning.errors import ConfigError
+from moe_lightning.jobs import open_input, survey_input
+from moe_lightning.perf.workload import Workload
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be computed; `longest` is that of its sequences where the workload does not say it."""
+
+    workload: Workload
+    longest: int | None
+    notes: tuple[str, ...] = ()
+
+
+def job_of(args: Namespace, limit: int) -> Job:
+    """The job that flags or a file describe, without prompts that leave no room for an answer in `limit` tokens.
+
+    Raises:
+        ConfigError: all prompts are too long.
+        JobError: the file cannot be read.
+    """
+    if not args.input:
+        workload = Workload((args.avg_prompt_len,), args.gen_len, args.num_requests)
+        return _fitting(workload, args.max_model_len, limit)
+    with open_input(args.input) as file:
+        lengths = survey_input(file).lengths
+    return _fitting(lengths.workload(None), min(lengths.longest, limit), limit)
+
+
+def _fitting(workload: Workload, longest: int | None, limit: int) -> Job:
+    fitting = tuple(length for length in workload.prompt_lens if length < limit)
+    if not fitting:
+        raise ConfigError(
+            f"prompts have {max(workload.prompt_lens):,} tokens, and sequences with their answers no more than "
+            f"{limit:,}; give shorter prompts, or a greater --max-model-len where the model allows it"
+        )
+    left_out = 1 - len(fitting) / len(workload.prompt_lens)
+    if not left_out:
+        return Job(workload, longest)
+    count = workload.num_requests and max(1, round(workload.num_requests * (1 - left_out)))
+    note = (
+        f"{left_out:.1%} of the prompts leave no room for an answer in {limit:,} tokens and are not counted"
+    )
+    return Job(replace(workload, prompt_lens=fitting, num_requests=count), longest, (note,))

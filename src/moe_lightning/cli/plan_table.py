@@ -1,0 +1,198 @@
+"""A plan as a page for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from moe_lightning.perf.memory import DeviceUse, HostUse
+from moe_lightning.perf.planner import Planned
+from moe_lightning.perf.report import Report
+from moe_lightning.perf.sizing import Choice
+from moe_lightning.units import format_bytes, format_duration
+
+_WIDTH = 100
+_BAR = 36
+_LANES = {
+    "gpu": "GPU", "h2d": "copies to the GPU", "back": "attention's outputs back", "d2h": "copies from the GPU",
+    "cpu": "CPU attention",
+}  # fmt: skip
+_DEVICE = {
+    "weights": "other weights", "resident": "experts resident", "ring": "ring of frames",
+    "activations": "activations", "workspace": "experts' workspace", "tables": "tables", "uploads": "small arrays",
+    "staging": "KV on its way",
+}  # fmt: skip
+_HOST = {
+    "experts": "experts streamed", "kv": "KV cache", "rows": "rows of sequences", "uploads": "small arrays",
+}  # fmt: skip
+
+
+def to_text(
+    report: Report, notes: tuple[str, ...] = (), *, is_terminal: bool = False, width: int = _WIDTH
+) -> str:
+    """The page; in colours for a terminal.
+
+    Args:
+        report: what is said.
+        notes: what to know of the model beside.
+        is_terminal: letters may be coloured.
+        width: columns; more than 100 are not used.
+    """
+    console = Console(
+        width=min(width, _WIDTH), force_terminal=is_terminal, no_color=not is_terminal, highlight=False
+    )
+    with console.capture() as captured:
+        console.print(Group(*_page(report, notes)))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def _page(report: Report, notes: tuple[str, ...]) -> Iterator[RenderableType]:
+    machine = report.machine
+    yield Text.assemble(
+        (report.spec.architecture, "bold"), f" in {report.dtype} ", ("fits", "bold green"), f" {machine.name}: ",
+        f"{format_bytes(machine.gpu_memory)} of GPU memory, {format_bytes(machine.host_memory)} of host memory",
+    )  # fmt: skip
+    yield from (Text(f"note: {note}", style="yellow") for note in notes)
+    yield _section("what it reaches", _speeds(report))
+    yield _section("seconds of a pass", _lanes(report))
+    yield _section("memory", _memory(report))
+    yield _section("policy", Text(_policy(report)))
+    if report.planned.runners_up:
+        yield _section("next best", _runners_up(report.planned))
+    yield _section("what if", _what_ifs(report))
+    yield _section("why not", _left_out(report))
+
+
+def _section(title: str, content: RenderableType) -> RenderableType:
+    return Group(Text(), Text(title, style="bold cyan"), Padding(content, (0, 0, 0, 2)))
+
+
+def _grid(*justify: str) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for side in justify:
+        table.add_column(justify=side, overflow="fold")  # type: ignore[arg-type]
+    return table
+
+
+def _speeds(report: Report) -> Table:
+    p, work = report.planned.prediction, report.workload
+    of_limit = (
+        f", {p.tokens_per_s / report.limit.tokens_per_s:.0%} of the hardware limit" if report.limit else ""
+    )
+    table = _grid("left", "right", "left")
+    table.add_row(
+        "whole job", f"{p.job_tokens_per_s:,.0f}",
+        f"tokens/s generated; prompts of {work.mean_prompt:.0f} tokens, answers of {work.gen_len}", style="bold",
+    )  # fmt: skip
+    table.add_row("memory full", f"{p.tokens_per_s:,.0f}", f"tokens/s generated{of_limit}")
+    table.add_row("", f"{p.prefill_tokens_per_s:,.0f}", "prompt tokens/s beside them")
+    if p.job_s is not None:
+        table.add_row("the job", format_duration(p.job_s), f"for {work.num_requests:,} requests")
+    table.add_row(
+        "a pass", f"{p.pass_s:.2f} s",
+        f"{p.num_seqs:,} sequences decode, {p.prefill_tokens:,} prompt tokens ride along",
+    )  # fmt: skip
+    return table
+
+
+def _lanes(report: Report) -> Table:
+    table, prediction = _grid("left", "right", "left"), report.planned.prediction
+    for lane, seconds in prediction.lane_s.items():
+        is_busiest = lane == report.bottleneck
+        bar = Text(
+            "█" * round(_BAR * min(1.0, seconds / prediction.pass_s)), style="red" if is_busiest else "blue"
+        )
+        bar.append("  the bottleneck" if is_busiest else "", style="bold")
+        table.add_row(_LANES[lane], f"{seconds:.2f}", bar)
+    return table
+
+
+def _memory(report: Report) -> Table:
+    use, machine = report.memory, report.machine
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in ("GPU", "host"):
+        table.add_column(column)
+        table.add_column(justify="right")
+    device = [*_parts(use.device, _DEVICE), ("during a pass, at most", format_bytes(use.during_pass.total))]
+    device.append(("driver and kernels", format_bytes(machine.gpu_memory - (machine.memory.gpu or 0))))
+    host = [*_parts(use.host, _HOST), ("the engine, about", format_bytes(use.host_bytes - use.host.total))]
+    for row in range(max(len(device), len(host))):
+        left, right = (side[row] if row < len(side) else ("", "") for side in (device, host))
+        table.add_row(*left, *right)
+    gpu = use.gpu_bytes + machine.gpu_memory - (machine.memory.gpu or 0)
+    table.add_section()
+    table.add_row(
+        "in all", f"{format_bytes(gpu)} of {format_bytes(machine.gpu_memory)}",
+        "", f"{format_bytes(use.host_bytes)} of {format_bytes(machine.host_memory)}", style="bold",
+    )  # fmt: skip
+    return table
+
+
+def _parts(use: DeviceUse | HostUse, names: dict[str, str]) -> list[tuple[str, str]]:
+    """Those of a mebibyte or more."""
+    sizes = [(names[field.name], getattr(use, field.name)) for field in fields(use)]
+    return [(name, format_bytes(size)) for name, size in sizes if size >= 2**20]
+
+
+def _policy(report: Report) -> str:
+    policy, spec = report.planned.policy, report.spec
+    pages = spec.experts.num_experts * policy.pages_per_expert * spec.num_layers
+    resident = sum(policy.resident_pages) / pages
+    micro_batches = -(-policy.max_num_seqs // policy.micro_batch_size)
+    rest = (
+        f"; the rest comes through {policy.num_frames} frames, "
+        f"{'a part' if policy.expert_parts > 1 else 'a layer'} at a time"
+        if policy.num_frames
+        else ""
+    )
+    return (
+        f"{policy.max_num_seqs:,} sequences in {micro_batches} micro-batches of {policy.micro_batch_size}, prompts "
+        f"in chunks of {policy.chunk_tokens:,} tokens, up to {policy.max_num_seqs + policy.prefill_tokens:,} rows "
+        f"a pass; {resident:.0%} of the experts resident{rest}; {policy.num_blocks:,} KV blocks of "
+        f"{policy.block_size} tokens"
+    )
+
+
+def _runners_up(planned: Planned) -> Table:
+    table = _grid("right", "right", "left")
+    for other in planned.runners_up:
+        table.add_row(
+            f"{other.tokens_per_s:,.0f} tokens/s", f"{other.tokens_per_s / planned.tokens_per_s - 1:+.1%}",
+            _difference(planned.choice, other.choice),
+        )  # fmt: skip
+    return table
+
+
+def _difference(best: Choice, other: Choice) -> str:
+    """Choices of another plan that are not the best one's."""
+    changed = [
+        f"{field.name.replace('_', ' ')} {getattr(other, field.name):g}, not {getattr(best, field.name):g}"
+        for field in fields(Choice)
+        if getattr(best, field.name) != getattr(other, field.name)
+    ]
+    return "; ".join(changed)
+
+
+def _what_ifs(report: Report) -> Table:
+    table, now = _grid("left", "right", "right"), report.planned.tokens_per_s
+    for name, reached in report.what_ifs.items():
+        if reached is None:
+            table.add_row(name, Text("it does not fit", style="red"), "")
+        else:
+            style = "green" if reached > now else "red"
+            table.add_row(name, f"{reached:,.0f} tokens/s", Text(f"{reached / now - 1:+.0%}", style=style))
+    return table
+
+
+def _left_out(report: Report) -> Table:
+    table = _grid("left", "right", "left")
+    for each in report.left_out:
+        gain = f"{each.gain:+.0%}" if each.gain < 0 else f"+{each.gain:.1%} at most"
+        table.add_row(f"{each.name} ({each.symbol})", gain, each.reason)
+    return table

@@ -1,0 +1,88 @@
+"""What a model lacks that does not fit, and the cheapest ways to make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from moe_lightning.errors import NoFeasiblePolicyError
+from moe_lightning.perf.default_policy import Memory
+from moe_lightning.perf.sizing import Choice, Problem, sized
+from moe_lightning.units import GIB, format_bytes
+
+_STEP = GIB // 10
+_MOST = 2**14  # steps: 1.6 TiB
+
+
+def no_feasible_policy(problem: Problem, choice: Choice) -> NoFeasiblePolicyError:
+    """What is short, by how much, and what would help.
+
+    Args:
+        problem: for which nothing was found.
+        choice: that takes as little memory as any.
+    """
+    gpu, host = _needed(problem, choice)
+    memory, spec = problem.memory, problem.spec
+    return NoFeasiblePolicyError(
+        f"{spec.architecture} needs {format_bytes(gpu)} of GPU memory to stream its experts, of which "
+        f"{format_bytes(max(0, memory.gpu or 0))} are allowed, and {format_bytes(host)} of host memory for weights "
+        f"and one sequence of {problem.length} tokens, of which there are {format_bytes(memory.host)}",
+        _remedy(problem, choice),
+    )
+
+
+def _needed(problem: Problem, choice: Choice) -> tuple[int, int]:
+    """Least GPU memory with all the host memory one wants, and host memory beside the GPU memory there is."""
+    plenty = 2**50
+    gpu = _least(lambda steps: _fits(problem, choice, gpu=steps * _STEP, host=plenty)) * _STEP
+    enough = max(gpu, problem.memory.gpu or 0)
+    return gpu, _least(lambda steps: _fits(problem, choice, gpu=enough, host=steps * _STEP)) * _STEP
+
+
+def _remedy(problem: Problem, choice: Choice) -> str:
+    """The ways that each would do, a shorter length first, then the one of least memory."""
+    gpu, host = problem.memory.gpu or 0, problem.memory.host  # less than none where the driver takes more
+    more_gpu = _least(lambda steps: _fits(problem, choice, gpu=gpu + steps * _STEP, host=host))
+    more_host = _least(lambda steps: _fits(problem, choice, gpu=gpu, host=host + steps * _STEP))
+    needed_gpu, needed_host = (-(-size // _STEP) for size in _needed(problem, choice))
+    both = max(0, needed_gpu - gpu // _STEP), max(0, needed_host - host // _STEP)
+    ways = [(more_gpu, f"{_gib(more_gpu)} more GPU memory (gpu_memory)")]
+    if more_host <= _MOST:
+        ways.append((more_host, f"{_gib(more_host)} more host memory (host_memory)"))
+    elif all(both):
+        ways.append(
+            (sum(both), f"{_gib(both[0])} more GPU memory and {_gib(both[1])} more host memory together")
+        )
+    texts = [text for steps, text in sorted(ways) if steps <= _MOST]
+    length = _longest_that_fits(problem, choice)
+    if length:
+        texts.insert(0, f"max_model_len={length} instead of {problem.length}")
+    return f"It would fit with {', or '.join(texts)}"
+
+
+def _gib(steps: int) -> str:
+    return f"{steps * _STEP / GIB:.1f} GiB"
+
+
+def _fits(problem: Problem, choice: Choice, *, gpu: int, host: int) -> bool:
+    return sized(replace(problem, memory=Memory(host, gpu)), choice, 1) is not None
+
+
+def _longest_that_fits(problem: Problem, choice: Choice) -> int:
+    """Tokens of the longest sequence that fits; 0 for none."""
+    shortest = max(problem.workload.prompt_lens) + 1
+    least, most = 0, problem.length
+    while least < most:
+        middle = (least + most + 1) // 2
+        fits = sized(replace(problem, length=middle), choice, 1) is not None
+        least, most = (middle, most) if fits else (least, middle - 1)
+    return least if least >= shortest else 0
+
+
+def _least(fits: Callable[[int], bool]) -> int:
+    """The least number of steps that suffices; more than `_MOST` if none does."""
+    least, most = 0, _MOST + 1
+    while least < most:
+        middle = (least + most) // 2
+        least, most = (least, middle) if fits(middle) else (middle + 1, most)
+    return least

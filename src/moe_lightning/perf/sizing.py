@@ -1,0 +1,157 @@
+"""From a choice to a policy: how a machine's memory is used by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil
+
+from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.cost import DTYPE_BYTES
+from moe_lightning.perf.default_policy import Memory
+from moe_lightning.perf.memory import HEAD_ROWS, MemoryUse, memory_use
+from moe_lightning.perf.workload import Workload
+from moe_lightning.policy import Policy
+
+BLOCK_SIZE = 16
+_CHUNK_TOKENS = 2048
+_MOST_PREFILL = 2**16  # more chunks make schedules that take seconds to build
+MOST_SEQS = 2**20
+_FULL = 0.98  # of the blocks are in use on average: some wait for the next tokens of those that run
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is searched for; memory and workload decide the rest of a policy.
+
+    Attributes:
+        ring: streamed layers that the ring of frames holds.
+        micro_batches: of decode sequences in a pass.
+        prefill: how many times the prompt tokens of a steady pass a pass has room for.
+        groups: of decode micro-batches, each with its own sweep over the experts.
+        ahead: how far attention is launched ahead of post-attention, in passes over the micro-batches.
+        pages: slices of an expert.
+        parts: of a layer's experts, each swept as its pages come.
+    """
+
+    ring: float
+    micro_batches: int
+    prefill: float
+    groups: int
+    ahead: float
+    pages: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a policy has to fit.
+
+    Attributes:
+        spec: the model.
+        dtype: of weights, activations and KV.
+        memory: what may be used; there is a GPU.
+        workload: what is to be computed.
+        length: tokens of the longest sequence.
+        most_seqs: that may decode at once.
+        expert_bytes: of one weight of an expert; None for the dtype's.
+    """
+
+    spec: ModelSpec
+    dtype: str
+    memory: Memory
+    workload: Workload
+    length: int
+    most_seqs: int = MOST_SEQS
+    expert_bytes: int | None = None
+
+    @cached_property
+    def dtype_bytes(self) -> int:
+        """Bytes of a number."""
+        return DTYPE_BYTES[self.dtype]
+
+    @cached_property
+    def blocks_of_longest(self) -> int:
+        """KV blocks of the longest sequence."""
+        return -(-self.length // BLOCK_SIZE)
+
+    @cached_property
+    def mean_blocks(self) -> float:
+        """KV blocks that are set aside for a sequence."""
+        return self.workload.mean_blocks(BLOCK_SIZE) / _FULL
+
+    def use(self, policy: Policy) -> MemoryUse:
+        """Memory that a policy takes."""
+        return memory_use(self.spec, self.dtype_bytes, policy, expert_bytes=self.expert_bytes)
+
+    def page_bytes(self, pages: int) -> int:
+        """Bytes of a page where experts are cut into so many."""
+        rows = self.spec.experts.intermediate_size // pages
+        return 3 * self.spec.hidden_size * rows * (self.expert_bytes or self.dtype_bytes)
+
+
+def largest_policy(problem: Problem, choice: Choice) -> Policy | None:
+    """The largest batch that the choice's way of using memory has room for; None if not even one sequence fits."""
+    least, most = 0, problem.most_seqs
+    while least < most:  # more sequences need more activations, and those push pages out to the host
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if sized(problem, choice, middle) else (least, middle - 1)
+    return sized(problem, choice, least) if least else None
+
+
+def sized(problem: Problem, choice: Choice, num_seqs: int) -> Policy | None:
+    """The policy with a batch of that size, if memory holds it."""
+    placed = _with_pages(problem, choice, _draft(problem, choice, num_seqs))
+    if placed is None:
+        return None
+    free = problem.memory.host - problem.use(placed).host_bytes
+    block_bytes = problem.spec.kv_bytes_per_token(problem.dtype_bytes) * BLOCK_SIZE
+    blocks = free // block_bytes
+    if blocks < max(problem.blocks_of_longest, num_seqs * problem.mean_blocks):
+        return None
+    return replace(placed, num_blocks=min(blocks, problem.most_seqs * problem.blocks_of_longest))
+
+
+def _draft(problem: Problem, choice: Choice, num_seqs: int) -> Policy:
+    """The policy without places for experts and KV."""
+    work = problem.workload
+    size = min(HEAD_ROWS, ceil(num_seqs / choice.micro_batches))
+    count = ceil(num_seqs / size)
+    steady = num_seqs * work.mean_prompt / work.gen_len
+    prefill = max(problem.length, min(ceil(choice.prefill * steady), _MOST_PREFILL))
+    return Policy(
+        max_num_seqs=num_seqs, micro_batch_size=size,
+        group_size=2**16 if choice.groups == 1 else ceil(count / choice.groups),
+        look_ahead=ceil(choice.ahead * count), prefill_tokens=prefill, chunk_tokens=min(_CHUNK_TOKENS, prefill),
+        pages_per_expert=choice.pages, resident_pages=(0,) * problem.spec.num_layers, num_frames=0, num_blocks=0,
+        block_size=BLOCK_SIZE, expert_parts=choice.parts,
+    )  # fmt: skip
+
+
+def _with_pages(problem: Problem, choice: Choice, draft: Policy) -> Policy | None:
+    """The policy with as many resident pages as the GPU holds beside the choice's ring."""
+    layers, per_layer = problem.spec.num_layers, problem.spec.experts.num_experts * choice.pages
+    assert problem.memory.gpu is not None
+    frames = (problem.memory.gpu - problem.use(draft).gpu_bytes) // problem.page_bytes(choice.pages)
+    if frames >= per_layer * layers:
+        return replace(draft, resident_pages=(per_layer,) * layers)
+
+    def fits(total: int) -> bool:
+        return total + num_frames(problem, choice, per_layer - total // layers) <= frames
+
+    if not fits(0):
+        return None
+    least, most = 0, per_layer * layers - 1
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle - 1)
+    resident = tuple(least // layers + (layer < least % layers) for layer in range(layers))
+    return replace(
+        draft, resident_pages=resident, num_frames=num_frames(problem, choice, per_layer - min(resident))
+    )
+
+
+def num_frames(problem: Problem, choice: Choice, streamed: int) -> int:
+    """Frames of the choice's ring where a layer streams so many pages; the largest part must fit."""
+    largest_part = -(-problem.spec.experts.num_experts // choice.parts) * choice.pages
+    return max(ceil(choice.ring * streamed), min(largest_part, streamed))

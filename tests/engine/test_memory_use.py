@@ -1,0 +1,228 @@
+"""What the planner counts of memory is what the runtime takes, tensor by tensor and to the byte."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moe_lightning.engine.build import build_worker
+from moe_lightning.kernels.experts import Workspace
+from moe_lightning.models import registry
+from moe_lightning.models.hf_config import HFConfig
+from moe_lightning.perf.memory import EXPERTS_AT_ONCE, memory_use
+from moe_lightning.pipeline.task import Lane, Task, TaskKind
+from moe_lightning.policy import Policy
+from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step, build_micro_batches
+from moe_lightning.runtime.runner import TaskRunner
+from moe_lightning.runtime.sampler import prompt_logprobs, sample
+from moe_lightning.runtime.sampling_batch import RowSampling, build_sampling_batch
+from moe_lightning.runtime.upload import Uploader
+
+_SIZES = {
+    "num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 70, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}  # fmt: skip
+FAMILIES = {
+    "LlamaForCausalLM": {"tie_word_embeddings": True},
+    "MistralForCausalLM": {"sliding_window": 5},
+    "MixtralForCausalLM": {"num_local_experts": 5, "num_experts_per_tok": 2},
+}
+EVERYTHING = RowSampling(
+    temperature=0.7, top_k=5, top_p=0.9, min_p=0.01, uniform=0.5, num_logprobs=3, forbidden_ids=(1,)
+)
+# Pages of an expert, resident shares of the layers, frames, sequences, prompt tokens, blocks, tokens in a block.
+POLICIES = [
+    (2, (0.5, 0, 1), 12, 8, 64, 20, 16),
+    (1, (1, 1, 1), 0, 3, 100, 7, 4),
+    (4, (0, 0, 0), 21, 1, 1, 1, 16),
+]
+
+
+def spec_of(architecture, **changes):
+    values = {"architectures": [architecture], **_SIZES, **FAMILIES[architecture], **changes}
+    return registry.spec_from_config(HFConfig(values, architecture))
+
+
+def policy_of(spec, values, **changes):
+    pages, shares, frames, seqs, prefill, blocks, block_size = values
+    per_layer = spec.experts.num_experts * pages
+    resident = tuple(int(share * per_layer) for share in shares)
+    ring = max(frames, per_layer - min(resident))
+    return Policy(**{
+        "max_num_seqs": seqs, "micro_batch_size": 4, "group_size": 2, "look_ahead": 2, "prefill_tokens": prefill,
+        "chunk_tokens": 24, "pages_per_expert": pages, "resident_pages": resident, "num_frames": ring,
+        "num_blocks": blocks, "block_size": block_size, **changes,
+    })  # fmt: skip
+
+
+def storages():
+    """Bytes of each tensor's memory that is alive, by address; views share theirs."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    return {
+        (t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors if t.numel()
+    }
+
+
+def device_parts(worker, has_gpu):
+    weights, b = worker._weights, worker._buffers
+    layers = [t for layer in weights.layers for t in vars(layer).values() if t is not None]
+    head = [] if weights.lm_head is weights.embed else [weights.lm_head]
+    pages, place = weights.pages, weights.pages.placement
+    rows = (b.hidden, b.qkv, b.attention_out, b.experts_in, b.topk_ids, b.topk_weights, b.router_logits)
+    workspace = [] if b.experts is None else [t for t in vars(b.experts).values() if torch.is_tensor(t)]
+    return {
+        "weights": size(weights.embed, weights.final_norm, *head, *layers),
+        "resident": size(*pages.frames[place.num_ring_frames :]),
+        "ring": size(*pages.frames[: place.num_ring_frames]),
+        "activations": size(*rows),
+        "workspace": size(*workspace),
+        "tables": size(pages._first_table, pages.page_table, worker._inv_freq),
+        "uploads": size(worker._uploader._on_device) if has_gpu else 0,
+        "staging": size(*b.kv_stage),
+    }
+
+
+def host_parts(worker, has_gpu):
+    b, uploads = worker._buffers, 0
+    if has_gpu:
+        uploads = worker._uploader._host.nbytes + worker._executor._cpu.counter._words.nbytes
+    return {
+        "experts": size(worker._weights.pages.host),
+        "kv": size(worker._kv.arena.tensor),
+        "rows": size(b.host_qkv, b.host_out),
+        "uploads": uploads,
+    }
+
+
+def size(*tensors):
+    return sum(t.nbytes for t in tensors)
+
+
+@pytest.mark.parametrize("schedule", ["cgopipe", "flexgen"])
+@pytest.mark.parametrize("values", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_each_part_is_what_a_worker_holds_and_there_is_no_other(architecture, dtype, values, schedule):
+    spec = spec_of(architecture)
+    policy = policy_of(spec, values, schedule=schedule)
+    before = storages()
+    worker = build_worker(spec, policy, dtype, torch.device("cpu"), tensors=None, executor="serial")
+    held = sum(size for key, size in storages().items() if key not in before)
+    use = memory_use(spec, dtype.itemsize, policy, has_gpu=False)
+    assert device_parts(worker, False) == vars(use.device)
+    assert host_parts(worker, False) == vars(use.host)
+    assert held == use.device.total + use.host.total
+
+
+def test_every_family_is_counted():
+    assert FAMILIES.keys() == registry.ARCHITECTURES.keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("values", POLICIES[:2])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_on_a_gpu_each_part_is_what_a_worker_holds_and_there_is_no_other(architecture, values):
+    spec = spec_of(architecture, hidden_size=128, intermediate_size=256, vocab_size=512)
+    policy = policy_of(spec, values)
+    before, device = storages(), torch.device("cuda", 0)
+    worker = build_worker(spec, policy, torch.bfloat16, device, tensors=None)
+    now = storages()
+    held = sum(size for key, size in now.items() if key not in before)
+    use = memory_use(spec, 2, policy)
+    assert device_parts(worker, True) == vars(use.device)
+    assert host_parts(worker, True) == vars(use.host)
+    mapped = size(worker._buffers.host_out_on_device)  # the same memory, seen from the device
+    assert held - mapped == use.device.total + use.host.total
+
+
+@pytest.mark.parametrize("rows", [1, 700, EXPERTS_AT_ONCE + 5])
+@pytest.mark.parametrize("experts", [{}, {"num_local_experts": 40, "num_experts_per_tok": 6}])
+def test_the_workspace_is_what_the_experts_kernels_allocate(rows, experts):
+    spec = spec_of("MixtralForCausalLM", **experts)
+    policy = policy_of(spec, (2, (0, 0, 0), 0, 1, rows - 1, 1, 16))
+    e, h = spec.experts, spec.hidden_size
+    tokens, cpu = min(rows, EXPERTS_AT_ONCE), torch.device("cpu")
+    w = Workspace.allocate(tokens, e.top_k, e.num_experts, h, e.intermediate_size, torch.bfloat16, cpu)
+    assert memory_use(spec, 2, policy).device.workspace == size(
+        w.rows, w.inter, w.sorted_slots, w.counts, w.blocks
+    )
+
+
+# -- what a pass adds --------------------------------------------------------------------------------------
+
+
+class Peak(TorchDispatchMode):
+    """Most bytes that the results of operations hold at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        found = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if not torch.is_tensor(leaf) or leaf.untyped_storage().data_ptr() in given:
+                continue
+            storage = leaf.untyped_storage()
+            key = storage.data_ptr()
+            if key and key not in self.alive:
+                self.alive[key] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, key, None)
+        self.most = max(self.most, sum(self.alive.values()))
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [16, 300])
+def test_sampling_takes_no_more_than_is_set_aside_and_much_of_it(rows, dtype):
+    spec = spec_of("MixtralForCausalLM", vocab_size=8000)
+    policy = policy_of(spec, (2, (0, 0, 0), 0, rows, 0, 1, 16), micro_batch_size=rows)
+    torch.manual_seed(0)
+    hidden, head = torch.randn(rows, 48, dtype=dtype), torch.randn(8000, 48, dtype=dtype)
+    batch = build_sampling_batch([EVERYTHING] * rows, spec.vocab_size)
+    with Peak() as peak:
+        sample(torch.nn.functional.linear(hidden, head), batch)
+    allowed = memory_use(spec, dtype.itemsize, policy).during_pass.logits
+    assert allowed / 2 < peak.most <= allowed
+    ids = torch.zeros(rows, dtype=torch.int64)
+    with Peak() as peak:
+        prompt_logprobs(torch.nn.functional.linear(hidden, head), ids, 5)
+    assert peak.most <= allowed
+
+
+def test_small_arrays_and_rotations_take_no_more_than_is_set_aside():
+    spec = spec_of("MixtralForCausalLM")
+    uploaded, own = 0, Uploader(torch.device("cpu"))
+
+    class Counting:
+        def put(self, values, dtype):
+            nonlocal uploaded
+            found = own.put(values, dtype)
+            uploaded += -(-found.nbytes // 16) * 16
+            return found
+
+    # The most arrays a row can have: prompts of one token, each sampled from.
+    sampling = replace(EVERYTHING, forbidden_ids=())
+    prompts = tuple(PrefillPiece([3], 0, [block], sampling) for block in range(200))
+    rows = tuple(DecodeRow(5, 7, [300 + row], sampling) for row in range(200))
+    step = Step(prefill=(prompts[:24],) * 8, decode=(rows[:100], rows[100:]))
+    batches = build_micro_batches(step, 16, spec.vocab_size, Counting())
+    policy = policy_of(spec, (2, (0, 0, 0), 0, 200, 8 * 24, 1, 16), micro_batch_size=100)
+    use = memory_use(spec, 2, policy).during_pass
+    # A buffer that is too small, and one of twice its size.
+    assert use.arrays / 6 < uploaded <= use.arrays / 3
+    worker = build_worker(spec, policy, torch.bfloat16, torch.device("cpu"), tensors=None, executor="serial")
+    runner = TaskRunner(worker._weights, worker._kv, worker._buffers, None, worker._inv_freq, batches)
+    with Peak() as peak:
+        for j in range(len(batches)):
+            runner.run(Task(TaskKind.EMBED, Lane.GPU, -1, (j,), (), ()))
+    assert use.rotary / 2 < peak.most <= use.rotary
