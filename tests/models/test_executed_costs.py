@@ -7,8 +7,9 @@ what that gives must be the task's result. Bytes are those of the tensors that a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from moe_lightning.models.hf_config import HFConfig
 from moe_lightning.models.registry import ARCHITECTURES, spec_from_config
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.cost import Cost, PassWork, task_cost
-from moe_lightning.pipeline.task import BufferKind, Task, TaskKind
+from moe_lightning.pipeline.task import BufferKind, Lane, Task, TaskKind
 from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step
 from moe_lightning.runtime.runner import TaskRunner
 from moe_lightning.runtime.sampling_batch import RowSampling
@@ -234,7 +235,7 @@ class Watching:
             yield Seen(q[row], cached, [k[row : row + 1], v[row : row + 1]])
 
 
-def observe(architecture: str, dtype: str, schedule: str) -> list[Observed]:
+def observe(architecture: str, dtype: str, schedule: str, parts: int = 1) -> list[Observed]:
     """What each task of one pass did."""
     torch.manual_seed(0)
     spec = spec_of(architecture)
@@ -246,6 +247,7 @@ def observe(architecture: str, dtype: str, schedule: str) -> list[Observed]:
         resident_pages=(1, 0, pages),
         num_frames=3 * pages,
         block_size=4,
+        expert_parts=parts,
     )
     cpu = torch.device("cpu")
     worker = build_worker(spec, policy, getattr(torch, dtype), cpu, tensors=None, executor="serial")
@@ -275,13 +277,35 @@ def test_every_family_has_a_tiny_config() -> None:
     assert CONFIGS.keys() == ARCHITECTURES.keys()
 
 
-def test_the_two_schedules_have_every_kind_of_task() -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_two_schedules_have_every_kind_of_task(architecture: str) -> None:
     kinds = {
-        o.task.kind
-        for schedule in ("cgopipe", "flexgen")
-        for o in observe("LlamaForCausalLM", "float32", schedule)
+        o.task.kind for schedule in ("cgopipe", "flexgen") for o in observe(architecture, "float32", schedule)
     }
     assert kinds == set(TaskKind)
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_parts_of_experts_together_run_the_flops_that_are_counted(parts: int) -> None:
+    """How many tokens a part has depends on the router: counted are even shares, rounded down."""
+    spec = spec_of("MixtralForCausalLM")
+    work = work_of(spec, "float32")
+    in_parts = replace(work, expert_parts=parts)
+    ran: Counter[tuple[int, tuple[int, ...]]] = Counter()
+    counted: Counter[tuple[int, tuple[int, ...]]] = Counter()
+    seen = set()
+    for one in observe("MixtralForCausalLM", "float32", "cgopipe", parts):
+        if one.task.kind is TaskKind.EXPERTS:
+            sweep = one.task.layer, one.task.micro_batches
+            ran[sweep] += one.cost.flops
+            counted[sweep] += task_cost(one.task, in_parts).flops
+            seen.add(one.task.part)
+    assert seen == set(range(parts))
+    of_a_slot = 2 * 3 * spec.hidden_size * spec.experts.intermediate_size
+    for (layer, members), flops in ran.items():
+        whole = Task(TaskKind.EXPERTS, Lane.GPU, layer, members, (), ())
+        assert flops == task_cost(whole, work).flops
+        assert 0 <= flops - counted[layer, members] < parts * of_a_slot
 
 
 def test_flops_are_those_that_run(observed) -> None:
