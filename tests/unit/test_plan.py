@@ -135,7 +135,7 @@ def test_our_plan_says_what_it_reaches_what_holds_it_back_and_what_would_help(ca
     text = capsys.readouterr().out
     for part in (
         "fits NVIDIA H100 SXM: 24.0 GiB", "of the hardware limit", "prompt tokens/s", "seconds of a pass",
-        "the bottleneck", "experts resident", "KV cache", "24.0 GiB of 24.0 GiB", "KV blocks", "next best",
+        "the bottleneck", "experts resident", "KV cache", "24.0 GiB of 24.0 GiB", "micro-batches of", "next best",
         "32 GiB more host memory", "16 GiB of GPU memory", "FP8 experts", "why not", "A_g", "r_c", "F_g",
     ):  # fmt: skip
         assert part in text
@@ -145,11 +145,11 @@ def test_our_plan_says_what_it_reaches_what_holds_it_back_and_what_would_help(ca
 
 def test_our_plan_as_json_is_the_searchs(capsys) -> None:
     values = planned(
-        capsys, "--hardware", "h100-sxm", *MEMORY, "--num-requests", "3000", base=["plan", "mixtral-8x7b"]
+        capsys, "--hardware", "h100-sxm", *MEMORY, "--num-requests", "2500", base=["plan", "mixtral-8x7b"]
     )
     policy, prediction = values["policy"], values["prediction"]
-    assert policy["max_num_seqs"] == prediction["num_seqs"] <= 3000
-    assert prediction["job_s"] == pytest.approx(3000 * 32 / prediction["job_tokens_per_s"])
+    assert policy["max_num_seqs"] == prediction["num_seqs"] <= 2500
+    assert prediction["job_s"] == pytest.approx(2500 * 32 / prediction["job_tokens_per_s"])
     assert values["bottleneck"] == max(prediction["lane_s"], key=prediction["lane_s"].get)
     assert 0 < prediction["tokens_per_s"] < values["limit"]["tokens_per_s"]
     memory = values["memory"]
@@ -181,7 +181,7 @@ def test_this_machine_is_what_its_profile_says(capsys, tmp_path, monkeypatch) ->
     path.parent.mkdir(parents=True)
     path.write_text((Path(__file__).parents[2] / "benchmarks" / "results" / "profile_h100.json").read_text())
     message = refused(capsys, "plan", "mixtral-8x7b", "--hardware", "this")
-    assert "is of another machine or set-up: cpu was " in message and "profile` here again" in message
+    assert re.search(r"is of another machine or set-up: .* was .* and is .*profile` here again", message)
     monkeypatch.setattr("moe_lightning.cli.plan.changes_here", lambda profile: [])
     values = planned(capsys, "--hardware", "this", *MEMORY, *SMALL, base=["plan", "mixtral-8x7b"])
     assert values["machine"]["name"] == "NVIDIA H100 80GB HBM3"
@@ -195,18 +195,18 @@ def test_our_plan_for_a_card_without_bfloat16_is_in_float16(capsys) -> None:
 def test_our_plan_for_a_file_takes_its_lengths_and_says_how_long_it_takes(capsys, tmp_path) -> None:
     body = {"prompt": "x" * 400, "max_tokens": 64}
     lines = (
-        {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body} for i in range(2000)
+        {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body} for i in range(300)
     )
     file = tmp_path / "in.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     flags = ("--hardware", "h100-sxm", *MEMORY, "--input", str(file))
     values = planned(capsys, *flags, base=["plan", "mixtral-8x7b"])
-    assert values["workload"]["num_requests"] == 2000
+    assert values["workload"]["num_requests"] == 300
     assert values["workload"]["gen_len"] == 64
     assert set(values["workload"]["prompt_lens"]) == {100}
     assert values["policy"]["prefill_tokens"] >= 400, "each byte might be a token"
     assert main(["plan", "mixtral-8x7b", *flags]) == 0
-    assert re.search(r"the job +\d+ min \d+ s +for 2,000 requests", capsys.readouterr().out)
+    assert re.search(r"the job +[\d.minsh ]+ +for 300 requests", capsys.readouterr().out)
     missing = str(tmp_path / "none.jsonl")
     assert "cannot read" in refused(capsys, "plan", "mixtral-8x7b", "--input", missing)
 
@@ -257,7 +257,7 @@ def test_weights_without_a_config_are_planned_for_and_what_is_assumed_is_said(
     assert found.kv_bytes_per_token(2) == spec.kv_bytes_per_token(2)
     assert [(t.name, t.shape) for t in found.tensors()] == [(t.name, t.shape) for t in spec.tensors()]
     if kind == "mixtral":
-        assert main(["plan", str(directory), "--num-requests", "8", "--gpu-memory", "2GiB"]) == 0
+        assert main(["plan", str(directory), "--cost-model", "paper"]) == 0
         assert (
             "note: no config.json beside the weights; assumed are 2 experts a token"
             in capsys.readouterr().out
