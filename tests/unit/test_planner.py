@@ -15,6 +15,7 @@ from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.hardware.presets import PRESETS
 from moe_lightning.models import registry
 from moe_lightning.models.spec import AttentionSpec, ExpertsSpec, RouterSpec
+from moe_lightning.perf.alternatives import alternatives
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.limit import hardware_limit
 from moe_lightning.perf.memory import memory_use
@@ -219,6 +220,28 @@ def test_half_the_bytes_of_experts_leave_twice_as_many_resident_and_take_half_th
     full, light = memory_use(MIXTRAL, 2, policy), memory_use(MIXTRAL, 2, policy, expert_bytes=1)
     assert 2 * light.device.resident == full.device.resident and 2 * light.host.experts == full.host.experts
     assert light.device.weights == full.device.weights and light.host.kv == full.host.kv
+
+
+def left_out(plan, cpu_flops=1.6e12, **lanes):
+    """Gains of attention on the GPU, KV there and experts on the CPU, with other seconds of some lanes."""
+    lane_s = {**plan.prediction.lane_s, **lanes}
+    pass_s = max(plan.prediction.pass_s, *lane_s.values())
+    plan = replace(plan, prediction=replace(plan.prediction, lane_s=lane_s, pass_s=pass_s))
+    problem = problem_of(MIXTRAL, "bfloat16", Memory(120 * GIB, 24 * GIB), WORK)
+    return [each.gain for each in alternatives(problem, plan, DatasheetRates(H100), cpu_flops)]
+
+
+def test_what_is_left_out_gains_nothing_where_no_lane_has_time_for_it_and_a_bounded_share_where_one_has():
+    plan = planned()
+    on_gpu, kv, experts = left_out(plan, h2d=2.0, cpu=1.0)
+    assert on_gpu < 0 and kv == 0 and 0 < experts < 1, "the link is busy longer than the CPU"
+    faster = left_out(plan, 3.2e12, h2d=2.0, cpu=1.0)[2]
+    assert experts < faster < 2 * experts + 0.01
+    _, kv, experts = left_out(plan, h2d=1.0, cpu=20.0)
+    assert experts == 0, "the CPU has no time for more"
+    moved = plan.prediction.num_seqs * WORK.mean_context() * MIXTRAL.kv_bytes_per_token(2) / H100.h2d
+    share = (20 - 1) / (20 + moved)
+    assert kv == pytest.approx(1 / (1 - share) - 1), "both take as long once that share is on the GPU"
 
 
 # -- what does not fit -------------------------------------------------------------------------------------
