@@ -143,7 +143,9 @@ def test_on_a_gpu_each_part_is_what_a_worker_holds_and_there_is_no_other(archite
     use = memory_use(spec, 2, policy)
     assert device_parts(worker, True) == vars(use.device)
     assert host_parts(worker, True) == vars(use.host)
-    mapped = size(worker._buffers.host_out_on_device)  # the same memory, seen from the device
+    # The same memory, seen from the device.
+    aliases = [worker._buffers.host_out_on_device, worker._uploader._mapped]
+    mapped = size(*(t for t in aliases if t is not None))
     assert held - mapped == use.device.total + use.host.total
 
 
