@@ -68,8 +68,8 @@ def test_a_batch_is_as_large_as_the_papers_planner_says_where_memory_holds_it():
     policy = policy_of(VARIANTS["paper"], OURS, SPEC, 2, Memory(96 * GIB, 39 * GIB), paper, WORK)
     at_end = sum(-(-(n + 64) // 16) for n in WORK.prompt_lens) / len(WORK.prompt_lens)
     host = 96 * GIB - PAGE * (32 * 112 - sum(policy.resident_pages))
-    room = (host - host_buffer_bytes(SPEC, 2, policy.max_num_seqs)) / 2**21 / at_end
-    assert policy.max_num_seqs >= min(paper.ubs * paper.n_ub, int(room)) - 1
+    room = host / 2**21 / at_end  # and the engine takes half a GiB of it
+    assert policy.max_num_seqs >= min(paper.ubs * paper.n_ub, 0.95 * room) - 1
 
 
 def test_what_does_not_fit_is_an_error_with_a_remedy():
