@@ -7,11 +7,6 @@ import os
 import pytest
 import torch
 
-# Triton decides at import whether kernels are interpreted, for the whole process. With a GPU there the compiled
-# kernels are the ones to test; without one the interpreter is.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 # Relative error of a result, ||out - reference|| / ||reference||, that rounding to the dtype explains.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
