@@ -1,0 +1,197 @@
+"""A server that is killed at random moments during two batches and while clients wait for answers.
+
+After each SIGKILL it is started again on the same directory; clients whose connection broke ask again. In between
+it is also stopped and continued. At the end each line of the batches must be answered once, with what
+`LLM.generate` gives.
+
+    python benchmarks/server/chaos.py --model .cache/demo-model --kills 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from client import Answer, ask
+from process import ServerProcess, start
+
+ENDED = {"completed", "failed", "expired", "cancelled"}
+BOUNDARY = "chaos"
+
+
+def bodies(count: int, seed: int) -> list[dict[str, Any]]:
+    """Bodies with texts and lengths of their own, the half of them drawn with a seed."""
+    rng = random.Random(seed)
+    words = ("river", "bread", "moon", "glass", "horse", "salt", "mill", "map", "bee", "train")
+    return [
+        {
+            "prompt": f"A {words[i % 10]} and a {words[rng.randrange(10)]},", "max_tokens": rng.randrange(4, 12),
+            "temperature": (0, 0.8)[i % 2], "seed": i + 1000 * seed, "ignore_eos": True,
+        }
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def expected(model: str, asked: list[dict[str, Any]]) -> list[Answer]:
+    """What each body gets without a server."""
+    from moe_lightning import LLM, SamplingParams
+
+    names = ("max_tokens", "temperature", "seed", "ignore_eos")
+    params = [SamplingParams(**{name: body[name] for name in names}) for body in asked]
+    outputs = LLM(model, dtype="float32").generate([b["prompt"] for b in asked], params, use_tqdm=False)
+    return [
+        Answer(o.outputs[0].text, len(o.outputs[0].token_ids), o.outputs[0].finish_reason) for o in outputs
+    ]
+
+
+def call(port: int, path: str, data: bytes | None = None, kind: str = "application/json") -> bytes:
+    """The body of a response."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": kind})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        found: bytes = response.read()
+    return found
+
+
+def begin_batch(port: int, asked: list[dict[str, Any]]) -> str:
+    """Send a file and begin its batch; the batch's id."""
+    lines = [
+        json.dumps({"custom_id": f"id-{i}", "method": "POST", "url": "/v1/completions", "body": body})
+        for i, body in enumerate(asked)
+    ]
+    form = (
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="in.jsonl"\r\n'
+        "Content-Type: application/jsonl\r\n\r\n" + "\n".join(lines) + f"\r\n--{BOUNDARY}--\r\n"
+    )
+    file = json.loads(call(port, "/v1/files", form.encode(), f"multipart/form-data; boundary={BOUNDARY}"))
+    order = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+    batch: str = json.loads(call(port, "/v1/batches", json.dumps(order).encode()))["id"]
+    return batch
+
+
+class Chaos:
+    """The server of the moment, and what happened to it."""
+
+    def __init__(self, model: Path, data: Path, flags: list[str], rng: random.Random) -> None:
+        self._model, self._flags, self._rng = model, ["--data-dir", str(data), *flags], rng
+        self.counts: Counter[str] = Counter()
+        self.server: ServerProcess = start(model, *self._flags)
+        self.is_over = False
+
+    async def torment(self, kills: int, longest: float) -> None:
+        """Kill the server so many times, each after a random time; every third time stop it for a while first."""
+        for kill in range(kills):
+            await asyncio.sleep(self._rng.uniform(0, longest))
+            if kill % 3 == 2:
+                os.kill(self.server.process.pid, signal.SIGSTOP)
+                await asyncio.sleep(self._rng.uniform(0.1, 2))
+                os.kill(self.server.process.pid, signal.SIGCONT)
+                self.counts["stops"] += 1
+                await asyncio.sleep(self._rng.uniform(0, longest / 2))
+            self.server.process.kill()
+            await asyncio.to_thread(self.server.process.wait)
+            self.counts["kills"] += 1
+            self.server = await asyncio.to_thread(start, self._model, *self._flags)
+
+    async def answer(self, body: dict[str, Any]) -> Answer:
+        """An answer, however often the client has to ask for it."""
+        while True:
+            try:
+                return await ask(self.server.port, body)
+            except (OSError, ValueError):
+                self.counts["asked again"] += 1
+                await asyncio.sleep(0.2)
+
+    async def ended(self, batch_id: str, seconds: float) -> dict[str, Any]:
+        """A batch that has ended."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                batch: dict[str, Any] = json.loads(
+                    await asyncio.to_thread(call, self.server.port, f"/v1/batches/{batch_id}")
+                )
+                if batch["status"] in ENDED:
+                    return batch
+            except OSError:
+                self.counts["asked again"] += 1
+            await asyncio.sleep(0.3)
+        raise TimeoutError(f"{batch_id} did not end within {seconds:g} s")
+
+    def end(self) -> None:
+        """Kill the last server."""
+        self.server.process.kill()
+        self.server.process.wait()
+
+
+def judge(port: int, batch: dict[str, Any], wanted: list[Answer]) -> list[str]:
+    """What is wrong with a batch."""
+    if batch["status"] != "completed" or batch["error_file_id"]:
+        return [f"{batch['id']}: {batch['status']}, errors {batch['errors']} {batch['error_file_id']}"]
+    rows = [
+        json.loads(line) for line in call(port, f"/v1/files/{batch['output_file_id']}/content").splitlines()
+    ]
+    times = Counter(row["custom_id"] for row in rows)
+    found = [f"{name} was answered {count} times" for name, count in times.items() if count != 1]
+    texts = {row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in rows}
+    found += [f"id-{i} was lost" for i in range(len(wanted)) if f"id-{i}" not in texts]
+    found += [
+        f"id-{i}: {texts[f'id-{i}']!r} instead of {want.text!r}"
+        for i, want in enumerate(wanted) if texts.get(f"id-{i}", want.text) != want.text
+    ]  # fmt: skip
+    return found
+
+
+async def run(args: argparse.Namespace, data: Path) -> tuple[list[str], Counter[str]]:
+    batches = [bodies(args.lines, 1), bodies(args.lines, 2)]
+    waiting = bodies(args.requests, 3)
+    wanted = await asyncio.to_thread(expected, str(args.model), [*batches[0], *batches[1], *waiting])
+    chaos = Chaos(args.model, data, ["--dtype", "float32", "--max-num-seqs", "16"], random.Random(args.seed))
+    try:
+        ids = [begin_batch(chaos.server.port, lines) for lines in batches]
+        answers, _ = await asyncio.gather(
+            asyncio.gather(*(chaos.answer(body) for body in waiting)), chaos.torment(args.kills, args.longest)
+        )
+        ended = [await chaos.ended(batch_id, 3600) for batch_id in ids]
+        n = args.lines
+        problems = [p for i, batch in enumerate(ended)
+                    for p in judge(chaos.server.port, batch, wanted[i * n : (i + 1) * n])]  # fmt: skip
+        problems += [f"{a} instead of {w}" for a, w in zip(answers, wanted[2 * n :], strict=True) if a != w]
+        return problems, chaos.counts
+    finally:
+        chaos.end()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--lines", type=int, default=60, help="of each batch")
+    parser.add_argument("--requests", type=int, default=50, help="that clients wait for")
+    parser.add_argument("--longest", type=float, default=10, help="seconds that the server lives at most")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        problems, counts = asyncio.run(run(args, Path(directory)))
+    print(dict(counts))
+    print(
+        "\n".join(problems)
+        or f"all {2 * args.lines} lines and {args.requests} requests are as computed alone"
+    )
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
