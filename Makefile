@@ -15,7 +15,7 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv clients demo-model demo test test-gpu test-sanitizers lint format bench-cpu clean distclean
+.PHONY: help venv clients demo-model demo test test-clients test-gpu test-sanitizers lint format bench-cpu clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -57,8 +57,11 @@ demo: demo-model ## run the demo batch: answers, tokens/s, timeline; files go to
 
 # A file's tests stay together, so that what they share is made once. Each process computes on one thread: several
 # that wait for each other on fewer cores take ten times as long.
-test: lint test-sanitizers demo-model clients ## lint, fuzz the C++ code, then all tests
+test: lint test-sanitizers demo-model ## lint, fuzz the C++ code, then all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+test-clients: clients demo-model ## lm_eval against a live server and with its own backend: the same scores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients
 
 test-gpu: venv ## the tests that need a GPU (with a CUDA build of torch in .venv)
 	$(BIN)/python -m pytest -m gpu

@@ -8,8 +8,8 @@ import shutil
 import pytest
 from hypothesis import settings
 
-# Triton decides when it is first imported, by whomever, whether kernels are interpreted. With a GPU there the compiled
-# kernels are the ones to test; without one the interpreter is.
+# Triton decides when it is first imported, by whomever, whether kernels are interpreted. With a GPU there the
+# compiled kernels are the ones to test; without one the interpreter is.
 if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"
 

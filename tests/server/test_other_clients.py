@@ -40,6 +40,8 @@ def run(command, **options):
     return done.stdout
 
 
+@pytest.mark.clients
+@pytest.mark.timeout(900)  # of imports and of transformers' own passes, most of all
 class TestLmEval:
     @pytest.fixture(scope="class")
     def results(self, url, tmp_path_factory):
