@@ -14,6 +14,7 @@ from live import Stream, serving
 from checkpoints import MAX_POSITION, load
 from moe_lightning import SamplingParams
 from moe_lightning.server.app import Settings
+from moe_lightning.server.engine_thread import Ticket
 from moe_lightning.server.limits import Limits
 
 LONG = {"prompt": "the fox", "max_tokens": MAX_POSITION, "ignore_eos": True, "temperature": 0}
@@ -253,6 +254,33 @@ class TestFailures:
                 assert server.send("GET", path)[0] == 503
             assert server.get("/get_server_info")[1]["status"] == "broken"
             assert server.engine.num_unfinished == 0
+
+    @pytest.mark.parametrize("what", ["command", "on_change", "peek", "add", "abort"])
+    def test_whatever_fails_outside_of_a_pass_ends_all_requests_and_is_seen(self, mixtral, monkeypatch, what):
+        def fail(*_):
+            raise KeyError("something secret")
+
+        with server_of(mixtral) as server, server.held() as held, ThreadPoolExecutor(1) as threads:
+            thread = server.app.state.engine
+            stream = server.open_stream(COMPLETIONS, {**LONG, "stream": True})
+            whole = threads.submit(server.send, "POST", COMPLETIONS, LONG)
+            server.until(lambda: server.desk.num_interactive == 2)
+            if what == "on_change":
+                monkeypatch.setattr(thread, "_on_change", fail)
+            elif what == "command":
+                thread.call(fail)
+            else:
+                monkeypatch.setattr(server.engine, what, fail)
+                thread.submit([Ticket(None, fail)]) if what == "add" else thread.abort_all()
+            held.let_pass(2)
+            assert stream.events()[-1]["error"]["code"] == "aborted"
+            status, _, data = whole.result()
+            assert (status, json.loads(data)["error"]["code"]) == (503, "aborted")
+            assert b"secret" not in data
+            for path in ("/health", "/health/ready"):
+                assert server.send("GET", path)[0] == 503
+            assert server.post(COMPLETIONS, SHORT)[0] == 503
+            assert server.desk.num_interactive == 0
 
     def test_a_stream_whose_pass_fails_ends_with_the_error(self, mixtral, monkeypatch):
         with server_of(mixtral) as server, server.held() as held:

@@ -7,12 +7,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from moe_lightning.engine.engine import Engine
 from moe_lightning.engine.pieces import Piece, Pieces
-from moe_lightning.engine.request import Request, RequestOutput
+from moe_lightning.engine.request import CompletionOutput, Request, RequestOutput
 from moe_lightning.errors import DeviceError
 
 _log = logging.getLogger(__name__)
@@ -27,12 +28,15 @@ class Update:
     pieces: list[Piece]
 
 
+Deliver = Callable[[Update], None]
+
+
 @dataclass(frozen=True)
 class Ticket:
     """A request with what is to be called, on the event loop, when there is news of it."""
 
     request: Request
-    deliver: Callable[[Update], None]
+    deliver: Deliver
     is_stream: bool = False
 
 
@@ -43,7 +47,8 @@ _Command = Callable[[], None]
 class EngineThread:
     """Runs passes as long as there is work; all of the engine's methods are called in its thread.
 
-    Requests join and leave between passes. All news of a pass goes to the event loop in one call.
+    Requests join and leave between passes. All news of a pass goes to the event loop in one call. Whatever goes
+    wrong outside of a pass breaks the engine: all requests end, and so do those that still come.
 
     Args:
         engine: what runs the passes; nobody else may use it.
@@ -60,7 +65,15 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._is_stopped = False
         self._failures = 0
-        self.broken: str | None = None  # why nothing runs any more
+        self._broken: str | None = None
+
+    @property
+    def broken(self) -> str | None:
+        """Why nothing runs any more; None as long as all is well."""
+        was_started = self._thread.ident is not None
+        if self._broken is None and was_started and not self._is_stopped and not self._thread.is_alive():
+            return "the engine's thread has ended"
+        return self._broken
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin; news goes to this loop."""
@@ -91,15 +104,22 @@ class EngineThread:
 
     def _run(self) -> None:
         while not self._is_stopped:
-            self._obey()
-            if self._engine.num_unfinished and not self._is_stopped:
-                self._pass()
+            try:
+                self._obey()
+                if self._has_work and not self._is_stopped:
+                    self._pass()
+            except BaseException as error:  # a thread that ends leaves everybody waiting for ever
+                self._break(error)
+
+    @property
+    def _has_work(self) -> bool:
+        return self._broken is None and self._engine.num_unfinished > 0
 
     def _obey(self) -> None:
         """All commands there are; waits for one if there is nothing else to do."""
         try:
             while True:
-                self._commands.get(block=not self._engine.num_unfinished and not self._is_stopped)()
+                self._commands.get(block=not self._has_work and not self._is_stopped)()
         except Empty:
             return
 
@@ -107,14 +127,15 @@ class EngineThread:
         self._is_stopped = True
 
     def _add(self, tickets: list[Ticket]) -> None:
+        self._tickets.update({ticket.request.request_id: ticket for ticket in tickets})
+        if self._broken:
+            self._give_up_all()
+            return
         for ticket in tickets:
             request = ticket.request
-            self._tickets[request.request_id] = ticket
             if ticket.is_stream:
                 self._pieces[request.request_id] = Pieces(request.params)
             self._engine.add(request)
-        if self.broken:
-            self._end_all()
 
     def _abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
@@ -144,19 +165,37 @@ class EngineThread:
         self._failures += 1
         _log.exception("a pass failed; all requests in it end")
         if isinstance(error, DeviceError) or self._failures >= _FAILURES:
-            self.broken = f"{type(error).__name__}: {error}"
+            self._broken = f"{type(error).__name__}: {error}"
         self._end_all()
+
+    def _break(self, error: BaseException) -> None:
+        """End all requests for good, by nothing that may fail once more."""
+        _log.error("the engine is out of order; all requests end", exc_info=error)
+        self._broken = f"{type(error).__name__}: {error}"
+        self._give_up_all()
+
+    def _give_up_all(self) -> None:
+        tickets, self._tickets, self._pieces = self._tickets, {}, {}
+        for request_id in tickets:
+            with suppress(Exception):  # its state may be anything
+                self._engine.abort(request_id)
+        self._send([(ticket.deliver, Update(_nothing(ticket.request), [])) for ticket in tickets.values()])
 
     def _hand_over(self, outputs: list[RequestOutput]) -> None:
         news = []
         for output in outputs:
             pieces = self._pieces.pop(output.request_id, None)
-            ticket = self._tickets.pop(output.request_id)
+            ticket = self._tickets[output.request_id]
             news.append((ticket.deliver, Update(output, pieces.take(output) if pieces else [])))
         for request_id, pieces in self._pieces.items():
             so_far = self._engine.peek(request_id)
             if so_far and (new := pieces.take(so_far)):
                 news.append((self._tickets[request_id].deliver, Update(so_far, new)))
+        self._send(news)
+        for output in outputs:  # not before they have been told
+            del self._tickets[output.request_id]
+
+    def _send(self, news: list[tuple[Deliver, Update]]) -> None:
         if news and self._loop:
             try:
                 self._loop.call_soon_threadsafe(_deliver, news)
@@ -164,6 +203,15 @@ class EngineThread:
                 _log.debug("news for a closed loop")
 
 
-def _deliver(news: list[tuple[Callable[[Update], None], Update]]) -> None:
+def _nothing(request: Request) -> RequestOutput:
+    """What a request gets of which the engine knows nothing any more."""
+    answers = [
+        CompletionOutput(index=i, text="", token_ids=(), finish_reason="abort")
+        for i in range(request.params.n)
+    ]
+    return RequestOutput(request.request_id, request.prompt, request.prompt_token_ids, answers, finished=True)
+
+
+def _deliver(news: list[tuple[Deliver, Update]]) -> None:
     for deliver, update in news:
         deliver(update)
