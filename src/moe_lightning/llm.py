@@ -26,6 +26,7 @@ from moe_lightning.engine.prompts import (
 )
 from moe_lightning.engine.request import Request, RequestOutput, SamplingParams
 from moe_lightning.engine.runs import OnPass, Runs
+from moe_lightning.engine.structured import StructuredOutputsParams
 from moe_lightning.engine.tokenizer import dummy_tokenizer, load_tokenizer
 from moe_lightning.engine.watch import Watch
 from moe_lightning.engine.worker import Worker
@@ -222,6 +223,14 @@ class LLM:
     def _next_id(self) -> str:
         self._num_requests += 1
         return str(self._num_requests - 1)
+
+    def prepare_form(self, wanted: StructuredOutputsParams) -> None:
+        """Compile a form ahead of the request that asks for it: that may take seconds, later it takes none.
+
+        Raises:
+            RequestError: it cannot be used.
+        """
+        self._grammars.compile(wanted)
 
     def _request(self, request_id: str, tokens: Tokens, params: SamplingParams, seed: int | None) -> Request:
         ids, text = tokens

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 
 import pytest
 from asgi import error_of, send
 
 from moe_lightning.server.app import Settings, create_app
 from moe_lightning.server.limits import Limits
+from moe_lightning.server.responses import JsonResponse
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the fox"}]
 GOOD = {
@@ -135,6 +137,59 @@ def test_each_bad_body_gets_a_message_and_none_reaches_the_engine(path, app, alo
 
     asyncio.run(send_all())
     assert app.state.service.desk.num_interactive == alone.engine.num_unfinished == 0
+
+
+def test_half_surrogates_and_deep_nesting_are_refused_wherever_they_are(app):
+    key, deep = "\ud800" + "x" * 10**5, json.loads('{"not":' * 800 + "{}" + "}" * 800)
+    chat, prompt = {"messages": MESSAGES}, {"prompt": "a"}
+    part = {"type": "text", "text": "a"}
+    bodies = [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a", key: 1}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{**part, key: 1}]}]}),
+        ("/v1/chat/completions", {**chat, "stream": True, "stream_options": {key: True}}),
+        ("/v1/chat/completions", {**chat, key: 1}),
+        ("/v1/completions", {**prompt, "guided_json": deep}),
+        ("/v1/completions", {**prompt, "guided_json": {"properties": {key: {}}}}),
+        ("/v1/completions", {**prompt, "structured_outputs": {key: 1}}),
+        ("/v1/completions", {**prompt, "response_format": {"type": key}}),
+        ("/v1/completions", {**prompt, "logit_bias": deep}),
+        ("/generate", {"text": "a", "sampling_params": {key: 1}}),
+        ("/generate", {"text": "a", "sampling_params": [deep]}),
+    ]
+    for name in ("guided_regex", "guided_grammar", "guided_json"):
+        bodies.append(("/v1/completions", {**prompt, name: 'root ::= "\ud800"'}))
+    bodies.append(("/v1/completions", {**prompt, "guided_choice": ["a", "\ud800"]}))
+    for path, body in bodies:
+        status, _, data = asyncio.run(send(app, path, json.dumps(body).encode()))
+        assert status == 400, (body.keys(), data)
+        assert len(error_of(status, data)) < 400
+
+
+def test_forms_are_compiled_apart_however_their_field_is_written_and_not_for_ever(alone, monkeypatch):
+    app = create_app(alone, Settings(limits=Limits(form_seconds=0.01)))
+    threads, is_over = [], threading.Event()
+
+    def compile_for_ever(_):
+        threads.append(threading.current_thread().name)
+        assert is_over.wait(30)
+
+    monkeypatch.setattr(alone, "prepare_form", compile_for_ever)
+    body = b'{"prompt": "a", "guided\\u005fregex": "a"}'
+
+    async def send_all():
+        return [await send(app, "/v1/completions", body) for _ in range(3)]
+
+    try:
+        answers = asyncio.run(send_all())
+    finally:
+        is_over.set()
+    assert [status for status, *_ in answers] == [400, 400, 503], "two are compiled at a time"
+    assert b"not compiled within 0.01 s" in answers[0][2]
+    assert [name[:7] for name in threads] == ["compile"] * 2
+
+
+def test_an_answer_with_half_a_surrogate_is_still_one():
+    assert json.loads(JsonResponse({"a": "x\ud800"}).body) == {"a": "x?"}
 
 
 @pytest.mark.parametrize("name", [n for n in UNSUPPORTED if n.isidentifier()])

@@ -24,5 +24,13 @@ def text(name: str, value: Any) -> str:
 
 def shown(value: Any) -> str:
     """`repr` of a value, cut so that it fits in a message."""
-    written = repr(value)
+    try:
+        written = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested too deeply"
     return written if len(written) <= 80 else f"{written[:77]}..."
+
+
+def name_of(where: str, key: object) -> str:
+    """The name of a field in `where`, escaped and cut so that it fits in a message."""
+    return f"{where}.{shown(str(key))[1:].removesuffix(chr(39))}"

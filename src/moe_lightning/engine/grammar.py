@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_lightning.engine.form_bounds import check_bounds
 from moe_lightning.engine.structured import StructuredOutputsParams
 from moe_lightning.errors import RequestError
 
 _CACHE_BYTES = 256 * 2**20
+_FORM_BYTES = 64 * 2**20
 _WHERE = re.compile(r"^\[[^]]*\] \S+: ")  # time, file and line before xgrammar's messages
 REMEDY = "install it: pip install 'moe-lightning[grammar]'"
 Bits = npt.NDArray[np.int32]
@@ -33,14 +36,31 @@ class Grammars:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._eos_token_ids = list(eos_token_ids)
         self._compiler: Any = None
+        self._kept: OrderedDict[tuple[str, Any], Form] = OrderedDict()  # the one asked for last is last
         self._mutex = threading.Lock()
 
     def compile(self, wanted: StructuredOutputsParams) -> Form:
         """The form that is wanted.
 
         Raises:
-            RequestError: it cannot be understood, or xgrammar is missing or does not know the tokenizer.
+            RequestError: it cannot be understood, is too large, or no answer has it; or xgrammar is missing or does
+                not know the tokenizer.
         """
+        kind, value = wanted.kind_and_value
+        key = kind, tuple(value) if kind == "choice" else value
+        with self._mutex:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        form = self._compiled(wanted)
+        with self._mutex:
+            self._kept[key] = form
+            while sum(kept.num_bytes for kept in self._kept.values()) > _CACHE_BYTES:
+                self._kept.popitem(last=False)
+        return form
+
+    def _compiled(self, wanted: StructuredOutputsParams) -> Form:
+        check_bounds(wanted)
         compiler = self._ready()
         kind, value = wanted.kind_and_value
         try:
@@ -48,7 +68,14 @@ class Grammars:
         except RuntimeError as error:
             found = _WHERE.sub("", str(error).strip()).splitlines()[0]
             raise RequestError(f"{kind} of structured_outputs cannot be used: {found[:300]}") from error
-        return Form(compiled, self._vocab_size)
+        form = Form(compiled, self._vocab_size)
+        if form.num_bytes > _FORM_BYTES:
+            raise RequestError(
+                f"{kind} of structured_outputs takes {form.num_bytes} bytes; {_FORM_BYTES} are the most"
+            )
+        if not form.begin().allowed().any():
+            raise RequestError(f"{kind} of structured_outputs cannot be used: no answer has this form")
+        return form
 
     def _ready(self) -> Any:
         with self._mutex:
@@ -67,7 +94,7 @@ class Grammars:
             )
         except (ValueError, RuntimeError) as error:
             raise RequestError(f"structured outputs do not know this model's tokenizer: {error}") from error
-        return xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE_BYTES)
+        return xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
 
 
 def _compile(compiler: Any, kind: str, value: Any) -> Any:
@@ -75,7 +102,7 @@ def _compile(compiler: Any, kind: str, value: Any) -> Any:
         case "json":
             return compiler.compile_json_schema(value)
         case "json_object":
-            return compiler.compile_builtin_json_grammar()
+            return compiler.compile_json_schema('{"type": "object"}')
         case "regex":
             return compiler.compile_regex(value)
         case "choice":
@@ -90,6 +117,7 @@ class Form:
 
     def __init__(self, compiled: Any, vocab_size: int) -> None:
         self._compiled, self._vocab_size = compiled, vocab_size
+        self.num_bytes: int = compiled.memory_size_bytes
 
     def begin(self) -> Progress:
         """A new answer in this form."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_lightning.engine.checks import shown, text
+from moe_lightning.engine.checks import name_of, shown, text
 from moe_lightning.errors import RequestError
 
 _ROLES = ("system", "developer", "user", "assistant")
@@ -33,7 +33,7 @@ def _message(index: int, message: Any) -> dict[str, str]:
     if role not in _ROLES:
         raise RequestError(f"{name}.role={shown(role)} is not supported; use {', '.join(_ROLES)}")
     for key in message.keys() - {"role", "content", "name"}:
-        raise RequestError(f"{name}.{key} is not supported; remove it")
+        raise RequestError(f"{name_of(name, key)} is not supported; remove it")
     # Chat templates know no developer: it is the newer name of the same role.
     checked = {"role": "system" if role == "developer" else role}
     checked["content"] = _content(f"{name}.content", message.get("content"))
@@ -56,5 +56,5 @@ def _part(name: str, part: Any) -> str:
     if kind != "text":
         raise RequestError(f"{name} is of type {shown(kind)}; only parts of type text are supported")
     for key in part.keys() - {"type", "text"}:
-        raise RequestError(f"{name}.{key} is not supported; remove it")
+        raise RequestError(f"{name_of(name, key)} is not supported; remove it")
     return text(f"{name}.text", part.get("text"))

@@ -114,7 +114,7 @@ def render(tokenizer: Any, messages: Any, *, add_generation_prompt: bool = True)
             checked, add_generation_prompt=add_generation_prompt, tokenize=False
         )
     except Exception as error:  # a template raises whatever its author wrote
-        raise RequestError(f"the chat template refuses these messages: {error}") from error
+        raise RequestError(f"the chat template refuses these messages: {str(error)[:300]}") from error
     return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"]), rendered
 
 

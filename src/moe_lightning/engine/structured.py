@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from json import dumps
 from typing import Any
 
-from moe_lightning.engine.checks import shown
+from moe_lightning.engine.checks import shown, text
 from moe_lightning.errors import RequestError
 
 _FORMS = ("json", "regex", "choice", "grammar", "json_object")
@@ -22,7 +22,7 @@ class StructuredOutputsParams:
         regex: a regular expression that the whole answer matches.
         choice: the answers that there may be.
         grammar: in EBNF, as GBNF and xgrammar write it; its first rule is called root.
-        json_object: any JSON.
+        json_object: any JSON object.
 
     Raises:
         RequestError: there is not exactly one, or it cannot be one; the message names it.
@@ -51,6 +51,8 @@ class StructuredOutputsParams:
                 raise RequestError(f"json_object={shown(value)} of structured_outputs: give true")
         elif not isinstance(value, str) or not value:
             raise RequestError(f"{kind}={shown(value)} of structured_outputs: give a non-empty string")
+        for part in value if kind == "choice" else [value] if kind != "json_object" else []:
+            text(f"{kind} of structured_outputs", part)
         if len(str(value)) > _MAX_FORM:
             raise RequestError(
                 f"{kind} of structured_outputs has {len(str(value))} characters; {_MAX_FORM} are the most"

@@ -30,6 +30,7 @@ SAMPLING: dict[str, tuple[type, ...]] = {
     "skip_special_tokens": (bool,),
     "include_stop_str_in_output": (bool,),
 }
+_MAX_NAME = 80  # of a field: what is longer resembles none, and takes minutes to compare
 IGNORED = frozenset({"user", "metadata", "store"})
 # The form of an answer: OpenAI's field, vLLM's, and vLLM's older ones.
 FORMS = frozenset(
@@ -142,6 +143,6 @@ def _unknown(name: str, own: frozenset[str]) -> RequestError:
 
 
 def _not_known(name: str, known: frozenset[str], where: str = "") -> RequestError:
-    close = get_close_matches(name, sorted(known), n=1)
+    close = get_close_matches(name[:_MAX_NAME], sorted(known), n=1)
     remedy = f"did you mean {close[0]!r}?" if close else "remove it"
     return RequestError(f"unknown field {shown(where + name)}; {remedy}")

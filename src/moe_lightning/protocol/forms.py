@@ -66,4 +66,7 @@ def _schema(name: str, value: Any) -> str:
         return text(name, value)
     if not isinstance(value, dict | bool):
         raise RequestError(f"{name}={shown(value)}: give a JSON schema")
-    return text(name, json.dumps(value, ensure_ascii=False))
+    try:
+        return text(name, json.dumps(value, ensure_ascii=False))
+    except RecursionError:
+        raise RequestError(f"{name} is nested too deeply; flatten it") from None

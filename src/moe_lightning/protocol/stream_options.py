@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_lightning.engine.checks import shown
+from moe_lightning.engine.checks import name_of, shown
 from moe_lightning.errors import RequestError
 from moe_lightning.protocol.fields import typed
 
@@ -42,7 +42,7 @@ def _options(options: Any) -> StreamOptions:
     if not isinstance(options, dict):
         raise RequestError(f"stream_options={shown(options)}: give an object")
     for name in options.keys() - {*_NAMES, _NEUTRAL}:
-        raise RequestError(f"stream_options.{name} is not supported; remove it")
+        raise RequestError(f"{name_of('stream_options', name)} is not supported; remove it")
     values = {name: value for name, value in options.items() if value is not None}
     for name, value in values.items():
         typed(f"stream_options.{name}", value, (bool,))

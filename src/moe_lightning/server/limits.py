@@ -26,6 +26,7 @@ class Limits:
         max_connections: requests in progress, whatever they are for; what comes then is refused with 503.
         body_seconds: until a body has to be there.
         keep_alive_seconds: of silence in a stream, after which a comment is sent.
+        form_seconds: that the form of an answer may take to compile.
         shutdown_seconds: that running requests get after SIGTERM.
     """
 
@@ -38,6 +39,7 @@ class Limits:
     max_connections: int = 8192
     body_seconds: float = 60.0
     keep_alive_seconds: float = 10.0
+    form_seconds: float = 20.0
     shutdown_seconds: float = 30.0
 
     def check(self, call: ChatCall | CompletionCall | NativeCall) -> None:

@@ -13,7 +13,6 @@ from starlette.responses import Response
 
 from moe_lightning.protocol.native import NativeCall, native_answers, native_meta, parse_generate
 from moe_lightning.server import schemas
-from moe_lightning.server.bodies import parse_object
 from moe_lightning.server.engine_thread import Update
 from moe_lightning.server.responses import EventStream, JsonResponse, unless_disconnected
 from moe_lightning.server.service import Service, Work
@@ -28,8 +27,8 @@ def native_router(service: Service) -> APIRouter:
         """Continue one prompt or several."""
         request_id = request.state.request_id
 
-        def parse(raw: bytes) -> tuple[NativeCall, Work]:
-            call = parse_generate(parse_object(raw))
+        def parse(body: dict[str, Any]) -> tuple[NativeCall, Work]:
+            call = parse_generate(body)
             return call, service.work_of(call, request_id)
 
         call, work = await service.parsed(await service.bodies.read(request), parse)

@@ -9,7 +9,6 @@ from starlette.responses import Response
 
 from moe_lightning.protocol.stream_options import StreamOptions, split_stream
 from moe_lightning.server import schemas
-from moe_lightning.server.bodies import parse_object
 from moe_lightning.server.errors import HttpError
 from moe_lightning.server.responses import EventStream, JsonResponse, unless_disconnected
 from moe_lightning.server.service import CHAT, COMPLETIONS, Service, Work
@@ -47,8 +46,8 @@ def openai_router(service: Service) -> APIRouter:
 async def _respond(service: Service, url: str, request: Request) -> Response:
     request_id = request.state.request_id
 
-    def parse(raw: bytes) -> tuple[Work, StreamOptions | None]:
-        body, options = split_stream(parse_object(raw))
+    def parse(body: dict[str, Any]) -> tuple[Work, StreamOptions | None]:
+        body, options = split_stream(body)
         return service.work(url, body, request_id), options
 
     work, options = await service.parsed(await service.bodies.read(request), parse)

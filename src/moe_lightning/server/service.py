@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -27,9 +26,11 @@ from moe_lightning.protocol import (
 )
 from moe_lightning.protocol.chunks import Chunks
 from moe_lightning.protocol.failures import failure_of_reasons
+from moe_lightning.protocol.fields import FORMS
+from moe_lightning.protocol.forms import parse_form
 from moe_lightning.protocol.native import NativeCall
 from moe_lightning.protocol.stream_options import StreamOptions
-from moe_lightning.server.bodies import BodyReader
+from moe_lightning.server.bodies import BodyReader, parse_object
 from moe_lightning.server.desk import Desk
 from moe_lightning.server.errors import HttpError
 from moe_lightning.server.inbox import News
@@ -38,7 +39,6 @@ from moe_lightning.server.watch import Watch
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _INLINE_BYTES = 2**16  # a body up to this size is parsed and tokenized faster than another thread takes it up
-_HAS_FORM = re.compile(rb"response_format|structured_outputs|guided_")  # takes time to compile
 _T = TypeVar("_T")
 Call = ChatCall | CompletionCall | NativeCall
 
@@ -75,6 +75,8 @@ class Service:
         self._max_chars = 4 * longest * llm.max_model_len
         # One thread: tokenizers are not made for several.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        # Threads of their own: one form may take as long as thousands of prompts.
+        self._compiling = ThreadPoolExecutor(2, thread_name_prefix="compile")
         # So that interactive requests do not wait there for a whole batch.
         self._batching = asyncio.Semaphore(2)
 
@@ -82,18 +84,50 @@ class Service:
         """Text of token ids."""
         return str(self.llm.tokenizer.decode(list(ids)))
 
-    async def parsed(self, raw: bytes, parse: Callable[[bytes], _T]) -> _T:
-        """What `parse` makes of a body, without holding up other requests if that takes long.
+    async def parsed(self, raw: bytes, parse: Callable[[dict[str, Any]], _T]) -> _T:
+        """What `parse` makes of the object in a body, without holding up other requests if that takes long.
 
         Raises:
             HttpError: it cannot be used.
         """
         try:
-            if len(raw) <= _INLINE_BYTES and not _HAS_FORM.search(raw):
-                return parse(raw)
-            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, parse, raw)
+            if len(raw) <= _INLINE_BYTES:
+                body = parse_object(raw)
+                await self._compile(body)
+                return parse(body)
+            loop = asyncio.get_running_loop()
+            body = await loop.run_in_executor(self._tokenizing, parse_object, raw)
+            await self._compile(body)
+            return await loop.run_in_executor(self._tokenizing, parse, body)
         except RequestError as error:
             raise HttpError(400, str(error)) from error
+        except RecursionError:
+            raise _too_deep() from None
+
+    async def _compile(self, body: dict[str, Any]) -> None:
+        """Make the form that a body asks for ready, if it asks for one.
+
+        Raises:
+            RequestError, HttpError: it cannot be used, or takes too long.
+        """
+        given = {name: value for name, value in body.items() if name in FORMS and value is not None}
+        form = parse_form(given)
+        if form is None:
+            return
+        seconds = self.limits.form_seconds
+        job = self._compiling.submit(self.llm.prepare_form, form)
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(job), seconds)
+        except TimeoutError:
+            if job.cancel():  # it has not begun
+                raise HttpError(
+                    503,
+                    "too many forms are being compiled; send it again later",
+                    "busy",
+                    self.desk.retry_after,
+                ) from None
+            message = f"the form of the answer was not compiled within {seconds:g} s; give a simpler one"
+            raise HttpError(400, message) from None
 
     def check_model(self, name: str | None) -> None:
         """Make sure that a name is this model's.
@@ -228,6 +262,7 @@ class Service:
         """Status and body that answer a call as background work; cancelling the task drops it."""
         try:
             await self.desk.background_place()  # not before is it tokenized: thousands may wait
+            await self._compile(body)
             async with self._batching:
                 work = await asyncio.get_running_loop().run_in_executor(
                     self._tokenizing, partial(self.work, url, body, request_id, is_background=True)
@@ -235,13 +270,20 @@ class Service:
             return 200, await self.answer(work)
         except RequestError as error:
             failed = HttpError(400, str(error))
+        except RecursionError:
+            failed = _too_deep()
         except HttpError as error:
             failed = error
         return failed.status, failed.body()
 
     def close(self) -> None:
         """Let go of the threads."""
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._tokenizing, self._compiling):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _too_deep() -> HttpError:
+    return HttpError(400, "the body is nested too deeply; flatten it")
 
 
 def _seed(seed: int, index: int) -> int:

@@ -11,7 +11,6 @@ from moe_lightning.engine.prompts import render
 from moe_lightning.errors import RequestError
 from moe_lightning.protocol.tokens import parse_detokenize, parse_tokenize
 from moe_lightning.server import schemas
-from moe_lightning.server.bodies import parse_object
 from moe_lightning.server.responses import JsonResponse
 from moe_lightning.server.service import Service
 
@@ -23,8 +22,8 @@ def tokens_router(service: Service) -> APIRouter:
     router = APIRouter(tags=["Tokens"])
     tokenizer = service.llm.tokenizer
 
-    def tokenized(raw: bytes) -> dict[str, Any]:
-        call = parse_tokenize(parse_object(raw))
+    def tokenized(body: dict[str, Any]) -> dict[str, Any]:
+        call = parse_tokenize(body)
         service.check_model(call.model)
         if call.prompt is not None:
             ids = tokenizer(call.prompt, add_special_tokens=call.add_special_tokens)["input_ids"]
@@ -40,8 +39,8 @@ def tokens_router(service: Service) -> APIRouter:
             "token_strs": strings,
         }
 
-    def detokenized(raw: bytes) -> dict[str, Any]:
-        call = parse_detokenize(parse_object(raw))
+    def detokenized(body: dict[str, Any]) -> dict[str, Any]:
+        call = parse_detokenize(body)
         service.check_model(call.model)
         for token in call.tokens:
             if token >= service.llm.spec.vocab_size:
