@@ -248,6 +248,54 @@ def test_background_work_gives_its_blocks_back_before_younger_requests():
     assert [len(s.output_ids) for s in run.arrived] == [8, 8]
 
 
+@pytest.mark.parametrize("changes", [{"max_num_seqs": 3, "num_blocks": 32}, {"num_blocks": 8}])
+def test_background_work_makes_room_for_a_request_in_the_pass_in_which_it_is_asked(changes):
+    run = Run(policy_of(**changes), longest=24, expects_short=True)
+    background = [run.arrive(6, 12, is_background=True) for _ in range(4)]
+    run.run_pass()
+    run.run_pass()
+    running = list(run.batcher.running)
+    assert 1 < len(running) < 4, "memory is full"
+    asked = run.arrive(6, 2)
+    run.run_pass()
+    assert run.batcher.running == [asked, *running[:-1]], "the youngest went, and no more than had to"
+    assert list(run.batcher.waiting) == background[len(running) - 1 :]
+    while run.batcher.has_work:
+        run.run_pass()
+    assert [len(s.output_ids) for s in run.arrived] == [12] * 4 + [2]
+
+
+def test_background_work_does_not_go_where_that_makes_no_room():
+    run = Run(policy_of(num_blocks=8, max_num_seqs=3), longest=32, expects_short=True)
+    first, background = run.arrive(16, 6), run.arrive(4, 6, is_background=True)
+    run.run_pass()
+    asked = run.arrive(20, 2)
+    run.run_pass()
+    assert run.batcher.running == [first, background]
+    while not asked.finish:
+        run.run_pass()
+    assert first.finish
+
+
+@settings(max_examples=100, deadline=None)
+@given(runs())
+def test_whoever_is_asked_for_waits_for_no_background_work(case):
+    policy, longest, expects_short, arrivals, _ = case
+    run = Run(policy, longest, expects_short)
+    for arrival in arrivals:
+        run.arrive(arrival.num_prompt, arrival.num_new, is_background=True)
+    for _ in range(3):
+        if run.batcher.has_work:
+            run.run_pass()
+    asked = run.arrive(longest // 2 + 1, 1)
+    for _ in range(2):  # a pass in which sequences are put back for want of blocks admits nobody
+        if not asked.finish:
+            run.run_pass()
+    assert asked.finish
+    while run.batcher.has_work:
+        assert run.run_pass(), "a pass that moves nothing is for ever"
+
+
 def test_a_waiting_request_overtakes_background_work_that_waits():
     run = Run(policy_of(num_blocks=32, max_num_seqs=1), longest=24)
     running, background, asked = run.arrive(3, 2), run.arrive(3, 2, is_background=True), run.arrive(3, 2)

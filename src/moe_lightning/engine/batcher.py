@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ class Batcher:
     theirs back and wait at the head of the queue; their tokens are computed again later. The oldest sequence is
     never put back while a younger one runs and any one sequence fits in memory alone, so the queue always moves.
 
-    Background work counts as younger than all other: it waits behind it, and is the first to be put back.
+    Background work counts as younger than all other: it waits behind it, is the first to be put back, and gives its
+    places and blocks to what somebody waits for.
 
     Args:
         policy: what fits.
@@ -104,9 +106,9 @@ class Batcher:
     def next(self) -> Batch:
         """The next pass; the new prompts are counted as running from now on."""
         preempted = self._reserve()
-        decoding = list(self.running)
         # What was just put back must not take the blocks that it gave up for others.
         admitted = [] if preempted else self._admit()
+        decoding = list(self.running)
         self.running = sorted(self.running + admitted, key=lambda s: s.rank)
         micro_batches = self._decode_micro_batches(decoding)
         chunks = list(self._chunks(admitted))
@@ -180,40 +182,82 @@ class Batcher:
     def _admit(self) -> list[Sequence]:
         admitted: list[Sequence] = []
         self._is_open |= not self.running
-        if not self.waiting or len(self.running) >= self._max_num_seqs or not self._is_open:
+        is_full = len(self.running) >= self._max_num_seqs
+        if not self.waiting or not self._is_open or (is_full and not self._may_yield):
             return admitted
         # Rows that no decoding sequence needs are free for prompts: so a batch fills up in few passes.
         tokens_left = self._max_num_seqs + self._prefill_tokens - len(self.running)
         share = self._answer_lengths.share(sum(len(s.output_ids) for s in self.running))
-        forecast = self._forecast(share)
-        while self.waiting and len(self.running) + len(admitted) < self._max_num_seqs:
+        forecast, has_yielded = self._forecast(self.running, share), False
+        while self.waiting:
             sequence = self.waiting.first
-            needed = self._num_blocks(sequence.num_tokens)
-            # Blocks that running sequences will ask for in the next pass or so: without them a prompt would
-            # be admitted only to be put back.
-            running = len(self.running) + len(admitted)
-            reserve = num_blocks_for(running, self._policy.block_size)
             # One prompt always runs, also if it is longer than passes may be since they were made smaller.
             if admitted and sequence.num_tokens > tokens_left:
                 break
-            has_room = needed + reserve <= self.allocator.num_free
-            if not has_room or (
-                not forecast.take(sequence.num_tokens, _remaining(sequence, share)) and running
-            ):
-                self._is_open = not self._in_batches
+            if has_yielded and sequence.request.is_background:  # it would take back what it gave up
                 break
+            num_running = len(self.running) + len(admitted)
+            if not self._takes(sequence, num_running, self.allocator.num_free, forecast, share):
+                if not (count := self._num_yielding(sequence, admitted, share)):
+                    self._is_open = not self._in_batches
+                    break
+                self._yield(count)
+                tokens_left, has_yielded = tokens_left + count, True
+                forecast = self._forecast([*self.running, *admitted], share)
+                continue
             self.waiting.pop()
-            sequence.blocks = self.allocator.allocate(needed)
+            sequence.blocks = self.allocator.allocate(self._num_blocks(sequence.num_tokens))
             tokens_left -= sequence.num_tokens
             admitted.append(sequence)
         if self._in_batches and len(self.running) + len(admitted) >= self._max_num_seqs:
             self._is_open = False
         return admitted
 
-    def _forecast(self, share: float) -> Forecast:
-        running = self.running
+    def _takes(
+        self, sequence: Sequence, num_running: int, num_free: int, forecast: Forecast, share: float
+    ) -> bool:
+        """Whether a sequence may run beside so many, with so many free blocks; the forecast counts it then."""
+        if num_running >= self._max_num_seqs:
+            return False
+        # Blocks that running sequences will ask for in the next pass or so: without them a prompt would
+        # be admitted only to be put back.
+        reserve = num_blocks_for(num_running, self._policy.block_size)
+        if self._num_blocks(sequence.num_tokens) + reserve > num_free:
+            return False
+        return forecast.take(sequence.num_tokens, _remaining(sequence, share)) or not num_running
+
+    @property
+    def _may_yield(self) -> bool:
+        """Somebody waits, and background work runs."""
+        if self._in_batches or not self.waiting or self.waiting.first.request.is_background:
+            return False
+        return bool(self.running) and self.running[-1].request.is_background
+
+    def _num_yielding(self, sequence: Sequence, admitted: list[Sequence], share: float) -> int:
+        """How many background sequences must go for another; 0 if all of them would not make room for it."""
+        if not self._may_yield:
+            return 0
+        num_background = sum(s.request.is_background for s in self.running)
+
+        def is_enough(count: int) -> bool:
+            kept, going = self.running[: len(self.running) - count], self.running[len(self.running) - count :]
+            kept = [*kept, *admitted]
+            num_free = self.allocator.num_free + sum(len(s.blocks) for s in going)
+            return self._takes(sequence, len(kept), num_free, self._forecast(kept, share), share)
+
+        if not is_enough(num_background):  # as they go for nothing, they stay
+            return 0
+        return 1 + bisect_left(range(1, num_background), True, key=is_enough)
+
+    def _yield(self, count: int) -> None:
+        """Put the youngest sequences back."""
+        going = self.running[len(self.running) - count :]
+        self.running = self.running[: len(self.running) - count]
+        self._preempt(going)
+
+    def _forecast(self, running: list[Sequence], share: float) -> Forecast:
         remaining = [_remaining(s, share) for s in running]
-        candidates = islice(self.waiting, self._max_num_seqs - len(running))
+        candidates = islice(self.waiting, max(1, self._max_num_seqs - len(running)))
         return Forecast(
             self._policy.num_blocks, self._policy.block_size, [s.num_tokens for s in running], remaining,
             horizon=max([*remaining, *(_remaining(s, share) for s in candidates)]),
