@@ -121,6 +121,7 @@ def test_a_row_chooses_only_among_its_bits(vocab_size):
         ({"json": {"type": "cat"}}, 'json of structured_outputs cannot be used: .*"cat"'),
         ({"json": "{"}, "json of structured_outputs cannot be used"),
         ({"grammar": "root ::= nothing"}, "grammar of structured_outputs cannot be used: .*nothing"),
+        ({"grammar": "root ::= é"}, "grammar of structured_outputs cannot be used: EBNF"),
         ({"grammar": "root ::= root"}, "no answer has this form"),
         ({"json": {"$ref": "#"}}, "no answer has this form"),
         ({"regex": "a{10001}"}, "more than 10000 times"),

@@ -65,8 +65,11 @@ class Grammars:
         kind, value = wanted.kind_and_value
         try:
             compiled = _compile(compiler, kind, value)
-        except RuntimeError as error:
-            found = _WHERE.sub("", str(error).strip()).splitlines()[0]
+        except (RuntimeError, UnicodeDecodeError) as error:
+            message = str(error)
+            if isinstance(error, UnicodeDecodeError):  # the message cuts a character of the form in two
+                message = error.object.decode(errors="replace")
+            found = _WHERE.sub("", message.strip()).partition("\n")[0]
             raise RequestError(f"{kind} of structured_outputs cannot be used: {found[:300]}") from error
         form = Form(compiled, self._vocab_size)
         if form.num_bytes > _FORM_BYTES:
