@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import signal
@@ -16,6 +17,7 @@ from moe_lightning import SamplingParams
 from moe_lightning.server.app import Settings
 from moe_lightning.server.engine_thread import Ticket
 from moe_lightning.server.limits import Limits
+from moe_lightning.server.responses import EventStream
 
 LONG = {"prompt": "the fox", "max_tokens": MAX_POSITION, "ignore_eos": True, "temperature": 0}
 SHORT = {"prompt": "the fox", "max_tokens": 3, "ignore_eos": True, "temperature": 0}
@@ -137,6 +139,24 @@ class TestQueue:
             assert [job.result(30)[0] for job in bad] == [400] * 9
             assert last.result(30)[0] == 200
 
+    def test_no_more_background_bodies_are_tokenized_than_have_a_place(self, mixtral, monkeypatch):
+        with server_of(mixtral) as server:
+            service, seen = server.app.state.service, []
+            work = service.work
+
+            def counted(url, body, request_id, **more):
+                seen.append(server.desk.num_background)
+                return work(url, body, request_id, **more)
+
+            monkeypatch.setattr(service, "work", counted)
+            with server.held():
+                jobs = [server.background(COMPLETIONS, SHORT, str(i)) for i in range(9)]
+                server.until(lambda: len(seen) >= 4)
+                assert server.post("/tokenize", {"prompt": "x" * 2**17})[0] == 200  # behind what is tokenized
+                assert len(seen) == server.desk.num_background == 4
+            assert [job.result(30)[0] for job in jobs] == [200] * 9
+            server.until(lambda: server.desk.num_background == 0)
+
     def test_a_background_body_gets_the_status_and_body_that_the_endpoint_gives(self, live):
         for url, body in (
             (COMPLETIONS, {**SHORT, "n": 2, "seed": 1, "temperature": 1}),
@@ -179,6 +199,7 @@ class TestConnections:
         for _ in range(3):
             assert live.post(COMPLETIONS, SHORT)[0] == 200
         live.until(lambda: live.engine.num_unfinished == 0)  # the engine did not wait for the reader
+        live.until(lambda: live.desk.num_interactive == 0)  # nor holds what is not read a place
         assert len(slow.data) < 2**20
         texts = dict.fromkeys(range(4), "")
         for event in slow.events():
@@ -186,6 +207,29 @@ class TestConnections:
                 texts[choice["index"]] += choice["text"]
         (want,) = alone.generate(["the fox"], _params(MAX_POSITION), use_tqdm=False)
         assert set(texts.values()) == {want.outputs[0].text}
+
+    def test_a_reader_who_takes_nothing_loses_its_stream(self):
+        ended = []
+
+        async def events():
+            try:
+                while True:
+                    yield [{"a": 1}]
+            finally:
+                ended.append(True)
+
+        async def for_ever():
+            await asyncio.Event().wait()
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                await for_ever()
+
+        async def respond():
+            await asyncio.wait_for(EventStream(events(), 0.01)({"type": "http"}, for_ever, send), 20)
+
+        asyncio.run(respond())
+        assert ended
 
     def test_the_clients_request_id_comes_back_if_a_header_can_hold_it(self, live):
         _, headers, _ = live.send("GET", "/health", headers={"X-Request-Id": "mine-1"})

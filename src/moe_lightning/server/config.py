@@ -86,6 +86,10 @@ class ServerConfig:
         _DEFAULTS.keep_alive_seconds, "seconds of silence in a stream until a comment is sent",
         parse=parse_seconds, metavar="SECONDS",
     )  # fmt: skip
+    write_seconds: float = setting(
+        _DEFAULTS.write_seconds, "that a stream waits for a reader who takes nothing, until it is dropped",
+        parse=parse_seconds, metavar="SECONDS",
+    )  # fmt: skip
     shutdown_timeout: float = setting(
         _DEFAULTS.shutdown_seconds, "that running requests get to finish after SIGTERM", parse=parse_seconds,
         metavar="SECONDS",
@@ -114,5 +118,6 @@ class ServerConfig:
             max_body_bytes=self.max_body_size,
             max_bodies_bytes=max(_DEFAULTS.max_bodies_bytes, 4 * self.max_body_size),
             keep_alive_seconds=self.keep_alive,
+            write_seconds=self.write_seconds,
             shutdown_seconds=self.shutdown_timeout,
         )

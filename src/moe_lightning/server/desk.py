@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from moe_lightning.engine.request import Request, RequestOutput
@@ -24,11 +24,18 @@ class _Held:
     tokens: int = 0
     waiters: deque[asyncio.Future[None]] = field(default_factory=deque)
 
+    def add(self, requests: Sequence[Request], sign: int = 1) -> None:
+        """Count requests, or with -1 no longer."""
+        answers, tokens = _total(requests)
+        self.answers += sign * answers
+        self.tokens += sign * tokens
+
 
 class Desk:
     """Takes requests to the engine.
 
-    Interactive ones are refused where the queue is full; background ones wait for a place.
+    Interactive ones are refused where the queue is full; background ones are sent within `background_place`. A
+    request holds its place until the engine has ended it, not until somebody has read all of it.
 
     Args:
         engine: what answers them.
@@ -90,25 +97,32 @@ class Desk:
     async def _news(
         self, requests: Sequence[Request], *, is_stream: bool
     ) -> AsyncGenerator[list[News], None]:
-        held = self._background if requests[0].is_background else self._interactive
-        if held is self._background:
-            await self.background_place()
-        else:
+        is_background = requests[0].is_background
+        held = self._background if is_background else self._interactive
+        if not is_background:
             self.check_place(requests)
-        answers, tokens = _total(requests)
-        inbox = Inbox()
-        with self._holding(held, answers, tokens):
-            tickets = [Ticket(r, inbox.slot(i), is_stream) for i, r in enumerate(requests)]
+        inbox, running = Inbox(), dict(enumerate(requests))
+
+        def on_end(position: int) -> None:
+            if request := running.pop(position, None):
+                held.add([request], -1)
+                self._wake_next(held)
+
+        held.add(requests)
+        held.answers -= is_background  # the place that was kept for it is one of these
+        try:
+            self._engine.submit([Ticket(r, inbox.slot(i, on_end), is_stream) for i, r in enumerate(requests)])
             pending = set(range(len(requests)))
-            self._engine.submit(tickets)
-            try:
-                while pending:
-                    news = await inbox.take(self._limits.keep_alive_seconds if is_stream else None)
-                    pending -= {position for position, update in news if update.output.finished}
-                    yield news
-            finally:
-                if pending:
-                    self._engine.abort([requests[position].request_id for position in pending])
+            while pending:
+                news = await inbox.take(self._limits.keep_alive_seconds if is_stream else None)
+                pending -= {position for position, update in news if update.output.finished}
+                yield news
+        finally:
+            held.answers += is_background
+            if running:
+                self._engine.abort([request.request_id for request in running.values()])
+            for position in list(running):
+                on_end(position)
 
     def check_place(self, requests: Sequence[Request]) -> None:
         """Make sure that there is a place for interactive requests.
@@ -130,8 +144,9 @@ class Desk:
                 self.retry_after,
             )
 
-    async def background_place(self) -> None:
-        """Wait until there is a place for background work.
+    @asynccontextmanager
+    async def background_place(self) -> AsyncIterator[None]:
+        """Wait until there is a place for background work, and keep it for the block, in which that is done.
 
         Raises:
             HttpError: the engine is out of order, or the server is closing.
@@ -145,8 +160,14 @@ class Desk:
             except asyncio.CancelledError:
                 self._wake_next(held)  # the place may have been given to this task
                 raise
-        self._wake_next(held)  # who was woken for a body that turns out bad takes no place
-        self._check_open()
+        held.answers += 1
+        try:
+            self._wake_next(held)
+            self._check_open()
+            yield
+        finally:
+            held.answers -= 1
+            self._wake_next(held)
 
     def _is_full(self, held: _Held) -> bool:
         # As many again as run: enough that memory never stays unused.
@@ -166,18 +187,6 @@ class Desk:
             )
         if self.is_closing:
             raise HttpError(503, "the server is shutting down", "shutting_down", self.retry_after)
-
-    @contextmanager
-    def _holding(self, held: _Held, answers: int, tokens: int) -> Iterator[None]:
-        held.answers += answers
-        held.tokens += tokens
-        self._wake_next(held)
-        try:
-            yield
-        finally:
-            held.answers -= answers
-            held.tokens -= tokens
-            self._wake_next(held)
 
 
 def _total(requests: Sequence[Request]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moe_lightning.server.engine_thread import Update
@@ -17,9 +18,9 @@ class Inbox:
         self._news: list[News] = []
         self._arrived = asyncio.Event()
 
-    def slot(self, position: int) -> Slot:
-        """What takes the news of one request."""
-        return Slot(self, position)
+    def slot(self, position: int, on_end: Callable[[int], None]) -> Slot:
+        """What takes the news of one request; `on_end` hears at once when that ends, whoever reads."""
+        return Slot(self, position, on_end)
 
     def put(self, position: int, update: Update) -> None:
         """Keep a piece of news."""
@@ -44,7 +45,10 @@ class Slot:
 
     inbox: Inbox
     position: int
+    on_end: Callable[[int], None]
 
     def __call__(self, update: Update) -> None:
         """Put one in."""
         self.inbox.put(self.position, update)
+        if update.output.finished:
+            self.on_end(self.position)

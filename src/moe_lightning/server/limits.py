@@ -26,6 +26,7 @@ class Limits:
         max_connections: requests in progress, whatever they are for; what comes then is refused with 503.
         body_seconds: until a body has to be there.
         keep_alive_seconds: of silence in a stream, after which a comment is sent.
+        write_seconds: that a stream waits for a reader who takes nothing; then it is dropped.
         form_seconds: that the form of an answer may take to compile.
         shutdown_seconds: that running requests get after SIGTERM.
     """
@@ -39,6 +40,7 @@ class Limits:
     max_connections: int = 8192
     body_seconds: float = 60.0
     keep_alive_seconds: float = 10.0
+    write_seconds: float = 60.0
     form_seconds: float = 20.0
     shutdown_seconds: float = 30.0
 

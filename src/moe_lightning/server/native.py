@@ -36,7 +36,7 @@ def native_router(service: Service) -> APIRouter:
         if not call.is_stream:
             return JsonResponse(await unless_disconnected(request.receive, _answer(service, call, work, rid)))
         service.desk.check_place(work.requests)
-        return EventStream(_events(service, call, work, rid))
+        return EventStream(_events(service, call, work, rid), service.limits.write_seconds)
 
     return router
 

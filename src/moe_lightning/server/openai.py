@@ -54,7 +54,7 @@ async def _respond(service: Service, url: str, request: Request) -> Response:
     if options is None:
         return JsonResponse(await unless_disconnected(request.receive, service.answer(work)))
     service.desk.check_place(work.requests)  # while the status can still say it
-    return EventStream(service.events(work, options))
+    return EventStream(service.events(work, options), service.limits.write_seconds)
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

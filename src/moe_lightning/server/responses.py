@@ -21,6 +21,10 @@ KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
+class Stalled(Exception):  # noqa: N818
+    """The client takes nothing of its stream."""
+
+
 class Disconnected(Exception):  # noqa: N818
     """The client went before its answer was there."""
 
@@ -75,16 +79,17 @@ class EventStream(Response):
 
     Args:
         events: lists of JSON objects, each one event; of an empty one a comment is sent, so that nobody on the way
-            takes the line for dead. Closed when the client goes.
+            takes the line for dead. Closed when the client goes, or takes nothing.
+        write_seconds: after which a client that takes nothing is given up.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: Events) -> None:
+    def __init__(self, events: Events, write_seconds: float) -> None:
         # A proxy that collects what it passes on would make one piece of the stream.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._write_seconds = events, write_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
@@ -93,15 +98,29 @@ class EventStream(Response):
             await unless_disconnected(receive, self._send_all(send))
         except Disconnected:
             return
+        except Stalled:
+            _log.warning("a stream is dropped: its reader has taken nothing for %g s", self._write_seconds)
 
     async def _send_all(self, send: Send) -> None:
         try:
             async with aclosing(self._events) as events:
                 async for batch in events:
-                    await _write(send, b"".join(map(_event, batch)) if batch else KEEP_ALIVE)
+                    await self._write(send, b"".join(map(_event, batch)) if batch else KEEP_ALIVE)
+        except Stalled:
+            raise
         except Exception as error:  # the status is sent already: the last event says it
-            await _write(send, _event(_body_of(error)))
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            await self._write(send, _event(_body_of(error)))
+        await self._write(send, DONE, is_last=True)
+
+    async def _write(self, send: Send, data: bytes, *, is_last: bool = False) -> None:
+        timeout = asyncio.timeout(self._write_seconds)
+        try:
+            async with timeout:
+                await send({"type": "http.response.body", "body": data, "more_body": not is_last})
+        except TimeoutError:
+            if timeout.expired():
+                raise Stalled from None
+            raise
 
 
 def _body_of(error: Exception) -> dict[str, Any]:
@@ -113,7 +132,3 @@ def _body_of(error: Exception) -> dict[str, Any]:
 
 def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + encode(value) + b"\n\n"
-
-
-async def _write(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": data, "more_body": True})

@@ -46,7 +46,7 @@ def allow_connections() -> None:
 def serve(app: FastAPI, listening: socket.socket, on_ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT; then running requests get some time, and new ones are refused.
 
-    A second signal ends all at once.
+    A second SIGINT ends all at once.
     """
     allow_connections()
     with listening:

@@ -261,13 +261,13 @@ class Service:
     ) -> tuple[int, dict[str, Any]]:
         """Status and body that answer a call as background work; cancelling the task drops it."""
         try:
-            await self.desk.background_place()  # not before is it tokenized: thousands may wait
-            await self._compile(body)
-            async with self._batching:
-                work = await asyncio.get_running_loop().run_in_executor(
-                    self._tokenizing, partial(self.work, url, body, request_id, is_background=True)
-                )
-            return 200, await self.answer(work)
+            async with self.desk.background_place():  # not before is it tokenized: thousands may wait
+                await self._compile(body)
+                async with self._batching:
+                    work = await asyncio.get_running_loop().run_in_executor(
+                        self._tokenizing, partial(self.work, url, body, request_id, is_background=True)
+                    )
+                return 200, await self.answer(work)
         except RequestError as error:
             failed = HttpError(400, str(error))
         except RecursionError:
