@@ -143,6 +143,38 @@ async def test_a_batch_expires_by_the_clock_and_keeps_what_is_done(tmp_path):
 
 
 @asynchronous
+async def test_a_batch_that_expired_while_no_server_ran_asks_for_nothing_more(tmp_path):
+    now, engine = [1000.0], FakeEngine(is_open=False)
+    async with Desk(tmp_path, engine, clock=lambda: now[0]) as desk:
+        batch = await desk.begin(line("a"))
+        await engine.until(lambda: engine.running == 1)
+    now[0] += 24 * 3600
+    limits, engine = BatchLimits(tick_seconds=3600), FakeEngine()
+    async with Desk(tmp_path, engine, limits, clock=lambda: now[0]) as desk:
+        batch = await desk.ended(batch.id)
+        assert (batch.status, engine.asked) == ("expired", [])
+        assert set(await desk.lines(batch.error_file_id)) == {"a"}
+
+
+@asynchronous
+async def test_a_line_with_which_passes_fail_again_and_again_becomes_an_error(tmp_path):
+    engine = FakeEngine()
+
+    async def answer(url, body, request_id):
+        if body["prompt"] == "bad":
+            engine.asked.append(body)
+            return 503, {"error": {"message": "the engine gave up", "code": "aborted"}}
+        return await engine(url, body, request_id)
+
+    async with Desk(tmp_path, answer, BatchLimits(retry_seconds=0.001, aborts=3)) as desk:
+        batch = await desk.run(line("a", "bad"), line("b"))
+        assert batch.status == "completed" and set(await desk.lines(batch.output_file_id)) == {"b"}
+        failed = await desk.lines(batch.error_file_id)
+        assert failed["a"]["error"]["code"] == "aborted"
+        assert len(engine.asked) == 4
+
+
+@asynchronous
 async def test_the_oldest_batch_goes_first_and_the_next_fills_its_tail(tmp_path):
     engine = FakeEngine(is_open=False)
     async with Desk(tmp_path, engine, BatchLimits(requests_in_flight=4)) as desk:

@@ -26,6 +26,7 @@ class BatchLimits:
         bytes_in_flight: of the lines of these.
         window_hours: longest completion window that a batch may ask for.
         retry_seconds: until what the engine or the disk refused for now is tried again.
+        aborts: of one line by passes that fail, until it becomes a line of the error file.
         tick_seconds: between looks at the clock for what has expired.
     """
 
@@ -43,4 +44,5 @@ class BatchLimits:
     bytes_in_flight: int = 256 * MIB
     window_hours: int = 7 * 24
     retry_seconds: float = 5.0
+    aborts: int = 5
     tick_seconds: float = 1.0

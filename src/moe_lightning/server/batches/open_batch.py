@@ -186,7 +186,8 @@ class OpenBatch:
             self._shop.room.give(line.size)
 
     async def _asked(self, line: Envelope, request_id: str) -> tuple[int, dict[str, Any]]:
-        """What came back; what the engine cannot take now is asked again."""
+        """What came back; what the engine cannot take now is asked again, what it gives up on some times."""
+        num_aborts = 0
         while True:
             try:
                 status, body = await self._shop.answer(line.url, line.body, request_id)
@@ -198,7 +199,8 @@ class OpenBatch:
                 logger.exception("request %s", request_id)
                 error = {"code": "internal_error", "message": "the server failed at this request"}
                 return 500, {"error": error}
-            if status not in _LATER:
+            num_aborts += _is_abort(body)
+            if status not in _LATER or num_aborts >= self._shop.limits.aborts:
                 return status, body
             await asyncio.sleep(self._shop.limits.retry_seconds)
 
@@ -245,6 +247,12 @@ class OpenBatch:
 
 def _next(lines: Iterator[Envelope | BadLine]) -> list[Envelope | BadLine]:
     return list(islice(lines, _CHUNK))
+
+
+def _is_abort(body: dict[str, Any]) -> bool:
+    """A pass with the request failed: that may be the request's own fault."""
+    error = body.get("error")
+    return isinstance(error, dict) and error.get("code") == "aborted"
 
 
 def _is_cancelled() -> bool:

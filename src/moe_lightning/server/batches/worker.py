@@ -55,6 +55,8 @@ class BatchWorker:
         """Take a batch on."""
         batch = self._open[record.batch.id] = OpenBatch(self._shop, record)
         self._expires_at[batch.id] = record.batch.expires_at
+        if self._shop.clock() >= record.batch.expires_at:  # while no server ran
+            batch.end_early("expired")
         task = asyncio.create_task(self._bring_to_end(batch))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
