@@ -20,11 +20,11 @@ GOOD = {
         "prompt": "the fox", "max_tokens": 4, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "n": 2,
         "seed": 3, "stop": ["x"], "stop_token_ids": [7], "presence_penalty": 0.1, "frequency_penalty": 0.1,
         "repetition_penalty": 1.1, "ignore_eos": True, "min_tokens": 1, "logprobs": 1, "echo": True,
-        "prompt_logprobs": 1, "stream": True, "stream_options": {"include_usage": True}, "model": None,
+        "stream": True, "stream_options": {"include_usage": True}, "model": None,
     },
     "/v1/chat/completions": {
         "messages": MESSAGES, "max_completion_tokens": 4, "logprobs": True, "top_logprobs": 2, "n": 1,
-        "temperature": 0.5, "stream": False, "stop": "x",
+        "temperature": 0.5, "stream": False, "stop": "x", "prompt_logprobs": 1,
     },
     "/generate": {
         "text": ["the fox", "dog"], "sampling_params": {"max_new_tokens": 4, "temperature": 0.5, "top_k": 3},
@@ -229,6 +229,16 @@ def test_a_form_that_cannot_be_is_refused_with_a_reason(path, name, app):
                                                              "structured_outputs": {"regex": "b"}}):  # fmt: skip
         body = {**good, "guided_regex": "a", **other}
         assert asyncio.run(send(app, path, encode(body)))[0] == 400
+
+
+def test_log_probabilities_of_the_prompt_do_not_come_in_a_stream(app):
+    for path, good in (
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/chat/completions", {"messages": MESSAGES}),
+    ):
+        body = {**good, "stream": True, "prompt_logprobs": 0}
+        status, _, data = asyncio.run(send(app, path, encode(body)))
+        assert (status, error_of(status, data)[:15]) == (400, "prompt_logprobs")
 
 
 def test_more_answers_than_one_request_may_have_are_refused(app):

@@ -32,6 +32,7 @@ CHECKS = [
 DISAGREEING = (
     "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
     "min_tokens", "stream_options", "top_logprobs", "max_completion_tokens", "input_ids",
+    "prompt_logprobs",
 )  # fmt: skip
 
 

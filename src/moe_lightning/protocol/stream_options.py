@@ -31,6 +31,10 @@ def split_stream(body: Mapping[str, Any]) -> tuple[dict[str, Any], StreamOptions
     rest = dict(body)
     stream, options = rest.pop("stream", None), rest.pop("stream_options", None)
     is_stream = stream is not None and typed("stream", stream, (bool,))
+    if is_stream and rest.get("prompt_logprobs") is not None:
+        raise RequestError(
+            f"prompt_logprobs={shown(rest['prompt_logprobs'])} is not supported with stream=true; remove one"
+        )
     if options is None:
         return rest, StreamOptions() if is_stream else None
     if not is_stream:
