@@ -8,14 +8,17 @@ import logging
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from live import Stream, serving
 
 from checkpoints import MAX_POSITION, load
 from moe_lightning import SamplingParams
+from moe_lightning.engine.request import RequestOutput
 from moe_lightning.server.app import Settings
-from moe_lightning.server.engine_thread import Ticket
+from moe_lightning.server.desk import Desk
+from moe_lightning.server.engine_thread import Ticket, Update
 from moe_lightning.server.limits import Limits
 from moe_lightning.server.responses import EventStream
 
@@ -207,6 +210,31 @@ class TestConnections:
                 texts[choice["index"]] += choice["text"]
         (want,) = alone.generate(["the fox"], _params(MAX_POSITION), use_tqdm=False)
         assert set(texts.values()) == {want.outputs[0].text}
+
+    def test_a_place_is_free_once_the_engine_is_done_whoever_reads(self, alone):
+        tickets, aborted = [], []
+        engine = SimpleNamespace(broken=None, submit=tickets.extend, abort=aborted.extend)
+        desk = Desk(engine, Limits(), 1)
+        request = alone.completion_request("a", "the fox", _params(2))
+
+        def news(finished):
+            output = RequestOutput("a", None, request.prompt_token_ids, finished=finished)
+            tickets[0].deliver(Update(output, []))
+
+        async def read_once():
+            stream = desk.stream([request])
+            reading = asyncio.ensure_future(anext(stream))
+            while not tickets:
+                await asyncio.sleep(0)
+            news(finished=False)
+            await reading
+            assert desk.num_interactive == 1
+            news(finished=True)
+            assert desk.num_interactive == 0, "the reader has not come back"
+            await stream.aclose()
+
+        asyncio.run(asyncio.wait_for(read_once(), 20))
+        assert (desk.num_interactive, aborted) == (0, [])
 
     def test_a_reader_who_takes_nothing_loses_its_stream(self):
         ended = []
