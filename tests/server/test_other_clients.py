@@ -28,7 +28,6 @@ def url():
 
 def run(command, **options):
     """Standard output of a command that knows no internet."""
-    assert CLIENTS.exists(), f"{CLIENTS} is missing; run `make clients`"
     offline = dict.fromkeys(
         ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"), "1"
     )
@@ -46,6 +45,7 @@ class TestLmEval:
     @pytest.fixture(scope="class")
     def results(self, url, tmp_path_factory):
         """What lm_eval found: through the server, through its chat, and on its own with transformers."""
+        assert CLIENTS.exists(), f"{CLIENTS} is missing; run `make clients`"
         out = tmp_path_factory.mktemp("lm_eval")
         common = f"model=demo-model,tokenizer={MOE},num_concurrent=8,max_retries=1"
         completions = f"{common},base_url={url}/v1/completions,tokenizer_backend=huggingface"
