@@ -343,7 +343,10 @@ class TestFailures:
                 thread.call(fail)
             else:
                 monkeypatch.setattr(server.engine, what, fail)
-                thread.submit([Ticket(None, fail)]) if what == "add" else thread.abort_all()
+                if what == "add":
+                    thread.submit([Ticket(None, fail)])
+                elif what == "abort":
+                    thread.abort_all()
             held.let_pass(2)
             assert stream.events()[-1]["error"]["code"] == "aborted"
             status, _, data = whole.result()
