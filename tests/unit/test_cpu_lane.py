@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -36,6 +37,26 @@ def test_a_number_lost_to_an_interrupt_shifts_no_other(lane):
     lane.counter.wait_here(number)
     assert done == ["a", "b"]
     lane.wait()
+
+
+def test_threads_end_with_their_lanes():
+    def running():
+        return {thread for thread in threading.enumerate() if thread.name == "lane-cpu"}
+
+    before = running()
+    lanes = [_CpuLane(StreamCounter(in_stream=False)) for _ in range(5)]
+    done = []
+    for number, lane in enumerate(lanes):
+        lane.put(lambda number=number: done.append(number))
+        lane.wait()
+    mine = running() - before
+    assert len(mine) == 5
+    del lane
+    lanes.clear()
+    for thread in mine:
+        thread.join(10)
+    assert not running() & mine
+    assert done == list(range(5))
 
 
 def test_a_count_beyond_32_bits_is_seen_by_the_driver_as_the_next():

@@ -6,6 +6,7 @@ import queue
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -242,14 +243,19 @@ def _reads_frames(task: Task) -> bool:
     return any(buffer.kind is BufferKind.FRAME for buffer in task.reads)
 
 
+_Work = queue.SimpleQueue[tuple[int, Callable[[], None]] | None]  # numbered; None ends the thread
+
+
 class _CpuLane:
-    """A thread that runs what it is given, in order, and counts."""
+    """A thread that runs what it is given, in order, and counts; it ends with the lane."""
 
     def __init__(self, counter: StreamCounter) -> None:
         self.counter = counter
         self._num_put = 0
-        self._queue: queue.SimpleQueue[tuple[int, Callable[[], None]]] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="lane-cpu", daemon=True).start()
+        self._queue: _Work = queue.SimpleQueue()
+        # The thread knows nothing of this object, which would else never be let go.
+        threading.Thread(target=_serve, args=(self._queue, counter), name="lane-cpu", daemon=True).start()
+        weakref.finalize(self, self._queue.put, None)
 
     def put(self, run: Callable[[], None]) -> int:
         """Run it after all that was put before; the count that says it is done."""
@@ -263,10 +269,11 @@ class _CpuLane:
         """Wait for all that was put."""
         self.counter.wait_here(self.put(lambda: None))
 
-    @torch.inference_mode()
-    def _serve(self) -> None:
-        while True:
-            number, run = self._queue.get()
-            run()
-            del run  # it holds the pass's tensors
-            self.counter.raise_to(number)
+
+@torch.inference_mode()
+def _serve(work: _Work, counter: StreamCounter) -> None:
+    while (item := work.get()) is not None:
+        number, run = item
+        run()
+        del item, run  # they hold the pass's tensors
+        counter.raise_to(number)
