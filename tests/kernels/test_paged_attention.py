@@ -9,7 +9,7 @@ import torch
 from moe_lightning.kernels import reference
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.models.spec import AttentionSpec
-from moe_lightning.runtime.kv_staging import StagedBlocks, stage
+from moe_lightning.runtime.kv_staging import in_turns, stage
 
 pytest.importorskip("triton")
 from moe_lightning.kernels.paged_attention import paged_attention
@@ -57,15 +57,27 @@ def test_staged_blocks_are_those_of_each_sequence_in_order():
     kv = KVCache(2, AttentionSpec(4, 2, 8), 12, 4, torch.float32)
     kv.layer(1).copy_(torch.randn(kv.layer(1).shape))
     tables, positions = np.array([[7, 3, 9], [2, 0, 0], [5, 11, 0]]), np.array([8, 3, 4])
-    staged = StagedBlocks.of(
-        tables, positions, 4, lambda a, t: torch.from_numpy(np.ascontiguousarray(a)).to(t)
-    )
+    (staged,) = in_turns(tables, positions, 4, 7, _put)
     slot = torch.full((7, *kv.layer(1).shape[1:]), -1.0)
     stage(kv, 1, staged, slot)
+    assert staged.rows == slice(0, 3)
     assert torch.equal(slot[:6], kv.layer(1)[[7, 3, 9, 2, 5, 11]])
     assert slot[6].eq(-1).all()
     assert staged.tables.tolist() == [[0, 1, 2], [3, 0, 0], [4, 5, 0]]
     assert staged.context_lens.tolist() == [9, 4, 5]
     assert staged.slots.tolist() == [2 * 4 + 0, 3 * 4 + 3, 5 * 4 + 0]
-    with pytest.raises(torch.OutOfMemoryError, match=r"fills 6 blocks, and a staging slot holds 5"):
-        stage(kv, 1, staged, slot[:5])
+
+
+@pytest.mark.parametrize("capacity", range(3, 8))
+def test_pieces_are_all_sequences_in_order_and_none_is_more_than_a_slot_holds(capacity):
+    tables, positions = np.arange(20).reshape(5, 4), np.array([8, 3, 4, 11, 0])  # 3, 1, 2, 3, 1 blocks
+    pieces = in_turns(tables, positions, 4, capacity, _put)
+    rows = [row for piece in pieces for row in range(piece.rows.start, piece.rows.stop)]
+    assert rows == list(range(5))
+    assert all(len(piece.host_blocks) <= capacity for piece in pieces)
+    assert torch.cat([piece.blocks for piece in pieces]).tolist() == [0, 1, 2, 4, 8, 9, 12, 13, 14, 16]
+    assert all(int(piece.slots.max()) < 4 * len(piece.blocks) for piece in pieces)
+
+
+def _put(values, dtype):
+    return torch.from_numpy(np.ascontiguousarray(values)).to(dtype)

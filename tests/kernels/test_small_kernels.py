@@ -69,11 +69,28 @@ def test_rows_of_host_memory_arrive_whole_and_nothing_else_is_written(device, dt
     assert out[-1].eq(7).all()
 
 
+@pytest.mark.parametrize(("count", "words"), [(0, 2), (1, 2), (40, 2048), (70, 2049), (3, 5000)])
+def test_blocks_of_host_memory_are_gathered_in_order_and_nothing_else_is_written(device, count, words):
+    arena = HostArena((80, 2 * words), torch.float16)
+    arena.prepare(pin=device.type == "cuda")
+    arena.tensor.copy_(torch.randn(arena.tensor.shape))
+    seen = arena.tensor if device.type == "cpu" else device_view(arena.tensor, device)
+    chosen = torch.randperm(80)[:count]
+    out = torch.full((count + 2, 2 * words), 7.0, dtype=torch.float16, device=device)
+    host_rows.load_host_blocks(seen, chosen.to(device), out[1 : count + 1])
+    assert torch.equal(out[1 : count + 1].cpu(), arena.tensor[chosen])
+    assert out[0].eq(7).all()
+    assert out[-1].eq(7).all()
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("rows", "num_experts", "top_k"), [(0, 8, 2), (1, 8, 2), (9, 60, 4), (6, 256, 8)])
-def test_router_chooses_as_the_reference(device, dtype, normalize, ids_dtype, rows, num_experts, top_k):
-    router = RouterSpec(top_k, RouterScoring.SOFTMAX_TOPK, normalize)
+@pytest.mark.parametrize("scoring", RouterScoring)
+def test_router_chooses_as_the_reference(
+    device, dtype, scoring, normalize, ids_dtype, rows, num_experts, top_k
+):
+    router = RouterSpec(top_k, scoring, normalize)
     logits = torch.randn(rows, num_experts).to(dtype)
     ids, weights = _route(logits, router, device, ids_dtype)
     expected_ids, expected_weights = reference.route(logits, router)

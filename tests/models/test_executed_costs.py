@@ -152,7 +152,8 @@ class Watching:
         if task.kind in COPIES:
             return Observed(task, Cost(flops, moved, moved, moved))
         if task.kind is TaskKind.LOAD_KV:
-            blocks = len(self._runner._batches[task.micro_batches[0]].staged.host_blocks)
+            (piece,) = self._runner._batches[task.micro_batches[0]].staged
+            blocks = len(piece.host_blocks)
             staged = self._runner._buffers.kv_stage[task.writes[0].index][:blocks].nbytes
             needed = sum(t.nbytes for one in self._seen(task) for t in one.cached)
             return Observed(task, Cost(flops, needed, needed, needed), {"staged": staged})

@@ -88,12 +88,12 @@ class Worker:
 
     def run(self, step: Step) -> list[MicroBatchOutput]:
         """One pass; its outputs by micro-batch, prefill first."""
-        spec = self._weights.spec
+        spec, stage = self._weights.spec, self._buffers.kv_stage
         with self._executor.scope():
             self._uploader.clear()
             batches = build_micro_batches(
                 step, self._policy.block_size, spec.vocab_size, self._uploader,
-                stages_kv=bool(self._buffers.kv_stage),
+                staging_blocks=len(stage[0]) if stage else 0,
             )  # fmt: skip
             self._uploader.send()
             self._weights.pages.place_ring(self._ring_offset)

@@ -63,6 +63,16 @@ def load_host_rows(host: Tensor, out: Tensor) -> None:
     host_rows.load_host_rows(host, out)
 
 
+def load_host_blocks(host: Tensor, blocks: Tensor, out: Tensor) -> None:
+    """Blocks [N] int64 of host [num_blocks, ...], as `out`'s device sees it, into out [N, ...]."""
+    if not out.is_cuda:
+        torch.index_select(host, 0, blocks, out=out)
+        return
+    from moe_lightning.kernels import host_rows
+
+    host_rows.load_host_blocks(host, blocks, out)
+
+
 def experts_workspace(
     num_tokens: int,
     top_k: int,

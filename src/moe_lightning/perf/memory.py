@@ -204,7 +204,7 @@ def staging_slots(policy: Policy) -> int:
 
 
 def staging_blocks(policy: Policy) -> int:
-    """KV blocks that one such place holds: more than an even share, and any one sequence."""
+    """KV blocks that one such place holds: more than an even share, and any one sequence; more come in turns."""
     longest = -(-policy.prefill_tokens // policy.block_size)
     share = _UNEVEN * policy.num_blocks * policy.micro_batch_size / policy.max_num_seqs
     return min(policy.num_blocks, policy.micro_batch_size * longest, max(longest, round(share)))

@@ -10,16 +10,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moe_lightning.kernels import ops
 from moe_lightning.memory.kv_cache import KVCache
 
+Ints = npt.NDArray[np.int64]
 Put = Callable[[npt.NDArray[np.generic], torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
 class StagedBlocks:
-    """Where the blocks of a decode micro-batch lie once they are staged: one after the other, sequence by sequence.
+    """Where the blocks of some sequences lie once they are staged: one after the other, sequence by sequence.
 
     Attributes:
+        rows: of the sequences in their micro-batch.
         host_blocks: [N] int64 (host), the cache's numbers of the blocks.
         blocks: the same on the device.
         tables: [B, max_blocks] int64, each sequence's blocks in the slot.
@@ -27,6 +30,7 @@ class StagedBlocks:
         slots: [B] int64, where in the slot the new token goes.
     """
 
+    rows: slice
     host_blocks: Tensor
     blocks: Tensor
     tables: Tensor
@@ -34,17 +38,8 @@ class StagedBlocks:
     slots: Tensor
 
     @classmethod
-    def of(
-        cls, tables: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], block_size: int, put: Put
-    ) -> StagedBlocks:
-        """For sequences whose new tokens go in at positions [B]; `put` brings arrays to the device.
-
-        Args:
-            tables: [B, max_blocks], each sequence's blocks of the cache, filled up with anything.
-            positions: [B].
-            block_size: tokens of a block.
-            put: makes a tensor of an array.
-        """
+    def of(cls, rows: slice, tables: Ints, positions: Ints, block_size: int, put: Put) -> StagedBlocks:
+        """For sequences whose new tokens go in at positions [B]; arguments as in `in_turns`."""
         counts = positions // block_size + 1
         is_used = np.arange(tables.shape[1]) < counts[:, None]
         starts = np.cumsum(counts) - counts
@@ -52,6 +47,7 @@ class StagedBlocks:
         blocks = tables[is_used]
         slots = (starts + counts - 1) * block_size + positions % block_size
         return cls(
+            rows=rows,
             host_blocks=torch.from_numpy(blocks),
             blocks=put(blocks, torch.int64),
             tables=put(staged, torch.int64),
@@ -60,8 +56,36 @@ class StagedBlocks:
         )
 
 
+def in_turns(
+    tables: Ints, positions: Ints, block_size: int, capacity: int, put: Put
+) -> tuple[StagedBlocks, ...]:
+    """A micro-batch whose new tokens go in at positions [B], all at once where a slot holds its blocks.
+
+    Args:
+        tables: [B, max_blocks], each sequence's blocks of the cache, filled up with anything.
+        positions: [B].
+        block_size: tokens of a block.
+        capacity: blocks of a slot, no fewer than any one sequence has.
+        put: brings an array to the device as a tensor.
+    """
+    turns = _turns(positions // block_size + 1, capacity)
+    return tuple(StagedBlocks.of(rows, tables[rows], positions[rows], block_size, put) for rows in turns)
+
+
+def _turns(counts: Ints, capacity: int) -> list[slice]:
+    """Consecutive sequences that fill a slot together."""
+    turns, start, total = [], 0, 0
+    for row, count in enumerate(counts.tolist()):
+        assert count <= capacity, f"a sequence of {count} blocks, and a staging slot holds {capacity}"
+        if total + count > capacity:
+            turns.append(slice(start, row))
+            start, total = row, 0
+        total += count
+    return [*turns, slice(start, len(counts))]
+
+
 def stage(kv: KVCache, layer: int, staged: StagedBlocks, slot: Tensor) -> None:
-    """Bring a micro-batch's blocks of a layer into the beginning of a slot.
+    """Bring sequences' blocks of a layer into the beginning of a slot.
 
     Where the cache is page-locked a kernel gathers them through the link: as copies they would be thousands.
 
@@ -70,23 +94,9 @@ def stage(kv: KVCache, layer: int, staged: StagedBlocks, slot: Tensor) -> None:
         layer: which.
         staged: the blocks.
         slot: [capacity, 2, num_kv_heads, block_size, D] on the device.
-
-    Raises:
-        torch.OutOfMemoryError: they are more than the slot holds; smaller micro-batches will do.
     """
-    count = len(staged.host_blocks)
-    if count > len(slot):
-        raise torch.OutOfMemoryError(
-            f"a micro-batch's KV fills {count} blocks, and a staging slot holds {len(slot)}"
-        )
-    part = slot[:count]
+    part = slot[: len(staged.host_blocks)]
     if part.is_cuda and not kv.arena.is_pinned:  # then kernels cannot reach it, and the launcher waits
         part.copy_(kv.layer(layer)[staged.host_blocks])
         return
-    source = kv.layer_on(part.device, layer)
-    torch.index_select(_words(source), 0, staged.blocks, out=_words(part))
-
-
-def _words(blocks: Tensor) -> Tensor:
-    """[num_blocks, words]: eight bytes at a time, so that neighbouring threads ask the link for long runs."""
-    return blocks.flatten(1).view(torch.int64)
+    ops.load_host_blocks(kv.layer_on(part.device, layer), staged.blocks, part)

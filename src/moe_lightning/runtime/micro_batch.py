@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_lightning.kernels.prefill_plan import PrefillPlan
 from moe_lightning.kernels.reference import Segment
-from moe_lightning.runtime.kv_staging import StagedBlocks
+from moe_lightning.runtime.kv_staging import StagedBlocks, in_turns
 from moe_lightning.runtime.sampling_batch import RowSampling, SamplingBatch, build_sampling_batch
 from moe_lightning.runtime.upload import Uploader
 
@@ -73,7 +73,7 @@ class MicroBatch:
         host_rows: decode only: its rows in the host buffers.
         block_tables: decode only: [B, max_blocks] int64 (host).
         context_lens: decode only: [B] int64 with the new token (host).
-        staged: decode only, where the GPU attends: where its blocks go there.
+        staged: decode only, where the GPU attends: where its blocks go there, in as many turns as it takes.
     """
 
     rows: slice
@@ -89,13 +89,16 @@ class MicroBatch:
     host_rows: slice = field(default_factory=lambda: slice(0, 0))
     block_tables: Tensor | None = None
     context_lens: Tensor | None = None
-    staged: StagedBlocks | None = None
+    staged: tuple[StagedBlocks, ...] = ()
 
 
 def build_micro_batches(
-    step: Step, block_size: int, vocab_size: int, uploader: Uploader, *, stages_kv: bool = False
+    step: Step, block_size: int, vocab_size: int, uploader: Uploader, *, staging_blocks: int = 0
 ) -> list[MicroBatch]:
-    """The micro-batches of a step, their tensors put on the uploader's device; rows in order, prefill first."""
+    """The micro-batches of a step, their tensors put on the uploader's device; rows in order, prefill first.
+
+    Where the GPU attends to decode sequences, `staging_blocks` of their KV have room there at a time.
+    """
     batches, row, host_row = [], 0, 0
     first_row: dict[int, int] = {}  # of each prompt, by its first KV block
     for pieces in step.prefill:
@@ -103,7 +106,7 @@ def build_micro_batches(
         batches.append(batch)
         row = batch.rows.stop
     for rows in step.decode:
-        batch = _decode(rows, row, host_row, block_size, vocab_size, uploader, stages_kv=stages_kv)
+        batch = _decode(rows, row, host_row, block_size, vocab_size, uploader, staging_blocks=staging_blocks)
         batches.append(batch)
         row, host_row = row + len(rows), host_row + len(rows)
     return batches
@@ -160,7 +163,7 @@ def _decode(
     vocab_size: int,
     uploader: Uploader,
     *,
-    stages_kv: bool,
+    staging_blocks: int,
 ) -> MicroBatch:
     tables = _tables([r.block_table for r in rows])
     positions = np.array([r.position for r in rows], dtype=np.int64)
@@ -171,7 +174,7 @@ def _decode(
         rows=slice(row, row + len(rows)),
         token_ids=uploader.put([r.token_id for r in rows], torch.int64),
         positions=uploader.put(positions, torch.int64),
-        slots=uploader.put(slots, torch.int64) if stages_kv else torch.from_numpy(slots),
+        slots=uploader.put(slots, torch.int64) if staging_blocks else torch.from_numpy(slots),
         sample_rows=uploader.put(range(len(rows)), torch.int64),
         sampling=build_sampling_batch([r.sampling for r in rows], vocab_size, uploader),
         score_rows=none,
@@ -180,7 +183,9 @@ def _decode(
         host_rows=slice(host_row, host_row + len(rows)),
         block_tables=torch.from_numpy(tables),
         context_lens=torch.from_numpy(positions + 1),
-        staged=StagedBlocks.of(tables, positions, block_size, uploader.put) if stages_kv else None,
+        staged=in_turns(tables, positions, block_size, staging_blocks, uploader.put)
+        if staging_blocks
+        else (),
     )
 
 

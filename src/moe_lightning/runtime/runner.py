@@ -123,20 +123,20 @@ class TaskRunner:
 
     def _load_kv(self, task: Task) -> None:
         batch, slot = self._batch(task), task.writes[0].index
-        assert batch.staged is not None
-        stage(self._kv, task.layer, batch.staged, self._buffers.kv_stage[slot])
+        stage(self._kv, task.layer, batch.staged[0], self._buffers.kv_stage[slot])
 
     def _gpu_attention(self, task: Task) -> None:
-        """Over the staged blocks, which the new token joins here."""
-        batch = self._batch(task)
-        assert batch.staged is not None
+        """Over the staged blocks, which new tokens join here; what the slot had no room for comes after these."""
+        batch, window = self._batch(task), self._spec.attention.sliding_window
         kv = self._buffers.kv_stage[task.reads[1].index]
         q, k, v = self._split(self._buffers.qkv[batch.rows])
-        reference.store_kv(kv, k, v, batch.staged.slots)
-        ops.decode_attention(
-            q, kv, batch.staged.tables, batch.staged.context_lens, self._spec.attention.sliding_window,
-            self._buffers.attention_out[batch.rows],
-        )  # fmt: skip
+        out = self._buffers.attention_out[batch.rows]
+        for piece in batch.staged:
+            rows = piece.rows
+            if rows.start:
+                stage(self._kv, task.layer, piece, kv)
+            reference.store_kv(kv, k[rows], v[rows], piece.slots)
+            ops.decode_attention(q[rows], kv, piece.tables, piece.context_lens, window, out[rows])
 
     def _post_attention(self, task: Task) -> None:
         batch, layer, b = self._batch(task), self._weights.layers[task.layer], self._buffers
