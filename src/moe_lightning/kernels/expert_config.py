@@ -115,8 +115,9 @@ def default_config(shape: ExpertsShape) -> ExpertsConfig:
         tile = Tile(32, 32, 4, 2)
         return ExpertsConfig(32, 8, tile, tile)
     block_m = min(128, max(16, _power_of_2(1.25 * shape.tokens_per_expert)))
-    if shape.capability >= (9, 0):
+    if (9, 0) <= shape.capability < (12, 0):
         return _hopper(shape, block_m)
+    # From here on 64 KiB of shared memory must do, or 99 from Ampere on: consumer cards after Hopper too.
     stages = 3 if shape.capability >= (8, 0) else 2  # Turing has no asynchronous copies
     if block_m >= 128:
         block_m = 128 if shape.capability >= (8, 0) else 64

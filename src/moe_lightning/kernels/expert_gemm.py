@@ -37,7 +37,7 @@ def _rows(ptr, start, size: tl.constexpr, end, stride, cols, num_cols, EVEN: tl.
     return tl.load(pointers, mask=(rows < end)[:, None] & (cols < num_cols)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def gate_up_kernel(
     x,  # [T * K, H] descriptor of the sorted rows, or with GATHER a pointer to the tokens [T, H]
     frames,  # descriptor of [num_frames * 3 * rows, H], or a pointer to the pool
@@ -75,7 +75,7 @@ def gate_up_kernel(
     gate_row = frame * (3 * page_rows) + first
     up_row = gate_row + page_rows
     if not USE_TMA:
-        gate_ptr = frames + frame.to(tl.int64) * (3 * page_rows * hidden_size)
+        gate_ptr = frames + frame.to(tl.int64) * 3 * page_rows * hidden_size
         up_ptr = gate_ptr + page_rows * hidden_size
 
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -109,7 +109,7 @@ def gate_up_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_slots"])
 def down_kernel(
     inter,  # [T * K, pages * rows] descriptor or pointer, sorted
     frames,  # descriptor of [num_frames * 3 * H, rows], or a pointer to the pool
@@ -190,7 +190,7 @@ def gather_kernel(
     tl.store(out_ptr + row * hidden_size + cols, values, mask=cols < hidden_size)
 
 
-@triton.jit(do_not_specialize=["first_expert", "num_experts"])
+@triton.jit(do_not_specialize=["num_slots", "first_expert", "num_experts"])
 def combine_kernel(
     out_ptr,
     ids_ptr,

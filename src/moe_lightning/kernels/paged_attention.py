@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _attention_kernel(
     q_ptr, kv_ptr, tables_ptr, lens_ptr, out_ptr, q_stride, out_stride, table_stride, window, scale,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_lightning.kernels.prefill_plan import BLOCK_Q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_out"])
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, row_stride, out_stride, first_out, window, scale, group,
     HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -78,6 +78,14 @@ def varlen_attention(
     scale = math.log2(math.e) / math.sqrt(head_dim)
     _attention_kernel[(len(blocks), num_heads)](
         q, k, v, out, blocks, q.stride(0), out.stride(0), first_row, window, scale, num_heads // k.shape[1],
-        HEAD_DIM=head_dim, DIMS=dims, BLOCK_Q=BLOCK_Q, BLOCK_K=64 if dims <= 128 else 32,
-        num_warps=4 if dims <= 128 else 8, num_stages=2,
+        HEAD_DIM=head_dim, DIMS=dims, BLOCK_Q=BLOCK_Q, **_tile(dims, q.dtype.itemsize),
     )  # fmt: skip
+
+
+def _tile(dims: int, itemsize: int) -> dict[str, int]:
+    """Keys at once, warps and loads in flight: as much as registers and the 99 KiB of an L4 hold."""
+    if itemsize == 4:  # no tensor cores: operands are in registers
+        return {"BLOCK_K": 16, "num_warps": 8, "num_stages": 1}
+    if dims > 128:
+        return {"BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
