@@ -117,12 +117,14 @@ def default_config(shape: ExpertsShape) -> ExpertsConfig:
     block_m = min(128, max(16, _power_of_2(1.25 * shape.tokens_per_expert)))
     if (9, 0) <= shape.capability < (12, 0):
         return _hopper(shape, block_m)
-    # From here on 64 KiB of shared memory must do, or 99 from Ampere on: consumer cards after Hopper too.
-    stages = 3 if shape.capability >= (8, 0) else 2  # Turing has no asynchronous copies
-    if block_m >= 128:
-        block_m = 128 if shape.capability >= (8, 0) else 64
-        return ExpertsConfig(block_m, 8, Tile(64, 32, 8, stages), Tile(128, 32, 8, stages))
-    return ExpertsConfig(block_m, 8, Tile(32, 64, 4, stages), Tile(64, 64, 4, stages))
+    if shape.capability < (8, 0):  # no tensor cores, as Triton sees it: operands are in registers
+        block_m = min(block_m, 64)
+        tile = Tile(64, 32, 8 if block_m == 64 else 4, 2)
+        return ExpertsConfig(block_m, 8, tile, tile)
+    # Must do with the 99 KiB of shared memory that consumer cards have, those after Hopper too.
+    if block_m == 128:
+        return ExpertsConfig(block_m, 8, Tile(64, 32, 8, 3), Tile(128, 32, 8, 3))
+    return ExpertsConfig(block_m, 8, Tile(32, 64, 4, 3), Tile(64, 64, 4, 3))
 
 
 def _hopper(shape: ExpertsShape, block_m: int) -> ExpertsConfig:
