@@ -82,6 +82,13 @@ def test_the_name_of_a_model_is_its_directorys(mixtral, monkeypatch):
     assert LLM(".").model_name == mixtral.name
 
 
+def test_a_gpu_that_is_not_the_first_is_an_error_with_a_remedy(mixtral, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=3"):
+        LLM(mixtral)
+
+
 def test_a_policy_that_the_gpu_cannot_hold_is_an_error_with_a_remedy(mixtral, monkeypatch):
     def refuse(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.27 GiB.\nmore")

@@ -150,7 +150,13 @@ def _device(config: EngineConfig) -> torch.device:
         raise ConfigError("device='cuda', but torch sees no GPU; use device='cpu' or install a CUDA torch")
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    number = torch.cuda.current_device()
+    if number:  # threads that lock memory begin with the first GPU, and would lock it for that one
+        raise ConfigError(
+            f"GPU {number} is the current one, and only the first that a process sees can be used; set "
+            f"CUDA_VISIBLE_DEVICES={number} instead"
+        )
+    return torch.device("cuda", 0)
 
 
 def _dtype(name: str, spec: ModelSpec) -> torch.dtype:

@@ -148,6 +148,7 @@ def _adjust(logits: Tensor, batch: SamplingBatch) -> Tensor:
     if batch.penalties:
         _penalize_(adjusted, batch.penalties)
     if batch.masked_rows is not None:
+        assert batch.masked_ids is not None
         # A Python number would be copied to the device, and the host wait for it.
         never = torch.full((), float("-inf"), device=adjusted.device)
         adjusted.index_put_((batch.masked_rows, batch.masked_ids), never)

@@ -21,7 +21,7 @@ _NUMPY = {
     torch.float32: np.float32,
     torch.float64: np.float64,
 }
-_ALIGNMENT = 16
+_ALIGNMENT = 64  # so that the kernel, whose loads are vectors, has 16 words of whatever it copies
 
 
 class Uploader:
