@@ -8,7 +8,7 @@ import mmap
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Protocol
+from typing import Protocol, Required, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from moe_lightning.units import MIB, format_bytes
 _HUGE_PAGE = 2 * MIB
 # Faulting in goes slice by slice, so that threads share it and copies can start before the end.
 _SLICE_BYTES = 256 * MIB
+NUM_THREADS = 8  # that bring rows in, where nobody says
 
 
 def host_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -66,6 +67,15 @@ def device_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
 OnRows = Callable[[int, int], None]  # rows [start, stop) are in memory; on the thread that brought them in
 
 
+class Preparing(TypedDict, total=False):
+    """How rows are brought in: arguments of `HostArena.prepare`."""
+
+    pin: Required[bool]
+    num_threads: int
+    node: int | None
+    on_rows: OnRows | None
+
+
 class Arena(Protocol):
     """Host memory for rows of one size: an arena of its own, or a part of one that engines share."""
 
@@ -81,14 +91,7 @@ class Arena(Protocol):
     def num_bytes(self) -> int:
         """Exactly those of the rows."""
 
-    def prepare(
-        self,
-        *,
-        pin: bool,
-        num_threads: int = 8,
-        node: int | None = None,
-        on_rows: OnRows | None = None,
-    ) -> None:
+    def prepare(self, **how: Unpack[Preparing]) -> None:
         """Bring all rows in and lock them; see `HostArena`."""
 
 
@@ -134,7 +137,7 @@ class HostArena:
         self,
         *,
         pin: bool,
-        num_threads: int = 8,
+        num_threads: int = NUM_THREADS,
         node: int | None = None,
         on_rows: OnRows | None = None,
     ) -> None:

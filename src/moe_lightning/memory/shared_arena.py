@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from moe_lightning.errors import ConfigError
-from moe_lightning.memory.arena import HostArena, OnRows, for_each
+from moe_lightning.memory.arena import NUM_THREADS, HostArena, Preparing, for_each
 from moe_lightning.units import format_bytes
 
 
@@ -67,9 +68,9 @@ class SharedArena:
         rest = self.arena.tensor.view(-1).view(torch.uint8)[start : start + size]
         return ArenaPart(rest.view(dtype).view(shape), self, is_pages=False)
 
-    def bring_in(self, *, pin: bool, num_threads: int, node: int | None, on_rows: OnRows | None) -> None:
+    def bring_in(self, **how: Unpack[Preparing]) -> None:
         """What the engines before have left to do: locking, and filling pages that hold no weights."""
-        first, last = self._num_filled, self._num_pages
+        on_rows, first, last = how.get("on_rows"), self._num_filled, self._num_pages
         self._num_filled = 0  # until all is done
 
         def fill(start: int, stop: int) -> None:
@@ -78,9 +79,10 @@ class SharedArena:
                 on_rows(start, stop)
 
         if self._is_in:
-            for_each(lambda bounds: fill(*bounds), self.arena.slices(), num_threads)
+            for_each(lambda bounds: fill(*bounds), self.arena.slices(), how.get("num_threads", NUM_THREADS))
         else:
-            self.arena.prepare(pin=pin, num_threads=num_threads, node=node, on_rows=fill)
+            how["on_rows"] = fill
+            self.arena.prepare(**how)
         self._is_in = True
         self._num_filled = last if on_rows is not None else 0
 
@@ -121,14 +123,7 @@ class ArenaPart:
         """Of this part."""
         return self.tensor.nbytes
 
-    def prepare(
-        self,
-        *,
-        pin: bool,
-        num_threads: int = 8,
-        node: int | None = None,
-        on_rows: OnRows | None = None,
-    ) -> None:
+    def prepare(self, **how: Unpack[Preparing]) -> None:
         """Pages bring in the whole arena, KV among it."""
         if self.is_pages:
-            self._whole.bring_in(pin=pin, num_threads=num_threads, node=node, on_rows=on_rows)
+            self._whole.bring_in(**how)
