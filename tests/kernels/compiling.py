@@ -56,10 +56,11 @@ class Compiler:
     ) -> Any:
         compiled = self._run(kernel, *args, grid=grid, warmup=True, **options)
         if id(compiled) not in self._known:
-            self._known[id(compiled)] = compiled, self._usage(compiled)
+            number = {"variant": len(self._known)}
+            self._known[id(compiled)] = compiled, number | self._usage(compiled)
         print(json.dumps({
             "arch": self._cards.arch, "kernel": kernel.__name__, "case": self.case, "grid": grid,
-            "variant": len(self._known), **self._known[id(compiled)][1],
+            **self._known[id(compiled)][1],
         }), flush=True)  # fmt: skip
         return compiled
 

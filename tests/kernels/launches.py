@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_lightning.bench.shapes import MODELS, LayerShape
 from moe_lightning.kernels import experts, host_rows, norm, paged_attention, rope, router, varlen_attention
-from moe_lightning.kernels.expert_config import ExpertsConfig
+from moe_lightning.kernels.expert_config import ExpertsConfig, Tile
 from moe_lightning.models.spec import AttentionSpec, RouterSpec
 from moe_lightning.pipeline.shape import experts_in
 
@@ -22,6 +22,7 @@ DENSE = LayerShape(8192, 28672, 1, 16, RouterSpec(1), AttentionSpec(64, 8, 128))
 WIDE_HEADS = LayerShape(2048, 8192, 4, 1, RouterSpec(2), AttentionSpec(8, 1, 256))
 SHAPES = {**MODELS, "dense": DENSE, "odd": ODD, "wide heads": WIDE_HEADS, "tiny": TINY}
 TOKENS = (1, 8, 64, 130, 512, 2048, 8192)  # decode to prefill: each has tiles of its own
+ROWS_ANYWHERE = "rows anywhere"
 Launch = Callable[[], object]
 
 
@@ -37,6 +38,8 @@ def few(arch: int) -> Iterator[tuple[str, Launch]]:
     yield "one token", partial(moe, shape, 1, dtype)
     yield "prefill", partial(moe, shape, 8192, dtype, parts=2)
     yield "tiny", partial(moe, TINY, 9, torch.float32)
+    if arch == 90:
+        yield ROWS_ANYWHERE, rows_anywhere
 
 
 def every(arch: int) -> Iterator[tuple[str, Launch]]:
@@ -90,6 +93,26 @@ def moe(
     for part in range(min(parts, e)):
         only = experts_in(e, parts, part) if parts > 1 else None
         experts.experts_(hidden, x, *routed(shape, tokens), frames, table, p, workspace, config, only)
+
+
+def rows_anywhere() -> None:
+    """Some of a pass's rows after others, their pointers those of real memory; experts in parts."""
+    shape, experts_, rows, dtype = TINY, TINY.num_experts, 64, torch.bfloat16
+    h, k, cpu = shape.hidden_size, shape.router.top_k, torch.device("cpu")
+    ids, weights = torch.zeros(rows, k, dtype=torch.int64, device=cpu), torch.zeros(rows, k, device=cpu)
+    logits = torch.zeros(rows, experts_, dtype=dtype, device=cpu)
+    hidden, x = (torch.zeros(rows, h, dtype=dtype, device=cpu) for _ in range(2))
+    frames = torch.zeros(experts_, 3 * shape.intermediate_size * h, dtype=dtype, device=cpu)
+    table = torch.zeros(experts_, dtype=torch.int32, device=cpu)
+    workspace = experts.Workspace.allocate(rows, k, experts_, h, shape.intermediate_size, dtype, cpu)
+    tile = Tile(16, 16, 4, 2)
+    for some in (slice(0, 5), slice(1, 6), slice(2, 18), slice(3, 19), slice(16, 17)):
+        router.route(logits[some], shape.router, ids[some], weights[some])
+        for part in range(3):
+            experts.experts_(
+                hidden[some], x[some], ids[some], weights[some], frames, table, 1, workspace,
+                ExpertsConfig(16, 2, tile, tile), experts_in(experts_, 3, part),
+            )  # fmt: skip
 
 
 def routed(shape: LayerShape, tokens: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ KERNELS = {
     "_attention_kernel", "_count_kernel", "_gather_kernel", "_load_kernel", "_place_kernel", "_rms_norm_kernel",
     "_rotate_kernel", "_route_kernel", "combine_kernel", "down_kernel", "gate_up_kernel",
 }  # fmt: skip
+ROWS_ANYWHERE = "rows anywhere"  # a case of `launches`
 ALL = os.environ.get("MOE_LIGHTNING_FULL_TESTS") == "1"
 
 
@@ -45,3 +46,8 @@ def test_kernels_compile_and_fit(which, arch, tmp_path):
     for launch in found:
         assert launch["shared"] <= SHARED_BYTES[arch], launch
         assert all(size <= most for size, most in zip(launch["grid"], LARGEST_GRID, strict=False)), launch
+    variants = {(at["kernel"], at["variant"]) for at in found if at.get("case") == ROWS_ANYWHERE}
+    kernels = [kernel for kernel, _ in variants]
+    assert len(kernels) == len(set(kernels)), (
+        "where rows begin, or how many they are, makes a job stop to compile"
+    )

@@ -37,7 +37,7 @@ def _rows(ptr, start, size: tl.constexpr, end, stride, cols, num_cols, EVEN: tl.
     return tl.load(pointers, mask=(rows < end)[:, None] & (cols < num_cols)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
+@triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["page_table_ptr"])
 def gate_up_kernel(
     x,  # [T * K, H] descriptor of the sorted rows, or with GATHER a pointer to the tokens [T, H]
     frames,  # descriptor of [num_frames * 3 * rows, H], or a pointer to the pool
@@ -109,7 +109,10 @@ def gate_up_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_slots"])
+@triton.jit(
+    do_not_specialize=["num_blocks", "num_slots"],
+    do_not_specialize_on_alignment=["page_table_ptr", "weights_ptr"],
+)
 def down_kernel(
     inter,  # [T * K, pages * rows] descriptor or pointer, sorted
     frames,  # descriptor of [num_frames * 3 * H, rows], or a pointer to the pool
@@ -190,7 +193,9 @@ def gather_kernel(
     tl.store(out_ptr + row * hidden_size + cols, values, mask=cols < hidden_size)
 
 
-@triton.jit(do_not_specialize=["num_slots", "first_expert", "num_experts"])
+@triton.jit(
+    do_not_specialize=["num_slots", "first_expert", "num_experts"], do_not_specialize_on_alignment=["ids_ptr"]
+)
 def combine_kernel(
     out_ptr,
     ids_ptr,

@@ -44,7 +44,9 @@ def _count(
     return counts
 
 
-@triton.jit(do_not_specialize=["num_slots", "first_expert", "num_experts"])
+@triton.jit(
+    do_not_specialize=["num_slots", "first_expert", "num_experts"], do_not_specialize_on_alignment=["ids_ptr"]
+)
 def _count_kernel(
     ids_ptr,
     counts_ptr,
@@ -60,9 +62,12 @@ def _count_kernel(
     tl.store(counts_ptr + chunk * EXPERTS + tl.arange(0, EXPERTS), counts)
 
 
-# Numbers that change from pass to pass are nowhere specialized: a job would stop and compile when one is 1 or a
-# multiple of 16 for the first time.
-@triton.jit(do_not_specialize=["num_slots", "num_chunks", "num_blocks", "first_expert", "num_experts"])
+# Numbers that change from pass to pass are nowhere specialized, nor is where rows begin: jobs would stop to compile
+# as one of them is 1 or a multiple of 16 for the first time.
+@triton.jit(
+    do_not_specialize=["num_slots", "num_chunks", "num_blocks", "first_expert", "num_experts"],
+    do_not_specialize_on_alignment=["ids_ptr"],
+)
 def _place_kernel(
     ids_ptr,
     counts_ptr,

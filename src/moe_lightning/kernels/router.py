@@ -11,7 +11,7 @@ from moe_lightning.models.spec import RouterSpec
 _ROWS = 4  # tokens of one program
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["ids_ptr", "weights_ptr"])
 def _route_kernel(
     logits_ptr, ids_ptr, weights_ptr, num_tokens, num_experts,
     SCORING: tl.constexpr, NORMALIZE: tl.constexpr, TOP_K: tl.constexpr,
