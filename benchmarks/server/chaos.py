@@ -18,16 +18,13 @@ import signal
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from batch_client import ENDED, answers, begin_batch, call
 from client import Answer, ask
 from process import ServerProcess, start
-
-ENDED = {"completed", "failed", "expired", "cancelled"}
-BOUNDARY = "chaos"
 
 
 def bodies(count: int, seed: int) -> list[dict[str, Any]]:
@@ -53,31 +50,6 @@ def expected(model: str, asked: list[dict[str, Any]]) -> list[Answer]:
     return [
         Answer(o.outputs[0].text, len(o.outputs[0].token_ids), o.outputs[0].finish_reason) for o in outputs
     ]
-
-
-def call(port: int, path: str, data: bytes | None = None, kind: str = "application/json") -> bytes:
-    """The body of a response."""
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": kind})
-    with urllib.request.urlopen(request, timeout=60) as response:
-        found: bytes = response.read()
-    return found
-
-
-def begin_batch(port: int, asked: list[dict[str, Any]]) -> str:
-    """Send a file and begin its batch; the batch's id."""
-    lines = [
-        json.dumps({"custom_id": f"id-{i}", "method": "POST", "url": "/v1/completions", "body": body})
-        for i, body in enumerate(asked)
-    ]
-    form = (
-        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
-        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="in.jsonl"\r\n'
-        "Content-Type: application/jsonl\r\n\r\n" + "\n".join(lines) + f"\r\n--{BOUNDARY}--\r\n"
-    )
-    file = json.loads(call(port, "/v1/files", form.encode(), f"multipart/form-data; boundary={BOUNDARY}"))
-    order = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
-    batch: str = json.loads(call(port, "/v1/batches", json.dumps(order).encode()))["id"]
-    return batch
 
 
 class Chaos:
@@ -138,9 +110,7 @@ def judge(port: int, batch: dict[str, Any], wanted: list[Answer]) -> list[str]:
     """What is wrong with a batch."""
     if batch["status"] != "completed" or batch["error_file_id"]:
         return [f"{batch['id']}: {batch['status']}, errors {batch['errors']} {batch['error_file_id']}"]
-    rows = [
-        json.loads(line) for line in call(port, f"/v1/files/{batch['output_file_id']}/content").splitlines()
-    ]
+    rows = answers(port, batch)
     times = Counter(row["custom_id"] for row in rows)
     found = [f"{name} was answered {count} times" for name, count in times.items() if count != 1]
     texts = {row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in rows}

@@ -1,10 +1,11 @@
 """A server's throughput beside `run-batch`'s: same model, same lines, same process, in turns.
 
 The model is loaded once. In turns the lines are answered by the job that `run-batch` runs, by a server to clients
-that wait for whole answers, and by a server to clients that stream. The clients run in a process of their own;
-where cores are few they take their share of what the engine could have.
+that wait for whole answers, by it to clients that stream, and by it as a batch. Each turn begins with another of
+them. The clients run in a process of their own, on a core of their own if one is given; where cores are few they
+take their share of what the engine could have. What other programs took of the cores is written down, too.
 
-    python benchmarks/server/throughput.py --model .cache/demo-model --json throughput.json
+    taskset -c 0 python benchmarks/server/throughput.py --model .cache/demo-model --client-core 1 --json out.json
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import socket
 import statistics
 import subprocess
@@ -20,13 +20,18 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from batch_client import ENDED, answers, begin_batch, call
 from client import ask, stream
+from cores import Taken, taken
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, WHOLE, STREAMS = "run-batch", "server, whole answers", "server, streams"
+BATCHES = "server, /v1/batches"
+POLL_S = 0.1
 
 
 def requests(count: int, new_tokens: int) -> list[dict[str, Any]]:
@@ -40,23 +45,34 @@ def requests(count: int, new_tokens: int) -> list[dict[str, Any]]:
     ]
 
 
-def run_batch(llm: Any, bodies: list[dict[str, Any]]) -> tuple[float, list[str]]:
-    """Seconds of a job without the loading of the model, and its texts."""
+def run_batch(llm: Any, bodies: list[dict[str, Any]]) -> tuple[Taken, list[str]]:
+    """What a job took without the loading of the model, and its texts."""
     from moe_lightning.jobs import BatchJob, JobFiles
 
     with tempfile.TemporaryDirectory() as directory:
         source, target = Path(directory) / "in.jsonl", Path(directory) / "out.jsonl"
         source.write_text("".join(
-            json.dumps({"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body}) + "\n"
+            json.dumps({"custom_id": f"id-{i}", "method": "POST", "url": "/v1/completions", "body": body}) + "\n"
             for i, body in enumerate(bodies)
         ))  # fmt: skip
-        start = time.perf_counter()
-        with BatchJob(JobFiles.at(source, target)) as job:
+        with taken() as took, BatchJob(JobFiles.at(source, target)) as job:
             job.run(lambda: llm, lambda status: None)
-        seconds = time.perf_counter() - start
-        rows = [json.loads(line) for line in target.read_text().splitlines()]
-    texts = {int(r["custom_id"]): r["response"]["body"]["choices"][0]["text"] for r in rows}
-    return seconds, [texts[i] for i in range(len(bodies))]
+        return took, texts_of([json.loads(line) for line in target.read_text().splitlines()])
+
+
+def texts_of(rows: list[dict[str, Any]]) -> list[str]:
+    """Texts of output lines, in the order of the bodies."""
+    texts = {row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in rows}
+    return [texts[f"id-{i}"] for i in range(len(texts))]
+
+
+def batch(port: int, bodies: list[dict[str, Any]]) -> list[str]:
+    """Texts that /v1/batches gives."""
+    batch_id = begin_batch(port, bodies)
+    while (found := json.loads(call(port, f"/v1/batches/{batch_id}")))["status"] not in ENDED:
+        time.sleep(POLL_S)
+    assert found["status"] == "completed", found
+    return texts_of(answers(port, found))
 
 
 def clients(port: int, kind: str) -> None:
@@ -68,19 +84,19 @@ def clients(port: int, kind: str) -> None:
         return [answer.text for answer in await asyncio.gather(*(call(port, body) for body in bodies))]
 
     start = time.perf_counter()
-    texts = asyncio.run(all_of_them())
+    texts = batch(port, bodies) if kind == BATCHES else asyncio.run(all_of_them())
     json.dump([time.perf_counter() - start, texts], sys.stdout)
 
 
 class Served:
     """A server of a loaded model, on a thread of this process, for the time of a block."""
 
-    def __init__(self, llm: Any) -> None:
-        from moe_lightning.server.app import create_app
+    def __init__(self, llm: Any, data_dir: Path) -> None:
+        from moe_lightning.server.app import Settings, create_app
         from moe_lightning.server.run import Server
 
         ready = threading.Event()
-        self._server = Server(create_app(llm), ready.set)
+        self._server = Server(create_app(llm, Settings(data_dir=data_dir)), ready.set)
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.port = self._listening.getsockname()[1]
         self._thread = threading.Thread(target=lambda: self._server.run(sockets=[self._listening]))
@@ -96,36 +112,69 @@ class Served:
         self._listening.close()
 
 
-def served(llm: Any, bodies: list[dict[str, Any]], kind: str) -> tuple[float, list[str]]:
-    """Seconds that the clients took, and their texts."""
-    with Served(llm) as server:
-        command = [sys.executable, __file__, "--clients", kind, "--port", str(server.port)]
-        done = subprocess.run(command, input=json.dumps(bodies), capture_output=True, text=True, check=True)
-    seconds, texts = json.loads(done.stdout)
-    return seconds, texts
-
-
-def measure(model: str, count: int, new_tokens: int, turns: int) -> dict[str, Any]:
-    from moe_lightning import LLM
-
-    llm, bodies = LLM(model, dtype="float32"), requests(count, new_tokens)
-    run_batch(llm, bodies[:2])  # warm-up
-    seconds: dict[str, list[float]] = {BATCH: [], WHOLE: [], STREAMS: []}
-    texts: dict[str, list[str]] = {}
-    for turn in range(turns):
-        for kind, taken in seconds.items():
-            took, texts[kind] = run_batch(llm, bodies) if kind == BATCH else served(llm, bodies, kind)
-            taken.append(took)
-            print(
-                f"turn {turn}: {kind:22} {took:7.2f} s, {count * new_tokens / took:7.1f} tokens/s", flush=True
+def served(
+    llm: Any, bodies: list[dict[str, Any]], kind: str, client_core: int | None
+) -> tuple[Taken, list[str]]:
+    """What the clients' answers took, the start of their process apart, and their texts."""
+    command = [sys.executable, __file__, "--clients", kind]
+    if client_core is not None:
+        command = ["taskset", "-c", str(client_core), *command]
+    with tempfile.TemporaryDirectory() as directory, Served(llm, Path(directory)) as server:
+        command += ["--port", str(server.port)]
+        with taken(children_elsewhere=client_core is not None) as took:
+            done = subprocess.run(
+                command, input=json.dumps(bodies), capture_output=True, text=True, check=True
             )
-    best = {kind: count * new_tokens / min(taken) for kind, taken in seconds.items()}
-    return {
-        "requests": count, "tokens_each": new_tokens, "cores": len(os.sched_getaffinity(0)),
-        "seconds": seconds, "tokens_per_s": best,
-        "median_share": {k: statistics.median(seconds[BATCH]) / statistics.median(t) for k, t in seconds.items()},
+    took.seconds, texts = json.loads(done.stdout)
+    return took, texts
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    from moe_lightning import LLM
+    from moe_lightning.bench.machine import facts
+    from moe_lightning.engine.garbage import collect_rarely
+
+    found = facts()
+    llm, bodies = LLM(args.model, dtype="float32"), requests(args.requests, args.tokens)
+    run_batch(llm, bodies[:2])  # warm-up
+    served(llm, bodies[:2], BATCHES, args.client_core)
+    collect_rarely()  # as both commands do
+    kinds = [BATCH, WHOLE, STREAMS, BATCHES]
+    took: dict[str, list[Taken]] = {kind: [] for kind in kinds}
+    texts: dict[str, list[str]] = {}
+    for turn in range(args.turns):
+        for kind in kinds[turn % 4 :] + kinds[: turn % 4]:
+            one, texts[kind] = (
+                run_batch(llm, bodies) if kind == BATCH else served(llm, bodies, kind, args.client_core)
+            )
+            took[kind].append(one)
+            print(f"turn {turn}: {kind:22} {one.seconds:7.2f} s, own {one.own:7.2f} s, "
+                  f"others' on its cores {one.others:5.2f} s", flush=True)  # fmt: skip
+    return found | {
+        "model": Path(args.model).name, "requests": args.requests, "tokens_each": args.tokens,
+        "client_core": args.client_core,
+        "turns": {kind: [asdict(one) for one in several] for kind, several in took.items()},
         "same_texts": all(found == texts[BATCH] for found in texts.values()),
+        **summary(took, args.requests * args.tokens),
     }  # fmt: skip
+
+
+def summary(took: dict[str, list[Taken]], tokens: int) -> dict[str, Any]:
+    """Medians; shares are run-batch's seconds of a turn by the other's of the same turn."""
+    shares = {
+        kind: [base.seconds / one.seconds for base, one in zip(took[BATCH], several, strict=True)]
+        for kind, several in took.items()
+    }
+    return {
+        "tokens_per_s": {k: tokens / statistics.median(t.seconds for t in took[k]) for k in took},
+        "shares": {
+            k: {"median": statistics.median(s), "least": min(s), "most": max(s)} for k, s in shares.items()
+        },
+        "own_cpu_shares": {
+            k: statistics.median(b.own / t.own for b, t in zip(took[BATCH], took[k], strict=True))
+            for k in took
+        },
+    }
 
 
 def main() -> None:
@@ -135,16 +184,23 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--tokens", type=int, default=16)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument(
+        "--client-core", type=int, help="for the clients alone; default: those of this process"
+    )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--clients", choices=(WHOLE, STREAMS), help=argparse.SUPPRESS)
+    parser.add_argument("--clients", choices=(WHOLE, STREAMS, BATCHES), help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.clients:
         clients(args.port, args.clients)
         return
-    found = measure(args.model, args.requests, args.tokens, args.turns)
-    print(json.dumps(found, indent=2))
+    found = measure(args)
+    print(
+        json.dumps(
+            {key: found[key] for key in ("same_texts", "tokens_per_s", "shares", "own_cpu_shares")}, indent=2
+        )
+    )
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

@@ -34,6 +34,7 @@ class Engine:
     Attributes:
         num_prompt_tokens: of all prompts computed so far, each counted once.
         num_generated_tokens: of all answers so far.
+        advanced: ids of the requests that got tokens in the last pass, those that it finished among them.
         watch: compares passes with their predictions; None for an engine without any.
         clock: seconds, for the watch.
     """
@@ -58,6 +59,7 @@ class Engine:
         self._num_arrived = self._num_too_large = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
+        self.advanced: list[str] = []
         self.watch: Watch | None = None
         self._last_pass: tuple[Step, float] | None = None  # and its seconds, not yet compared
         self.clock: Callable[[], float] = time.perf_counter
@@ -76,6 +78,11 @@ class Engine:
     def num_waiting(self) -> int:
         """Sequences that wait for memory or a place."""
         return len(self._batcher.waiting)
+
+    @property
+    def is_full(self) -> bool:
+        """There are as many sequences as may run at once, or more."""
+        return self.num_running + self.num_waiting >= self._batcher.policy.max_num_seqs
 
     @property
     def num_free_blocks(self) -> int:
@@ -141,6 +148,7 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """One pass; the requests it finished."""
+        self.advanced = []
         if not self._batcher.has_work:
             return []
         self._compare()
@@ -158,6 +166,8 @@ class Engine:
             self._back_off(reason)
             return []
         self._take(batch, outputs)
+        fed = [s for sequences in (*batch.prefill, *batch.decode) for s in sequences]
+        self.advanced = list(dict.fromkeys(s.request.request_id for s in fed))
         ended = {s.request.request_id for s in self._batcher.running if s.finish}
         self._batcher.retire()
         done = [r for r in ended if all(s.finish for s in self._unfinished[r])]

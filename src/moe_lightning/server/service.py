@@ -39,6 +39,7 @@ from moe_lightning.server.watch import Watch
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _INLINE_BYTES = 2**16  # a body up to this size is parsed and tokenized faster than another thread takes it up
+_INLINE_MESSAGES = 64
 _T = TypeVar("_T")
 Call = ChatCall | CompletionCall | NativeCall
 
@@ -263,10 +264,7 @@ class Service:
         try:
             async with self.desk.background_place():  # not before is it tokenized: thousands may wait
                 await self._compile(body)
-                async with self._batching:
-                    work = await asyncio.get_running_loop().run_in_executor(
-                        self._tokenizing, partial(self.work, url, body, request_id, is_background=True)
-                    )
+                work = await self._background_work(url, body, request_id)
                 return 200, await self.answer(work)
         except RequestError as error:
             failed = HttpError(400, str(error))
@@ -276,10 +274,29 @@ class Service:
             failed = error
         return failed.status, failed.body()
 
+    async def _background_work(self, url: str, body: dict[str, Any], request_id: str) -> Work:
+        make = partial(self.work, url, body, request_id, is_background=True)
+        async with self._batching:
+            if _is_small(body):
+                await asyncio.sleep(0)  # others come in between two lines
+                return make()
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, make)
+
     def close(self) -> None:
         """Let go of the threads."""
         for threads in (self._tokenizing, self._compiling):
             threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_small(body: dict[str, Any]) -> bool:
+    """Whether the prompt or the messages of a body not yet checked are text of a size that is tokenized inline."""
+    prompt, messages = body.get("prompt"), body.get("messages", ())
+    texts = [prompt] if prompt is not None else []
+    if isinstance(messages, list) and len(messages) <= _INLINE_MESSAGES:
+        texts += [message.get("content") if isinstance(message, dict) else None for message in messages]
+    return (
+        bool(texts) and all(isinstance(text, str) for text in texts) and sum(map(len, texts)) <= _INLINE_BYTES
+    )
 
 
 def _too_deep() -> HttpError:
