@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import random
 import resource
 import statistics
@@ -150,7 +149,6 @@ def summary(log: Log, connections: int, seconds: float) -> dict[str, Any]:
     third = max(1, len(loaded) // 3)
     early, late = (statistics.median(part) if part else 0 for part in (loaded[:third], loaded[-third:]))
     return {
-        "machine": f"{platform.processor() or platform.machine()}, cores used: {len(process_cores())}",
         "connections": connections,
         "most_at_a_time": log.most,
         "seconds": seconds,
@@ -166,13 +164,9 @@ def summary(log: Log, connections: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def process_cores() -> set[int]:
-    import os
-
-    return os.sched_getaffinity(0)
-
-
 def main() -> int:
+    from moe_lightning.bench.machine import facts
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -189,7 +183,8 @@ def main() -> int:
     print(f"{len(asked)} bodies, {len({a.text for a in expected})} different answers", flush=True)
     with serving(args.model, "--dtype", "float32", "--max-num-seqs", args.max_num_seqs) as server:
         log = asyncio.run(drive(server, args.connections, args.seconds, asked, expected))
-    found = summary(log, args.connections, args.seconds)
+    about = facts() | {"model": args.model.name, "max_num_seqs": int(args.max_num_seqs)}
+    found = about | summary(log, args.connections, args.seconds)
     print(json.dumps(found, indent=2))
     for line in (*log.lost[:5], *(f"body {which}: {text!r} instead of {expected[which].text!r}"
                                   for which, text in log.wrong[:5])):  # fmt: skip

@@ -89,7 +89,7 @@ def serve(config: EngineConfig, server: ServerConfig) -> int:
             Path(server.data_dir) if server.data_dir else None,
         ),
     )  # fmt: skip
-    collect_rarely()
+    collect_rarely(is_server=True)
     host, port = listening.getsockname()[:2]
     if server.api_key is None and not _is_loopback(host):
         _note(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.memory.weights import Weights
 from moe_lightning.perf.memory import HEAD_ROWS
 from moe_lightning.pipeline.shape import experts_in
-from moe_lightning.pipeline.task import BufferKind, Task, TaskKind
+from moe_lightning.pipeline.task import BufferKind, Task
 from moe_lightning.runtime.buffers import PassBuffers
 from moe_lightning.runtime.kv_staging import stage
 from moe_lightning.runtime.micro_batch import MicroBatch
@@ -59,13 +59,12 @@ class TaskRunner:
         self._inv_freq = inv_freq
         self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
         self.outputs: dict[int, MicroBatchOutput] = {}
-        self._actions: dict[TaskKind, Callable[[Task], None]] = {
-            kind: getattr(self, f"_{kind.value}") for kind in TaskKind
-        }
 
     def run(self, task: Task) -> None:
         """Do one task; its dependencies are done. Call it in `torch.inference_mode`."""
-        self._actions[task.kind](task)
+        # By name: with bound methods in it, a runner and all tensors of its pass would live until the garbage
+        # collector comes, which in a server is rare.
+        getattr(self, f"_{task.kind.value}")(task)
 
     def _batch(self, task: Task) -> MicroBatch:
         return self._batches[task.micro_batches[0]]
