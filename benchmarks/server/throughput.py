@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import socket
 import statistics
 import subprocess
@@ -129,6 +130,22 @@ def served(
     return took, texts
 
 
+def undisturbed(
+    llm: Any, bodies: list[dict[str, Any]], kind: str, args: argparse.Namespace
+) -> tuple[Taken, list[str]]:
+    """A measurement during which others took less of the cores than is allowed; tried until there is one."""
+    while True:
+        while True:  # wait for quiet
+            with taken() as silence:
+                time.sleep(1)
+            if silence.others <= args.others:
+                break
+        one, texts = run_batch(llm, bodies) if kind == BATCH else served(llm, bodies, kind, args.client_core)
+        if one.others <= args.others * one.seconds:
+            return one, texts
+        print(f"  once more, disturbed: {kind} {one}", flush=True)
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     from moe_lightning import LLM
     from moe_lightning.bench.machine import facts
@@ -144,15 +161,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     texts: dict[str, list[str]] = {}
     for turn in range(args.turns):
         for kind in kinds[turn % 4 :] + kinds[: turn % 4]:
-            one, texts[kind] = (
-                run_batch(llm, bodies) if kind == BATCH else served(llm, bodies, kind, args.client_core)
-            )
+            one, texts[kind] = undisturbed(llm, bodies, kind, args)
             took[kind].append(one)
-            print(f"turn {turn}: {kind:22} {one.seconds:7.2f} s, own {one.own:7.2f} s, "
-                  f"others' on its cores {one.others:5.2f} s", flush=True)  # fmt: skip
+            print(f"turn {turn}: {kind:22} {one}", flush=True)
     return found | {
         "model": Path(args.model).name, "requests": args.requests, "tokens_each": args.tokens,
-        "client_core": args.client_core,
+        "client_core": args.client_core, "others_share": args.others if args.others < 9 else None,
         "turns": {kind: [asdict(one) for one in several] for kind, several in took.items()},
         "same_texts": all(found == texts[BATCH] for found in texts.values()),
         **summary(took, args.requests * args.tokens),
@@ -188,6 +202,10 @@ def main() -> None:
     parser.add_argument(
         "--client-core", type=int, help="for the clients alone; default: those of this process"
     )
+    parser.add_argument(
+        "--others", type=float, default=math.inf,
+        help="share of a core that other programs may take in a measurement; it is repeated if they take more",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path)
     parser.add_argument("--clients", choices=(WHOLE, STREAMS, BATCHES), help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
