@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,11 @@ def served(
 
 
 def undisturbed(
-    llm: Any, bodies: list[dict[str, Any]], kind: str, args: argparse.Namespace
+    llm: Any,
+    bodies: list[dict[str, Any]],
+    kind: str,
+    args: argparse.Namespace,
+    passes_since: Callable[[], int],
 ) -> tuple[Taken, list[str]]:
     """A measurement during which others took less of the cores than is allowed; tried until there is one."""
     while True:
@@ -140,10 +145,27 @@ def undisturbed(
                 time.sleep(1)
             if silence.others <= args.others:
                 break
+        passes_since()
         one, texts = run_batch(llm, bodies) if kind == BATCH else served(llm, bodies, kind, args.client_core)
         if one.others <= args.others * one.seconds:
             return one, texts
         print(f"  once more, disturbed: {kind} {one}", flush=True)
+
+
+def count_passes(engine: Any) -> Callable[[], int]:
+    """A function that gives the passes since it was last asked."""
+    step, counted = engine.step, [0]
+
+    def counting() -> Any:
+        counted[0] += 1
+        return step()
+
+    def passes() -> int:
+        found, counted[0] = counted[0], 0
+        return found
+
+    engine.step = counting
+    return passes
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -157,17 +179,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     served(llm, bodies[:2], BATCHES, args.client_core)
     collect_rarely()  # as both commands do
     kinds = [BATCH, WHOLE, STREAMS, BATCHES]
+    passes_since, passes = count_passes(llm.engine), {kind: list[int]() for kind in kinds}
     took: dict[str, list[Taken]] = {kind: [] for kind in kinds}
     texts: dict[str, list[str]] = {}
     for turn in range(args.turns):
         for kind in kinds[turn % 4 :] + kinds[: turn % 4]:
-            one, texts[kind] = undisturbed(llm, bodies, kind, args)
+            one, texts[kind] = undisturbed(llm, bodies, kind, args, passes_since)
             took[kind].append(one)
-            print(f"turn {turn}: {kind:22} {one}", flush=True)
+            passes[kind].append(passes_since())
+            print(f"turn {turn}: {kind:22} {passes[kind][-1]} passes, {one}", flush=True)
     return found | {
         "model": Path(args.model).name, "requests": args.requests, "tokens_each": args.tokens,
         "client_core": args.client_core, "others_share": args.others if args.others < 9 else None,
         "turns": {kind: [asdict(one) for one in several] for kind, several in took.items()},
+        "passes": passes,
         "same_texts": all(found == texts[BATCH] for found in texts.values()),
         **summary(took, args.requests * args.tokens),
     }  # fmt: skip
@@ -216,7 +241,8 @@ def main() -> None:
     found = measure(args)
     print(
         json.dumps(
-            {key: found[key] for key in ("same_texts", "tokens_per_s", "shares", "own_cpu_shares")}, indent=2
+            {key: found[key] for key in ("same_texts", "passes", "tokens_per_s", "shares", "own_cpu_shares")},
+            indent=2,
         )
     )
     if args.json:
