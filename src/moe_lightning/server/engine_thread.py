@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -70,7 +71,7 @@ class EngineThread:
         self._is_stopped = False
         self._failures = 0
         self._broken: str | None = None
-        self._longest_pass_s = 0.1  # so far; of an engine that has run none, a guess
+        self._longest_pass_s = math.inf  # so far; passes that nobody has seen may take any time
 
     @property
     def broken(self) -> str | None:
@@ -175,7 +176,8 @@ class EngineThread:
             return
         self._failures = 0
         seconds = time.perf_counter() - start
-        self._longest_pass_s = max(self._longest_pass_s, seconds)
+        longest = self._longest_pass_s
+        self._longest_pass_s = seconds if math.isinf(longest) else max(longest, seconds)
         self._on_change(seconds)  # before anybody hears of what it counts
         self._hand_over(outputs)
 
