@@ -199,20 +199,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(took: dict[str, list[Taken]], tokens: int) -> dict[str, Any]:
-    """Medians; shares are run-batch's seconds of a turn by the other's of the same turn."""
-    shares = {
-        kind: [base.seconds / one.seconds for base, one in zip(took[BATCH], several, strict=True)]
-        for kind, several in took.items()
-    }
+    """Medians; shares are run-batch's seconds of a turn by the other's of the same turn.
+
+    Without others: less the seconds that other programs had the cores. On one core that is what a measurement would
+    have taken alone, but for times in which it waited for something itself and others worked.
+    """
+
+    def shares(seconds: Callable[[Taken], float]) -> dict[str, Any]:
+        pairs = {kind: zip(took[BATCH], several, strict=True) for kind, several in took.items()}
+        found = {kind: [seconds(base) / seconds(one) for base, one in pair] for kind, pair in pairs.items()}
+        return {
+            k: {"median": statistics.median(s), "least": min(s), "most": max(s)} for k, s in found.items()
+        }
+
     return {
         "tokens_per_s": {k: tokens / statistics.median(t.seconds for t in took[k]) for k in took},
-        "shares": {
-            k: {"median": statistics.median(s), "least": min(s), "most": max(s)} for k, s in shares.items()
-        },
-        "own_cpu_shares": {
-            k: statistics.median(b.own / t.own for b, t in zip(took[BATCH], took[k], strict=True))
-            for k in took
-        },
+        "shares": shares(lambda one: one.seconds),
+        "shares_without_others": shares(lambda one: one.seconds - one.others),
+        "shares_of_own_cpu": shares(lambda one: one.own),
     }
 
 
@@ -241,7 +245,10 @@ def main() -> None:
     found = measure(args)
     print(
         json.dumps(
-            {key: found[key] for key in ("same_texts", "passes", "tokens_per_s", "shares", "own_cpu_shares")},
+            {
+                key: found[key]
+                for key in ("same_texts", "passes", "tokens_per_s", "shares", "shares_without_others")
+            },
             indent=2,
         )
     )
