@@ -24,12 +24,8 @@ class Taken:
 
 
 @contextmanager
-def taken(children_elsewhere: bool = False) -> Iterator[Taken]:
-    """What a block took, known when it has ended; children count once they have ended.
-
-    Args:
-        children_elsewhere: they run on other cores than this process.
-    """
+def taken() -> Iterator[Taken]:
+    """What a block took, known when it has ended; children count once they have ended."""
     found, start = Taken(), (time.perf_counter(), _busy(), _cpu(resource.RUSAGE_SELF))
     before = _cpu(resource.RUSAGE_CHILDREN)
     try:
@@ -38,8 +34,7 @@ def taken(children_elsewhere: bool = False) -> Iterator[Taken]:
         found.seconds = time.perf_counter() - start[0]
         found.own = _cpu(resource.RUSAGE_SELF) - start[2]
         found.children = _cpu(resource.RUSAGE_CHILDREN) - before
-        expected = found.own + (0.0 if children_elsewhere else found.children)
-        found.others = max(0.0, _busy() - start[1] - expected)
+        found.others = _busy() - start[1] - found.own - found.children
 
 
 def _cpu(who: int) -> float:

@@ -78,16 +78,16 @@ def batch(port: int, bodies: list[dict[str, Any]]) -> list[str]:
 
 
 def clients(port: int, kind: str) -> None:
-    """The other process: bodies on stdin, seconds and texts on stdout."""
+    """The other process: bodies on stdin, what it took and texts on stdout."""
     bodies = json.load(sys.stdin)
 
     async def all_of_them() -> list[str]:
         call = ask if kind == WHOLE else stream
         return [answer.text for answer in await asyncio.gather(*(call(port, body) for body in bodies))]
 
-    start = time.perf_counter()
-    texts = batch(port, bodies) if kind == BATCHES else asyncio.run(all_of_them())
-    json.dump([time.perf_counter() - start, texts], sys.stdout)
+    with taken() as took:
+        texts = batch(port, bodies) if kind == BATCHES else asyncio.run(all_of_them())
+    json.dump([asdict(took), texts], sys.stdout)
 
 
 class Served:
@@ -123,11 +123,15 @@ def served(
         command = ["taskset", "-c", str(client_core), *command]
     with tempfile.TemporaryDirectory() as directory, Served(llm, Path(directory)) as server:
         command += ["--port", str(server.port)]
-        with taken(children_elsewhere=client_core is not None) as took:
+        with taken() as own:
             done = subprocess.run(
                 command, input=json.dumps(bodies), capture_output=True, text=True, check=True
             )
-    took.seconds, texts = json.loads(done.stdout)
+    client, texts = json.loads(done.stdout)
+    # Of the time between the client's first request and its last answer; before it, the server does nothing. To
+    # the client the server is one of the others, if both share their cores.
+    others = client["others"] - own.own if client_core is None else math.nan
+    took = Taken(client["seconds"], own.own, client["own"], others)
     return took, texts
 
 
