@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 _FAILURES = 3  # passes in a row that may fail before the engine counts as broken
 # How long an idle engine waits for more requests that come with the first.
 _SILENCE_S = 0.05  # after which nobody comes any more
-_LONGEST_WAIT_S = 0.25
+_LONGEST_WAIT_S = 1.0
 _SHARE_OF_PASS = 0.1
 
 
