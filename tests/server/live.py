@@ -21,16 +21,18 @@ from moe_lightning.server.run import Server
 
 
 class Held:
-    """An engine that makes a pass only when it is let."""
+    """An engine that makes a pass only when it is let; `has_begun` is set once it wants to."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._step = engine.step
         self._passes = threading.Semaphore(0)
         self._is_free = False
+        self.has_begun = threading.Event()
         engine.step = self._one
 
     def _one(self) -> Any:
+        self.has_begun.set()
         if not self._is_free:
             self._passes.acquire()
         return self._step()

@@ -335,6 +335,7 @@ class TestFailures:
         with server_of(mixtral) as server, server.held() as held, ThreadPoolExecutor(1) as threads:
             thread = server.app.state.engine
             stream = server.open_stream(COMPLETIONS, {**LONG, "stream": True})
+            assert held.has_begun.wait(30), "the stream is in the pass"
             whole = threads.submit(server.send, "POST", COMPLETIONS, LONG)
             server.until(lambda: server.desk.num_interactive == 2)
             if what == "on_change":
