@@ -214,6 +214,21 @@ async def test_an_upload_that_stalls_or_breaks_off_leaves_nothing(tmp_path):
 
 
 @asynchronous
+async def test_an_upload_that_drips_is_ended_though_it_never_pauses(tmp_path):
+    async def drips():
+        yield form(PURPOSE, FILE)[:-20]
+        while True:
+            await asyncio.sleep(0.001)
+            yield b"x"
+
+    limits = BatchLimits(upload_idle_seconds=0.2, upload_rate=10**9, file_bytes=10**6)
+    async with Desk(tmp_path, limits=limits) as desk:
+        refused = await desk.http.post("/files", content=drips(), headers=FORM)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (408, "slow_upload")
+        assert stored(tmp_path) == []
+
+
+@asynchronous
 async def test_uploads_at_a_time_and_files_are_bounded(tmp_path):
     gate = asyncio.Event()
 

@@ -6,11 +6,15 @@ import asyncio
 import json
 import random
 import threading
+from functools import partial
 
 import pytest
 from asgi import error_of, send
 
+from moe_lightning.engine.structured import StructuredOutputsParams
 from moe_lightning.server.app import Settings, create_app
+from moe_lightning.server.errors import HttpError
+from moe_lightning.server.forms import FormCompiler
 from moe_lightning.server.limits import Limits
 from moe_lightning.server.responses import JsonResponse
 
@@ -165,27 +169,144 @@ def test_half_surrogates_and_deep_nesting_are_refused_wherever_they_are(app):
         assert len(error_of(status, data)) < 400
 
 
-def test_forms_are_compiled_apart_however_their_field_is_written_and_not_for_ever(alone, monkeypatch):
-    app = create_app(alone, Settings(limits=Limits(form_seconds=0.01)))
-    threads, is_over = [], threading.Event()
+class EndlessForms:
+    """Compilations that end when they are let. Waits for them end, whatever the clock says, once two are at work
+    and as many wait as are expected to."""
 
-    def compile_for_ever(_):
-        threads.append(threading.current_thread().name)
-        assert is_over.wait(30)
+    def __init__(self, monkeypatch) -> None:
+        self.threads, self._is_over = [], threading.Event()
+        self.waits = self.expected_waits = 0
+        monkeypatch.setattr(asyncio, "wait", self._wait)
 
-    monkeypatch.setattr(alone, "prepare_form", compile_for_ever)
-    body = b'{"prompt": "a", "guided\\u005fregex": "a"}'
+    def compile(self, _) -> None:
+        self.threads.append(threading.current_thread().name)
+        assert self._is_over.wait(30)
+
+    async def _wait(self, *_, timeout) -> None:
+        assert timeout == Limits().form_seconds
+        self.waits += 1
+        await asyncio.sleep(0.001)  # others that are ready come first
+        while len(self.threads) < 2 or self.waits < self.expected_waits:
+            await asyncio.sleep(0.001)
+
+    def end(self) -> None:
+        self._is_over.set()
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    forms = EndlessForms(monkeypatch)
+    yield forms
+    forms.end()
+
+
+def statuses_of_forms(app, *forms: str) -> list[int]:
+    """Of bodies that come at a time, each with a form."""
+    bodies = [b'{"prompt": "a", "guided\\u005fregex": "%s"}' % form.encode() for form in forms]
 
     async def send_all():
-        return [await send(app, "/v1/completions", body) for _ in range(3)]
+        return await asyncio.gather(*(send(app, "/v1/completions", body) for body in bodies))
+
+    return [status for status, *_ in asyncio.run(send_all())]
+
+
+def test_forms_are_compiled_apart_however_their_field_is_written_and_not_for_ever(
+    alone, endless, monkeypatch
+):
+    monkeypatch.setattr(alone, "prepare_form", endless.compile)
+    app, endless.expected_waits = create_app(alone), 4
+    assert statuses_of_forms(app, "a", "a", "b", "c") == [400, 400, 400, 503], "two are compiled at a time"
+    assert [name[:7] for name in endless.threads] == ["compile"] * 2, "and none of them twice"
+
+
+def test_no_more_forms_wait_than_may(alone, endless, monkeypatch):
+    monkeypatch.setattr(alone, "prepare_form", endless.compile)
+    app, endless.expected_waits = create_app(alone, Settings(limits=Limits(max_forms=3))), 3
+    assert statuses_of_forms(app, *"abcde") == [400, 400, 503, 503, 503]
+    assert endless.waits == 3, "two are refused at once; the third has no thread until its time is over"
+
+
+def test_forms_that_go_on_for_ever_hold_up_no_others(endless, monkeypatch):
+    compiler = FormCompiler(endless.compile, Limits(), lambda: 7)
+
+    async def refusal(form):
+        with pytest.raises(HttpError) as refused:
+            await compiler.prepare(StructuredOutputsParams(regex=form))
+        return refused.value
+
+    async def ask():
+        both = await asyncio.gather(refusal("a"), refusal("b"))
+        assert ["not compiled within 20 s" in error.message for error in both] == [True, True]
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio, "wait", None)  # nobody waits any more
+            for _ in range(10):
+                assert (await refusal("a")).status == 400
+                assert ((await refusal("c")).status, (await refusal("c")).retry_after) == (503, 7)
+        monkeypatch.undo()
+        endless.end()
+        compiler._threads.submit(int).result()  # comes after what runs
+        await compiler.prepare(StructuredOutputsParams(regex="c"))
+
+    asyncio.run(ask())
+    compiler.close()
+    assert len(endless.threads) == 3
+
+
+def test_batches_leave_a_thread_for_forms_that_somebody_waits_for():
+    is_over, begun = threading.Event(), []
+
+    def compile_form(form):
+        begun.append(form.regex)
+        assert form.regex == "a" or is_over.wait(30)
+
+    async def ask():
+        compiler = FormCompiler(compile_form, Limits(), lambda: 1)
+        ask_for = partial(compiler.prepare, is_background=True)
+        tasks = [asyncio.create_task(ask_for(StructuredOutputsParams(regex=form))) for form in "bcd"]
+        while not begun:
+            await asyncio.sleep(0.001)
+        await compiler.prepare(StructuredOutputsParams(regex="a"))
+        assert begun == ["b", "a"]
+        is_over.set()
+        await asyncio.gather(*tasks)
+        compiler.close()
 
     try:
-        answers = asyncio.run(send_all())
+        asyncio.run(ask())
     finally:
         is_over.set()
-    assert [status for status, *_ in answers] == [400, 400, 503], "two are compiled at a time"
-    assert b"not compiled within 0.01 s" in answers[0][2]
-    assert [name[:7] for name in threads] == ["compile"] * 2
+
+
+def test_a_body_counts_as_held_until_it_is_made_into_a_request(alone):
+    app = create_app(alone, Settings(limits=Limits(max_bodies_bytes=150_000)))
+    body = json.dumps({"prompt": "fox " * 25_000}).encode()
+    assert 75_000 < len(body) < 150_000
+    is_over = threading.Event()
+    app.state.service._tokenizing.submit(is_over.wait, 30)
+
+    async def send_all():
+        waiting = asyncio.create_task(send(app, "/tokenize", body))
+        while not app.state.service.bodies._held:
+            await asyncio.sleep(0)
+        refused = await send(app, "/tokenize", body)
+        is_over.set()
+        return refused, await waiting, await send(app, "/tokenize", body)
+
+    try:
+        refused, *answered = asyncio.run(send_all())
+    finally:
+        is_over.set()
+    assert (refused[0], json.loads(refused[2])["error"]["code"]) == (503, "busy")
+    assert [status for status, *_ in answered] == [200, 200]
+    assert app.state.service.bodies._held == 0
+
+
+def test_large_bodies_with_a_form_are_made_into_requests_too(live):
+    body = {"prompt": "the fox", "max_tokens": 3, "guided_choice": ["yes", "no"], "user": "x" * 100_000}
+    status, answer = live.post("/v1/completions", body)
+    assert status == 200, answer
+    assert any(word.startswith(answer["choices"][0]["text"]) for word in ("yes", "no"))
+    assert live.post("/v1/completions", {**body, "guided_choice": [5]})[0] == 400
 
 
 def test_an_answer_with_half_a_surrogate_is_still_one():

@@ -87,6 +87,9 @@ def test_the_documents_commands_and_the_artifacts_work_and_sigterm_lets_a_stream
         scores = json.loads(scoring[0])["choices"][0]["logprobs"]["token_logprobs"]
         assert scores[0] is None
         assert all(score < 0 for score in scores[1:])
+        assert run(
+            ["curl", "-s", "-H", "Host: evil.example.com"], f"http://127.0.0.1:{port}/health", port
+        ).count("421")
         assert json.loads(watching[0]) == {"status": "ok"}
         assert "moe_lightning:generation_tokens_total" in watching[1]
         (python,) = blocks("python")
@@ -125,16 +128,10 @@ def test_the_documents_flags_and_variables_exist(capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     known = capsys.readouterr().out
-    own = {
-        "--host",
-        "--max-queue",
-        "--max-body-size",
-        "--keep-alive",
-        "--shutdown-timeout",
-        "--avg-prompt-len",
-    }
-    assert own <= set(re.findall(r"--[a-z-]+", text))
-    assert all(flag in known for flag in own)
+    batches = (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(--[a-z-]+)", text + batches)) - {"--resume", "--questions"}
+    assert {"--host", "--max-queue", "--allowed-hosts", "--head-seconds", "--max-uploads"} <= named
+    assert not [flag for flag in named if not re.search(rf"^  {flag} ", known, re.MULTILINE)]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +176,17 @@ def test_the_key_comes_from_the_environment_and_stays_out_of_sight(monkeypatch):
     config = settings_of(ServerConfig, build_parser().parse_args(["serve", "m", "--port", "1"]))
     assert (config.api_key, config.served_model_name, config.port) == ("sk-secret", ("one", "two"), 1)
     assert "sk-secret" not in repr(config)
+
+
+def test_limits_of_batches_are_flags_and_variables(monkeypatch):
+    from moe_lightning.cli.flags import settings_of
+    from moe_lightning.cli.main import build_parser
+    from moe_lightning.server.batch_limits import BatchLimits
+
+    monkeypatch.setenv("MOE_LIGHTNING_MAX_BATCH_LINES", "2k")
+    flags = ["--max-file-size", "1MiB", "--max-uploads", "3", "--upload-seconds", "2.5"]
+    limits = settings_of(BatchLimits, build_parser().parse_args(["serve", "m", *flags]))
+    assert limits == BatchLimits(file_bytes=2**20, uploads=3, upload_idle_seconds=2.5, requests=2048)
 
 
 def test_paths_in_the_document_exist():

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 from moe_lightning.config import EngineConfig
 from moe_lightning.errors import ConfigError
-from moe_lightning.units import parse_bytes, parse_count
+from moe_lightning.units import format_bytes, parse_bytes, parse_count
 
 _T = TypeVar("_T")
 ENVIRONMENT_PREFIX = "MOE_LIGHTNING_"
@@ -28,16 +28,16 @@ def add_engine_flags(parser: ArgumentParser) -> None:
 
 
 def add_settings(parser: ArgumentParser, settings: type[Any], title: str, example: str) -> Any:
-    """Add a flag for each field of a dataclass of settings; the group of them. `example` is one of the fields."""
+    """Add a flag for each field of a dataclass of settings; the group of them. `example` is one of the flags."""
     group = parser.add_argument_group(
         title, f"each also as an environment variable, such as {environment_name(example)}"
     )
-    for setting in fields(settings):
+    for setting in _public(settings):
         # A default of None tells "not given" from "given the default": the environment comes in between.
         group.add_argument(
-            "--" + setting.name.replace("_", "-"),
+            "--" + _flag(setting).replace("_", "-"),
             *setting.metadata.get("aliases", ()),
-            dest=setting.name,
+            dest=_flag(setting),
             type=_argument_type(setting),
             metavar=_metavar(setting),
             help=_help(setting),
@@ -65,10 +65,10 @@ def settings_of(settings: type[_T], args: Namespace, environment: Mapping[str, s
     """
     environment = os.environ if environment is None else environment
     values = {}
-    for setting in fields(settings):  # type: ignore[arg-type]
-        name = environment_name(setting.name)
-        if getattr(args, setting.name) is not None:
-            values[setting.name] = getattr(args, setting.name)
+    for setting in _public(settings):
+        name = environment_name(_flag(setting))
+        if getattr(args, _flag(setting)) is not None:
+            values[setting.name] = getattr(args, _flag(setting))
         elif environment.get(name):
             try:
                 values[setting.name] = _parse(setting, environment[name])
@@ -86,6 +86,16 @@ def positive_count(text: str) -> int:
     if count < 1:
         raise ArgumentTypeError(f"{text!r} is too small; give at least 1")
     return count
+
+
+def _public(settings: type[Any]) -> list[Field[Any]]:
+    """The fields that users may set: those that say what they are for."""
+    return [setting for setting in fields(settings) if "help" in setting.metadata]
+
+
+def _flag(setting: Field[Any]) -> str:
+    """What users call a field, if that is not its name."""
+    return str(setting.metadata.get("flag", setting.name))
 
 
 def _parse(setting: Field[Any], text: str) -> Any:
@@ -117,7 +127,10 @@ def _metavar(setting: Field[Any]) -> str:
 
 def _help(setting: Field[Any]) -> str:
     text = str(setting.metadata["help"]).replace("%", "%%")
-    return text if setting.default in (None, "") else f"{text} (default: {setting.default})"
+    if setting.default in (None, "", ()):
+        return text
+    default: Any = setting.default
+    return f"{text} (default: {format_bytes(default) if _metavar(setting) == 'SIZE' else default})"
 
 
 class _RefuseRemoteCode(Action):

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _launch(args: Namespace) -> int:
+    from moe_lightning.server.batch_limits import BatchLimits
     from moe_lightning.server.config import ServerConfig
 
     args.model = args.model_dir or args.model
@@ -47,7 +48,7 @@ def _launch(args: Namespace) -> int:
     assert server.gen_len is not None
     print(paper_plan(config.model, this_hardware(), args.cpu_mem_bdw, server.avg_prompt_len, server.gen_len))
     sys.stdout.flush()
-    return serve.serve(config, server)
+    return serve.serve(config, server, settings_of(BatchLimits, args))
 
 
 def this_hardware() -> HardwareSpec:

@@ -21,6 +21,7 @@ from moe_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from moe_lightning.engine.plan import Plan
     from moe_lightning.llm import LLM
+    from moe_lightning.server.batch_limits import BatchLimits
     from moe_lightning.server.config import ServerConfig
 
 SUMMARY = "serve a model over HTTP (OpenAI's API)"
@@ -32,10 +33,12 @@ DESCRIPTION = (
 
 def add_flags(parser: ArgumentParser) -> None:
     """Add the verb's flags."""
+    from moe_lightning.server.batch_limits import BatchLimits
     from moe_lightning.server.config import ServerConfig
 
     parser.add_argument("model_dir", nargs="?", metavar="MODEL", help="checkpoint directory, as --model")
     add_settings(parser, ServerConfig, "server", "api_key")
+    add_settings(parser, BatchLimits, "batches", "max_files")
     add_engine_flags(parser)
 
 
@@ -45,6 +48,7 @@ def run(args: Namespace) -> int:
     Raises:
         MoELightningError: something the user can act on.
     """
+    from moe_lightning.server.batch_limits import BatchLimits
     from moe_lightning.server.config import ServerConfig
 
     if args.model_dir and args.model and args.model_dir != args.model:
@@ -52,10 +56,10 @@ def run(args: Namespace) -> int:
             f"MODEL {args.model_dir!r} and --model {args.model!r} contradict each other; give one"
         )
     args.model = args.model_dir or args.model
-    return serve(engine_config(args), settings_of(ServerConfig, args))
+    return serve(engine_config(args), settings_of(ServerConfig, args), settings_of(BatchLimits, args))
 
 
-def serve(config: EngineConfig, server: ServerConfig) -> int:
+def serve(config: EngineConfig, server: ServerConfig, batch_limits: BatchLimits) -> int:
     """Load a model and serve it.
 
     Raises:
@@ -81,17 +85,19 @@ def serve(config: EngineConfig, server: ServerConfig) -> int:
     llm, plan = _load(config, server)
     from moe_lightning.engine.garbage import collect_rarely
     from moe_lightning.server.app import Settings, create_app
+    from moe_lightning.server.hosts import allowed_names, is_loopback
 
+    host, port = listening.getsockname()[:2]
     app = create_app(
         llm,
         Settings(
             server.served_model_name, server.api_key, server.limits, plan.prediction if plan else None,
-            Path(server.data_dir) if server.data_dir else None,
+            Path(server.data_dir) if server.data_dir else None, batch_limits,
+            allowed_names(host, server.allowed_hosts),
         ),
     )  # fmt: skip
     collect_rarely(is_server=True)
-    host, port = listening.getsockname()[:2]
-    if server.api_key is None and not _is_loopback(host):
+    if server.api_key is None and not is_loopback(host):
         _note(
             f"everybody who reaches {host} can use this server; set {environment_name('api_key')} to ask for a key"
         )
@@ -102,10 +108,6 @@ def serve(config: EngineConfig, server: ServerConfig) -> int:
 
     run_server(app, listening, on_ready)
     return 0
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "::1" or host.startswith("127.")
 
 
 def _load(config: EngineConfig, server: ServerConfig) -> tuple[LLM, Plan | None]:

@@ -46,8 +46,7 @@ class Grammars:
             RequestError: it cannot be understood, is too large, or no answer has it; or xgrammar is missing or does
                 not know the tokenizer.
         """
-        kind, value = wanted.kind_and_value
-        key = kind, tuple(value) if kind == "choice" else value
+        key = wanted.key
         with self._mutex:
             if key in self._kept:
                 self._kept.move_to_end(key)

@@ -64,3 +64,9 @@ class StructuredOutputsParams:
         kind = next(name for name in _FORMS if getattr(self, name) is not None)
         value = getattr(self, kind)
         return kind, dumps(value) if kind == "json" and isinstance(value, dict) else value
+
+    @property
+    def key(self) -> tuple[str, Any]:
+        """What tells this form from others; hashable."""
+        kind, value = self.kind_and_value
+        return kind, tuple(value) if kind == "choice" else value

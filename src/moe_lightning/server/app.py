@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from moe_lightning import __version__
 from moe_lightning.llm import LLM
 from moe_lightning.perf.outlook import Prediction
+from moe_lightning.server.batch_limits import BatchLimits
 from moe_lightning.server.batches import BatchService
 from moe_lightning.server.desk import Desk
 from moe_lightning.server.engine_thread import EngineThread
@@ -34,7 +35,8 @@ class Settings:
     """How a model is served.
 
     `names` are what clients may call it, `prediction` is what its plan should reach, and `data_dir` is where files
-    and batches are kept, None for none.
+    and batches are kept, None for none, within `batch_limits`. `hosts` are the names that the server is called by,
+    None for any.
     """
 
     names: Sequence[str] = ()
@@ -42,6 +44,8 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     prediction: Prediction | None = None
     data_dir: Path | None = None
+    batch_limits: BatchLimits = field(default_factory=BatchLimits)
+    hosts: Sequence[str] | None = None
 
 
 def create_app(llm: LLM, settings: Settings | None = None) -> FastAPI:
@@ -54,7 +58,9 @@ def create_app(llm: LLM, settings: Settings | None = None) -> FastAPI:
     engine = EngineThread(llm.engine, watch.on_change)
     desk = Desk(engine, settings.limits, llm.policy.max_num_seqs, lambda: watch.load.pass_seconds)
     service = Service(llm, desk, settings.limits, watch, settings.names or (llm.model_name,))
-    batches = None if settings.data_dir is None else BatchService(settings.data_dir, service.answer_body)
+    batches = None
+    if settings.data_dir is not None:
+        batches = BatchService(settings.data_dir, service.answer_body, settings.batch_limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -85,5 +91,5 @@ def create_app(llm: LLM, settings: Settings | None = None) -> FastAPI:
         app.include_router(batches.router())
         watch.registry.register(BatchCollector(service.names[0], batches))
     add_error_handlers(app)
-    app.add_middleware(Gate, limits=settings.limits, api_key=settings.api_key)
+    app.add_middleware(Gate, limits=settings.limits, api_key=settings.api_key, hosts=settings.hosts)
     return app

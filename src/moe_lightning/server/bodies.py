@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
@@ -14,14 +16,15 @@ from moe_lightning.server.limits import Limits
 
 
 class BodyReader:
-    """Reads JSON bodies; knows how much all that are being read hold together."""
+    """Reads JSON bodies; knows how many bytes all of them hold that are not made into requests yet."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._held = 0
 
-    async def read(self, request: Request) -> bytes:
-        """A request's body, which must be declared as JSON.
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """A request's body, which must be declared as JSON; until the block ends it counts as held.
 
         Raises:
             HttpError: the body is declared as something else, too large, or comes too slowly.
@@ -30,34 +33,35 @@ class BodyReader:
         if content_type.split(";")[0].strip().lower() != "application/json":
             # Browsers send other types from any page to any server without asking it.
             raise HttpError(415, f"Content-Type {shown(content_type)}: send application/json", "content_type")
+        parts: list[bytes] = []
+        try:
+            await self._read(request, parts)
+            yield b"".join(parts)
+        finally:
+            self._held -= sum(map(len, parts))
+
+    async def _read(self, request: Request, parts: list[bytes]) -> None:
+        limit, size = self._limits.max_body_bytes, 0
+        if _declared(request) > limit:
+            raise _too_large(limit)
         try:
             async with asyncio.timeout(self._limits.body_seconds):
-                return await self._read(request)
+                async for part in request.stream():
+                    parts.append(part)
+                    size += len(part)
+                    self._held += len(part)
+                    if size > limit:
+                        raise _too_large(limit)
+                    if self._held > self._limits.max_bodies_bytes:
+                        raise HttpError(
+                            503, "too many large requests; send it again later", "busy", retry_after=1
+                        )
         except TimeoutError:
             raise HttpError(
                 408, f"the body did not come within {self._limits.body_seconds:g} s", "slow_body"
             ) from None
-
-    async def _read(self, request: Request) -> bytes:
-        limit, parts, size = self._limits.max_body_bytes, [], 0
-        if _declared(request) > limit:
-            raise _too_large(limit)
-        try:
-            async for part in request.stream():
-                size += len(part)
-                self._held += len(part)
-                if size > limit:
-                    raise _too_large(limit)
-                if self._held > self._limits.max_bodies_bytes:
-                    raise HttpError(
-                        503, "too many large requests at a time; send it again later", "busy", retry_after=1
-                    )
-                parts.append(part)
         except ClientDisconnect:
             raise HttpError(400, "the connection ended within the body", "disconnected") from None
-        finally:
-            self._held -= size
-        return b"".join(parts)
 
 
 def _declared(request: Request) -> int:

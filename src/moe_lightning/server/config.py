@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from moe_lightning.config import setting
 from moe_lightning.errors import ConfigError
+from moe_lightning.server.hosts import parse_hosts
 from moe_lightning.server.limits import Limits
 from moe_lightning.units import parse_bytes, parse_count
 
@@ -36,13 +37,15 @@ def _parse_port(text: str | int) -> int:
     return port
 
 
-def _parse_positive(parse: Callable[[str], int]) -> Callable[[str], int]:
-    def parse_positive(text: str) -> int:
+def parse_positive(parse: Callable[[str], int]) -> Callable[[str], int]:
+    """What parses numbers of at least 1."""
+
+    def parse_one(text: str) -> int:
         if (value := parse(text)) < 1:
             raise ConfigError(f"{text!r} is too small; give at least 1")
         return value
 
-    return parse_positive
+    return parse_one
 
 
 def _parse_names(text: str) -> tuple[str, ...]:
@@ -65,6 +68,11 @@ class ServerConfig:
         metadata={"help": "key that clients must send; better in the environment, where others do not see it",
                   "metavar": "KEY"},
     )  # fmt: skip
+    allowed_hosts: tuple[str, ...] = setting(
+        (), "names that the server is called by, with commas, such as behind a proxy; *.example.com and * are for "
+        "many. Default: those of this machine when it listens on it alone, else any", parse=parse_hosts,
+        metavar="NAMES",
+    )  # fmt: skip
     served_model_name: tuple[str, ...] = setting(
         (), "names that clients may call the model by, with commas; default: the directory's",
         parse=_parse_names, metavar="NAMES",
@@ -76,18 +84,37 @@ class ServerConfig:
         None, "directory of uploaded files and batches; default: there are none", metavar="DIR"
     )
     max_queue: int = setting(
-        _DEFAULTS.max_queue, "answers that may wait beside those that run", parse=_parse_positive(parse_count),
+        _DEFAULTS.max_queue, "answers that may wait beside those that run", parse=parse_positive(parse_count),
         metavar="N",
     )  # fmt: skip
     max_body_size: int = setting(
-        _DEFAULTS.max_body_bytes, "of one request", parse=_parse_positive(parse_bytes), metavar="SIZE"
+        _DEFAULTS.max_body_bytes, "of one request", parse=parse_positive(parse_bytes), metavar="SIZE"
     )
+    max_connections: int = setting(
+        _DEFAULTS.max_connections, "requests in progress at a time, whatever they are for",
+        parse=parse_positive(parse_count), metavar="N",
+    )  # fmt: skip
+    max_forms: int = setting(
+        _DEFAULTS.max_forms, "forms of answers that are being compiled or wait for it",
+        parse=parse_positive(parse_count), metavar="N",
+    )  # fmt: skip
+    head_seconds: float = setting(
+        _DEFAULTS.head_seconds, "that a connection may take to the end of a request's head", parse=parse_seconds,
+        metavar="SECONDS",
+    )  # fmt: skip
+    body_seconds: float = setting(
+        _DEFAULTS.body_seconds, "that a request's body may take", parse=parse_seconds, metavar="SECONDS"
+    )
+    form_seconds: float = setting(
+        _DEFAULTS.form_seconds, "that the form of an answer may take to compile", parse=parse_seconds,
+        metavar="SECONDS",
+    )  # fmt: skip
     keep_alive: float = setting(
         _DEFAULTS.keep_alive_seconds, "seconds of silence in a stream until a comment is sent",
         parse=parse_seconds, metavar="SECONDS",
     )  # fmt: skip
     write_seconds: float = setting(
-        _DEFAULTS.write_seconds, "that a stream waits for a reader who takes nothing, until it is dropped",
+        _DEFAULTS.write_seconds, "that a response waits for a reader who takes nothing, until it is dropped",
         parse=parse_seconds, metavar="SECONDS",
     )  # fmt: skip
     shutdown_timeout: float = setting(
@@ -96,10 +123,10 @@ class ServerConfig:
     )  # fmt: skip
     avg_prompt_len: int | None = setting(
         None, "tokens of a usual prompt: on a GPU the plan is made for it",
-        parse=_parse_positive(parse_count), metavar="N",
+        parse=parse_positive(parse_count), metavar="N",
     )  # fmt: skip
     gen_len: int | None = setting(
-        None, "tokens of a usual answer", parse=_parse_positive(parse_count), metavar="N"
+        None, "tokens of a usual answer", parse=parse_positive(parse_count), metavar="N"
     )
 
     def __post_init__(self) -> None:
@@ -117,6 +144,11 @@ class ServerConfig:
             max_queue=self.max_queue,
             max_body_bytes=self.max_body_size,
             max_bodies_bytes=max(_DEFAULTS.max_bodies_bytes, 4 * self.max_body_size),
+            max_connections=self.max_connections,
+            max_forms=self.max_forms,
+            head_seconds=self.head_seconds,
+            body_seconds=self.body_seconds,
+            form_seconds=self.form_seconds,
             keep_alive_seconds=self.keep_alive,
             write_seconds=self.write_seconds,
             shutdown_seconds=self.shutdown_timeout,

@@ -22,11 +22,13 @@ class Limits:
         max_choices: answers to one request, prompts times n.
         max_stops: stop strings, and stop tokens, of one request.
         max_body_bytes: of one request's body.
-        max_bodies_bytes: of all bodies that are being read at a time.
+        max_bodies_bytes: of all bodies at a time that are being read, or wait to be tokenized.
+        max_forms: forms of answers at a time that are being compiled or wait for it.
         max_connections: requests in progress, whatever they are for; what comes then is refused with 503.
+        head_seconds: that a connection may take to the end of a request's head.
         body_seconds: until a body has to be there.
         keep_alive_seconds: of silence in a stream, after which a comment is sent.
-        write_seconds: that a stream waits for a reader who takes nothing; then it is dropped.
+        write_seconds: that a response waits for a reader who takes nothing; then it is dropped.
         form_seconds: that the form of an answer may take to compile.
         shutdown_seconds: that running requests get after SIGTERM.
     """
@@ -37,7 +39,9 @@ class Limits:
     max_stops: int = 64
     max_body_bytes: int = 16 * MIB
     max_bodies_bytes: int = 256 * MIB
+    max_forms: int = 1024
     max_connections: int = 8192
+    head_seconds: float = 30.0
     body_seconds: float = 60.0
     keep_alive_seconds: float = 10.0
     write_seconds: float = 60.0

@@ -1,15 +1,17 @@
-"""What every request passes: its id, the key, and how many there may be."""
+"""What every request passes: its id, the name of the host, the key, and how many there may be."""
 
 from __future__ import annotations
 
 import hmac
 import re
 import uuid
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moe_lightning.server.errors import HttpError
+from moe_lightning.server.hosts import is_allowed
 from moe_lightning.server.limits import Limits
 from moe_lightning.server.responses import JsonResponse
 
@@ -19,17 +21,20 @@ _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class Gate:
-    """Gives each request an id, asks for the key, and refuses what is too much.
+    """Gives each request an id, asks for the key, and refuses what is too much or meant for another host.
 
     Args:
         app: what comes after.
         limits: how many requests may be in progress.
         api_key: that clients have to send; None for none.
+        hosts: names that the server is called by, as `allowed_names` gives them; None for any.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, limits: Limits, api_key: str | None = None, hosts: Sequence[str] | None = None
+    ) -> None:
         self._app = app
-        self._limits = limits
+        self._limits, self._hosts = limits, hosts
         self._key = None if api_key is None else api_key.encode()
         self._num_open = 0
 
@@ -59,6 +64,9 @@ class Gate:
             self._num_open -= 1
 
     def _refusal(self, path: str, headers: Headers) -> HttpError | None:
+        if self._hosts is not None and not is_allowed(host := headers.get("host", ""), self._hosts):
+            message = f"host {host[:80]!r} is not served here; start the server with --allowed-hosts"
+            return HttpError(421, message, "unknown_host")
         if path in OPEN_PATHS:
             return None
         if self._key is not None and not hmac.compare_digest(_given_key(headers), self._key):

@@ -31,7 +31,7 @@ def native_router(service: Service) -> APIRouter:
             call = parse_generate(body)
             return call, service.work_of(call, request_id)
 
-        call, work = await service.parsed(await service.bodies.read(request), parse)
+        call, work = await service.parsed(request, parse)
         rid = call.rid or request_id
         if not call.is_stream:
             return JsonResponse(await unless_disconnected(request.receive, _answer(service, call, work, rid)))

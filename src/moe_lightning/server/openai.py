@@ -50,7 +50,7 @@ async def _respond(service: Service, url: str, request: Request) -> Response:
         body, options = split_stream(body)
         return service.work(url, body, request_id), options
 
-    work, options = await service.parsed(await service.bodies.read(request), parse)
+    work, options = await service.parsed(request, parse)
     if options is None:
         return JsonResponse(await unless_disconnected(request.receive, service.answer(work)))
     service.desk.check_place(work.requests)  # while the status can still say it

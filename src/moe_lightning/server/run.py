@@ -13,11 +13,13 @@ from fastapi import FastAPI
 
 from moe_lightning.errors import ConfigError
 from moe_lightning.server.engine_thread import EngineThread
+from moe_lightning.server.idle import IdleConnections
 from moe_lightning.server.service import Service
 
 _GRACE_S = 5.0  # for the last words of requests that did not finish in time
 _BACKLOG = 2048
 _FILES = 2**16
+_TICKS_PER_S = 10  # of uvicorn
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -56,6 +58,8 @@ def serve(app: FastAPI, listening: socket.socket, on_ready: Callable[[], None]) 
 class Server(uvicorn.Server):
     """Tells requests in time that they will not finish, instead of cutting their connections.
 
+    Cuts those of clients that do nothing.
+
     Args:
         app: of `create_app`.
         on_ready: called when connections are taken.
@@ -66,11 +70,12 @@ class Server(uvicorn.Server):
         self._engine: EngineThread = app.state.engine
         patience = int(self._service.limits.shutdown_seconds + _GRACE_S)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, backlog=_BACKLOG, server_header=False,
+            app, log_level="warning", access_log=False, backlog=_BACKLOG, server_header=False, ws="none",
             timeout_graceful_shutdown=patience,
         )  # fmt: skip
         super().__init__(config)
         self._on_ready = on_ready
+        self._idle = IdleConnections(self._service.limits)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -79,6 +84,15 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         if self.started:
             self._on_ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look after connections each second; True ends the server."""
+        if counter % _TICKS_PER_S == 0:
+            for connection in self._idle.look(
+                self.server_state.connections, asyncio.get_running_loop().time()
+            ):
+                connection.transport.abort()  # to close it would wait until the client has taken all
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal."""

@@ -10,10 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
+
+from starlette.requests import Request as HttpRequest
 
 from moe_lightning.engine.draws import stable_seed
 from moe_lightning.engine.request import Request, RequestOutput
+from moe_lightning.engine.structured import StructuredOutputsParams
 from moe_lightning.errors import RequestError
 from moe_lightning.llm import LLM
 from moe_lightning.protocol import (
@@ -33,6 +36,7 @@ from moe_lightning.protocol.stream_options import StreamOptions
 from moe_lightning.server.bodies import BodyReader, parse_object
 from moe_lightning.server.desk import Desk
 from moe_lightning.server.errors import HttpError
+from moe_lightning.server.forms import FormCompiler
 from moe_lightning.server.inbox import News
 from moe_lightning.server.limits import Limits
 from moe_lightning.server.watch import Watch
@@ -76,8 +80,7 @@ class Service:
         self._max_chars = 4 * longest * llm.max_model_len
         # One thread: tokenizers are not made for several.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
-        # Threads of their own: one form may take as long as thousands of prompts.
-        self._compiling = ThreadPoolExecutor(2, thread_name_prefix="compile")
+        self._forms = FormCompiler(llm.prepare_form, limits, lambda: desk.retry_after)
         # So that interactive requests do not wait there for a whole batch.
         self._batching = asyncio.Semaphore(2)
 
@@ -85,50 +88,39 @@ class Service:
         """Text of token ids."""
         return str(self.llm.tokenizer.decode(list(ids)))
 
-    async def parsed(self, raw: bytes, parse: Callable[[dict[str, Any]], _T]) -> _T:
+    async def parsed(self, request: HttpRequest, parse: Callable[[dict[str, Any]], _T]) -> _T:
         """What `parse` makes of the object in a body, without holding up other requests if that takes long.
 
         Raises:
-            HttpError: it cannot be used.
+            HttpError: it cannot be read or used.
         """
         try:
-            if len(raw) <= _INLINE_BYTES:
-                body = parse_object(raw)
-                await self._compile(body)
-                return parse(body)
-            loop = asyncio.get_running_loop()
-            body = await loop.run_in_executor(self._tokenizing, parse_object, raw)
-            await self._compile(body)
-            return await loop.run_in_executor(self._tokenizing, parse, body)
+            async with self.bodies.read(request) as raw:  # it counts as held as long as it waits here
+                if len(raw) <= _INLINE_BYTES:
+                    body = parse_object(raw)
+                    if form := _form_of(body):
+                        await self._forms.prepare(form)
+                    return parse(body)
+                return await self._parsed_apart(raw, parse)
         except RequestError as error:
             raise HttpError(400, str(error)) from error
         except RecursionError:
             raise _too_deep() from None
 
-    async def _compile(self, body: dict[str, Any]) -> None:
-        """Make the form that a body asks for ready, if it asks for one.
+    async def _parsed_apart(self, raw: bytes, parse: Callable[[dict[str, Any]], _T]) -> _T:
+        # An object takes many times the memory of its text: only the one in the thread may be there. So the text
+        # of one that asks for a form, which has to be compiled first, is read twice.
+        def form_or_result() -> tuple[StructuredOutputsParams | None, _T | None]:
+            body = parse_object(raw)
+            form = _form_of(body)
+            return form, None if form else parse(body)
 
-        Raises:
-            RequestError, HttpError: it cannot be used, or takes too long.
-        """
-        given = {name: value for name, value in body.items() if name in FORMS and value is not None}
-        form = parse_form(given)
+        loop = asyncio.get_running_loop()
+        form, result = await loop.run_in_executor(self._tokenizing, form_or_result)
         if form is None:
-            return
-        seconds = self.limits.form_seconds
-        job = self._compiling.submit(self.llm.prepare_form, form)
-        try:
-            await asyncio.wait_for(asyncio.wrap_future(job), seconds)
-        except TimeoutError:
-            if job.cancel():  # it has not begun
-                raise HttpError(
-                    503,
-                    "too many forms are being compiled; send it again later",
-                    "busy",
-                    self.desk.retry_after,
-                ) from None
-            message = f"the form of the answer was not compiled within {seconds:g} s; give a simpler one"
-            raise HttpError(400, message) from None
+            return cast(_T, result)
+        await self._forms.prepare(form)
+        return await loop.run_in_executor(self._tokenizing, lambda: parse(parse_object(raw)))
 
     def check_model(self, name: str | None) -> None:
         """Make sure that a name is this model's.
@@ -263,7 +255,8 @@ class Service:
         """Status and body that answer a call as background work; cancelling the task drops it."""
         try:
             async with self.desk.background_place():  # not before is it tokenized: thousands may wait
-                await self._compile(body)
+                if form := _form_of(body):
+                    await self._forms.prepare(form, is_background=True)
                 work = await self._background_work(url, body, request_id)
                 return 200, await self.answer(work)
         except RequestError as error:
@@ -284,8 +277,13 @@ class Service:
 
     def close(self) -> None:
         """Let go of the threads."""
-        for threads in (self._tokenizing, self._compiling):
-            threads.shutdown(wait=False, cancel_futures=True)
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._forms.close()
+
+
+def _form_of(body: dict[str, Any]) -> StructuredOutputsParams | None:
+    """The form that a body asks for, however its field is written."""
+    return parse_form({name: value for name, value in body.items() if name in FORMS and value is not None})
 
 
 def _is_small(body: dict[str, Any]) -> bool:

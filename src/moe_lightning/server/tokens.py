@@ -51,12 +51,12 @@ def tokens_router(service: Service) -> APIRouter:
     @router.post("/tokenize", **schemas.operation("tokenize", service.names, service.llm.spec.vocab_size))
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt or a conversation."""
-        return JsonResponse(await service.parsed(await service.bodies.read(request), tokenized))
+        return JsonResponse(await service.parsed(request, tokenized))
 
     @router.post("/detokenize", **schemas.operation("detokenize", service.names, service.llm.spec.vocab_size))
     async def detokenize(request: Request) -> Response:
         """Text of token ids."""
-        return JsonResponse(await service.parsed(await service.bodies.read(request), detokenized))
+        return JsonResponse(await service.parsed(request, detokenized))
 
     @router.get("/tokenizer_info", **schemas.operation("tokenizer_info"))
     async def tokenizer_info() -> Response:

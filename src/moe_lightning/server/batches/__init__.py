@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_lightning.server.batches.limits import BatchLimits
+from moe_lightning.server.batch_limits import BatchLimits
 from moe_lightning.server.batches.service import BatchService
 
 __all__ = ["BatchLimits", "BatchService"]

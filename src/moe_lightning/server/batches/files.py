@@ -7,9 +7,9 @@ import re
 from collections.abc import AsyncIterator, Callable
 from typing import BinaryIO, Literal
 
+from moe_lightning.server.batch_limits import BatchLimits
 from moe_lightning.server.batches.disk import is_file_id, new_file_id
 from moe_lightning.server.batches.errors import StorageDamaged
-from moe_lightning.server.batches.limits import BatchLimits
 from moe_lightning.server.batches.objects import MAX_EXPIRY, MIN_EXPIRY, FileObject, Page, page
 from moe_lightning.server.batches.shelf import Shelf, missing
 from moe_lightning.server.batches.threads import Lane

@@ -11,9 +11,9 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from moe_lightning.errors import JobError
 from moe_lightning.jobs.lines import BadLine, Envelope
+from moe_lightning.server.batch_limits import BatchLimits
 from moe_lightning.server.batches import transitions
 from moe_lightning.server.batches.errors import StorageDamaged, StorageFull
-from moe_lightning.server.batches.limits import BatchLimits
 from moe_lightning.server.batches.objects import BatchError, BatchRecord
 from moe_lightning.server.batches.room import Room
 from moe_lightning.server.batches.run import Run

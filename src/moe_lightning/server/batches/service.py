@@ -11,10 +11,10 @@ from pathlib import Path
 
 from fastapi import APIRouter
 
+from moe_lightning.server.batch_limits import BatchLimits
 from moe_lightning.server.batches import transitions
 from moe_lightning.server.batches.disk import is_batch_id, new_batch_id, new_file_id
 from moe_lightning.server.batches.files import Files
-from moe_lightning.server.batches.limits import BatchLimits
 from moe_lightning.server.batches.objects import Batch, BatchRecord, CreateBatch, Page, page
 from moe_lightning.server.batches.open_batch import Answer
 from moe_lightning.server.batches.routes import make_router

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe_lightning.errors import JobError
+from moe_lightning.server.batch_limits import BatchLimits
 from moe_lightning.server.batches.disk import Disk
 from moe_lightning.server.batches.errors import StorageDamaged, StorageFull
-from moe_lightning.server.batches.limits import BatchLimits
 from moe_lightning.server.batches.objects import BatchRecord, FileObject
 from moe_lightning.server.batches.store import Store
 from moe_lightning.server.errors import HttpError

@@ -14,8 +14,8 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
+from moe_lightning.server.batch_limits import BatchLimits
 from moe_lightning.server.batches.errors import StorageFull
-from moe_lightning.server.batches.limits import BatchLimits
 from moe_lightning.server.errors import HttpError
 from moe_lightning.units import format_bytes
 
@@ -45,7 +45,7 @@ async def receive(stream: AsyncIterator[bytes], content_type: str, path: Path, l
     try:
         with open(path, "xb", buffering=0) as file:
             form = _Form(boundary, file, limits.file_bytes)
-            async for piece in _timely(stream, limits.upload_idle_seconds):
+            async for piece in _timely(stream, limits):
                 await asyncio.to_thread(form.feed, piece)
             upload = form.result()
             await asyncio.to_thread(os.fsync, file.fileno())
@@ -56,15 +56,23 @@ async def receive(stream: AsyncIterator[bytes], content_type: str, path: Path, l
     return upload
 
 
-async def _timely(stream: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
+async def _timely(stream: AsyncIterator[bytes], limits: BatchLimits) -> AsyncIterator[bytes]:
+    """The stream's pieces, as long as the client keeps up its rate; what is done with them does not count."""
+    idle, left = limits.upload_idle_seconds, limits.upload_idle_seconds
+    clock = asyncio.get_running_loop().time
     while True:
+        start = clock()
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(min(idle, left)):
                 piece = await anext(stream)
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise HttpError(408, f"nothing of the upload came for {seconds:g} s", "slow_upload") from None
+            raise HttpError(
+                408, f"the upload brought nothing for {idle:g} s, or less than {limits.upload_rate} bytes/s",
+                "slow_upload",
+            ) from None  # fmt: skip
+        left += len(piece) / limits.upload_rate - (clock() - start)
         yield piece
 
 

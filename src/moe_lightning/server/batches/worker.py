@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moe_lightning.errors import JobError
+from moe_lightning.server.batch_limits import BatchLimits
 from moe_lightning.server.batches import transitions
-from moe_lightning.server.batches.limits import BatchLimits
 from moe_lightning.server.batches.objects import Batch, BatchRecord
 from moe_lightning.server.batches.open_batch import Answer, Early, OpenBatch, Workshop
 from moe_lightning.server.batches.room import Room

@@ -1,0 +1,89 @@
+"""Compiles forms of answers beside the event loop, a bounded number at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from moe_lightning.engine.structured import StructuredOutputsParams
+from moe_lightning.server.errors import HttpError
+from moe_lightning.server.limits import Limits
+
+_THREADS = 2
+_Job = Future[Exception | None]
+
+
+class FormCompiler:
+    """Threads that compile; for the event loop's thread.
+
+    A compilation cannot be stopped. One that takes too long goes on, but nobody waits for it any more, it is not
+    begun a second time, and while all threads have such ones, other forms are refused at once.
+
+    Args:
+        compile_form: makes a form ready; may raise RequestError.
+        limits: how long a form may take, and how many there may be.
+        retry_after: gives the seconds after which a form that is refused may find a place.
+    """
+
+    def __init__(
+        self,
+        compile_form: Callable[[StructuredOutputsParams], None],
+        limits: Limits,
+        retry_after: Callable[[], int],
+    ) -> None:
+        self._compile_form, self._limits, self._retry_after = compile_form, limits, retry_after
+        # Threads of their own: one form may take as long as thousands of prompts.
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="compile")
+        self._jobs: dict[tuple[str, Any], _Job] = {}
+        self._late: set[_Job] = set()
+        self._background = asyncio.Semaphore(1)  # the other thread is for those whom somebody waits for
+
+    async def prepare(self, form: StructuredOutputsParams, *, is_background: bool = False) -> None:
+        """Make a form ready.
+
+        Raises:
+            RequestError: it cannot be used.
+            HttpError: it takes too long, or too many others do.
+        """
+        if is_background:
+            async with self._background:
+                return await self.prepare(form)
+        job, seconds = self._job(form), self._limits.form_seconds
+        if job not in self._late:
+            await asyncio.wait({asyncio.wrap_future(job)}, timeout=seconds)
+        if job.cancelled() or job.cancel():  # it has not begun
+            raise self._busy()
+        if not job.done():
+            self._late.add(job)
+            raise HttpError(
+                400, f"the form of the answer was not compiled within {seconds:g} s; give a simpler one"
+            )
+        if error := job.result():
+            raise error
+
+    def _job(self, form: StructuredOutputsParams) -> _Job:
+        self._jobs = {key: job for key, job in self._jobs.items() if not job.done()}
+        self._late.intersection_update(self._jobs.values())
+        job = self._jobs.get(form.key)
+        if job is None:
+            if len(self._late) >= _THREADS or len(self._jobs) >= self._limits.max_forms:
+                raise self._busy()
+            job = self._jobs[form.key] = self._threads.submit(self._compiled, form)
+        return job
+
+    def _compiled(self, form: StructuredOutputsParams) -> Exception | None:
+        try:
+            self._compile_form(form)
+        except Exception as error:  # for those who still wait
+            return error
+        return None
+
+    def _busy(self) -> HttpError:
+        message = "too many forms are being compiled; send it again later"
+        return HttpError(503, message, "busy", self._retry_after())
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
