@@ -6,6 +6,7 @@ import gc
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -199,6 +200,12 @@ def test_sampling_takes_no_more_than_is_set_aside_and_much_of_it(rows, dtype):
         sample(torch.nn.functional.linear(hidden, head), batch)
     allowed = memory_use(spec, dtype.itemsize, policy).during_pass.logits
     assert allowed / 2 < peak.most <= allowed
+    # Bits of the tokens that forms allow stay in host memory, and come a few rows at a time.
+    formed = [replace(EVERYTHING, allowed=np.full(250, -1, dtype=np.int32))] * rows
+    batch = build_sampling_batch(formed, spec.vocab_size)
+    with Peak() as peak:
+        sample(torch.nn.functional.linear(hidden, head), batch)
+    assert peak.most <= allowed
     ids = torch.zeros(rows, dtype=torch.int64)
     with Peak() as peak:
         prompt_logprobs(torch.nn.functional.linear(hidden, head), ids, 5)
@@ -232,3 +239,25 @@ def test_small_arrays_and_rotations_take_no_more_than_is_set_aside():
         for j in range(len(batches)):
             runner.run(Task(TaskKind.EMBED, Lane.GPU, -1, (j,), (), ()))
     assert use.rotary / 2 < peak.most <= use.rotary
+
+
+@pytest.mark.gpu
+def test_bits_of_forms_take_no_memory_of_the_gpu_before_they_are_read():
+    device, vocab_size, rows = torch.device("cuda", 0), 64_000, 600
+    rng = np.random.default_rng(0)
+    uploader = Uploader(device)
+    before = torch.cuda.memory_allocated()
+    for _ in range(2):  # the memory is used again
+        uploader.clear()
+        bits = [rng.integers(-(2**31), 2**31, vocab_size // 32, dtype=np.int32) for _ in range(rows)]
+        formed = [RowSampling(temperature=0, allowed=some) for some in bits]
+        parts = [build_sampling_batch(formed[i : i + 50], vocab_size, uploader) for i in range(0, rows, 50)]
+        assert torch.cuda.memory_allocated() - before < 2**20
+        uploader.send()
+        logits = torch.randn(50, vocab_size)
+        there = [sample(logits.to(device), part).token_ids.tolist() for part in parts]
+        here = [
+            sample(logits, build_sampling_batch(formed[i : i + 50], vocab_size)).token_ids.tolist()
+            for i in range(0, rows, 50)
+        ]
+        assert there == here

@@ -130,7 +130,7 @@ def test_the_documents_flags_and_variables_exist(capsys):
     known = capsys.readouterr().out
     batches = (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(--[a-z-]+)", text + batches)) - {"--resume", "--questions"}
-    assert {"--host", "--max-queue", "--allowed-hosts", "--head-seconds", "--max-uploads"} <= named
+    assert {"--max-queue", "--allowed-hosts", "--head-seconds", "--max-uploads"} <= named
     assert not [flag for flag in named if not re.search(rf"^  {flag} ", known, re.MULTILINE)]
 
 

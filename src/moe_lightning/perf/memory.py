@@ -19,7 +19,9 @@ UPLOAD_BYTES = MIB  # for a pass's small arrays at first; more where a pass has 
 COUNTER_BYTES = 4096  # of the count that streams wait for
 _SORTED_BYTES = 64  # a logit while it is sorted and cut: values, order, likelihoods, sums
 _ROW_ARRAY_BYTES = 128  # of a row: ids, places, lengths, how it is sampled
-ENGINE_BYTES = 512 * MIB  # Python's objects for requests, readers of a checkpoint
+ENGINE_BYTES = (
+    512 * MIB
+)  # Python's objects for requests, bits of tokens that forms allow, readers of a checkpoint
 _LIBRARIES = 64 * MIB  # cuBLAS' workspaces, what the allocator rounds up
 _UNEVEN = 1.5  # KV of a micro-batch, as a multiple of an even share: few sequences may be long ones
 _INT32, _INT64, _FLOAT32 = 4, 8, 4

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from moe_lightning.kernels import ops
 from moe_lightning.perf.memory import SORTED_AT_ONCE
 from moe_lightning.runtime.sampling_batch import Penalties, SamplingBatch
 
@@ -165,8 +166,17 @@ def _keep_allowed_(logits: Tensor, batch: SamplingBatch) -> None:
     word, bit = ids // 32, (ids % 32).to(torch.int32)
     at_once = max(1, _SORTED_AT_ONCE // logits.shape[1])
     for rows, allowed in zip(batch.formed_rows.split(at_once), batch.allowed.split(at_once), strict=True):
-        is_allowed = (allowed.index_select(1, word) >> bit) & 1 == 1
+        is_allowed = (_on_device(allowed).index_select(1, word) >> bit) & 1 == 1
         logits[rows] = logits[rows].masked_fill(~is_allowed, float("-inf"))
+
+
+def _on_device(allowed: Tensor) -> Tensor:
+    """Bits of a few rows where they are read once for each token: there, each word is read 32 times."""
+    if not allowed.is_cuda:
+        return allowed
+    here = torch.empty_like(allowed)
+    ops.load_host_rows(allowed, here)
+    return here
 
 
 def _penalize_(logits: Tensor, penalties: Penalties) -> None:

@@ -91,7 +91,8 @@ class SamplingBatch:
         masked_rows: [M] int64; with masked_ids, logits that become -inf.
         masked_ids: [M] int64.
         formed_rows: [F] int64, rows that may choose only some tokens.
-        allowed: [F, ceil(V / 32)] int32, a bit for each token that they may choose.
+        allowed: [F, ceil(V / 32)] int32, a bit for each token that they may choose; in host memory as the device
+            sees it, since those of thousands of rows have no place in the device's.
         num_logprobs: most likely tokens to give for each row: the largest number any row wants.
     """
 
@@ -143,7 +144,7 @@ def build_sampling_batch(
         masked_rows=masked_rows,
         masked_ids=masked_ids,
         formed_rows=column([i for i, _ in formed], torch.int64) if formed else None,
-        allowed=column(np.stack([bits for _, bits in formed]), torch.int32) if formed else None,
+        allowed=uploader.lend(np.stack([bits for _, bits in formed])) if formed else None,
         num_logprobs=max(wanted, default=None),
     )
 

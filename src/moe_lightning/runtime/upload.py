@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +29,13 @@ class Uploader:
     """Gives out tensors at once and fills all of them together.
 
     A pass has hundreds of small arrays. Copies of them would wait behind the weight pages that are on the link: a
-    kernel reads them all; where it cannot, one copy waits once.
+    kernel reads them all; where it cannot, one copy waits once. Larger ones that are read once stay in host memory.
     """
 
     def __init__(self, device: torch.device, capacity: int = UPLOAD_BYTES) -> None:
         self._device = device
-        self._used = 0
+        self._used = self._lent = 0
+        self._shelves: list[_Shelf] = []
         if device.type != "cpu":
             self._make_room(capacity)
             self._sent = torch.cuda.Event()
@@ -52,6 +54,28 @@ class Uploader:
         self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
         return self._on_device[start:end].view(dtype).view(array.shape)
 
+    def lend(self, values: npt.NDArray[np.int32]) -> Tensor:
+        """A tensor of the values in host memory that the device reads from there: it takes none of the device's.
+
+        Whoever has read results of the pass that reads it may `clear`. Where the host's memory cannot be locked, it
+        is as `put`.
+        """
+        if self._device.type == "cpu":
+            return torch.from_numpy(values)
+        if self._mapped is None:
+            return self.put(values, torch.int32)
+        start, end = self._lent, self._lent + values.size
+        if not self._shelves or end > self._shelves[-1].words.size:
+            last = self._shelves[-1].words.size if self._shelves else 0
+            shelf = _Shelf.of(max(2 * last, values.size), self._device)
+            if shelf is None:
+                return self.put(values, torch.int32)
+            self._shelves.append(shelf)
+            start, end = 0, values.size
+        self._shelves[-1].words[start:end] = values.reshape(-1)
+        self._lent = end
+        return self._shelves[-1].on_device[start:end].view(values.shape)
+
     def send(self) -> None:
         """Send what was put since the last `clear`, on the current stream."""
         if self._used:
@@ -67,6 +91,7 @@ class Uploader:
         if self._used:
             self._sent.synchronize()
             self._used = 0
+        self._shelves, self._lent = self._shelves[-1:], 0  # smaller ones were read until now
 
     def _make_room(self, capacity: int) -> None:
         capacity = -(-capacity // _ALIGNMENT) * _ALIGNMENT
@@ -80,3 +105,21 @@ class Uploader:
         self._host_bytes = self._host.numpy()
         self._mapped = None if host.refusal else device_view(self._host, self._device)
         self._used = 0
+
+
+@dataclass(frozen=True)
+class _Shelf:
+    """Locked host memory, and the same as the device sees it."""
+
+    words: npt.NDArray[np.int32]
+    on_device: Tensor
+    arena: HostArena
+
+    @staticmethod
+    def of(num_words: int, device: torch.device) -> _Shelf | None:
+        """A new one; None if the system does not lock that much."""
+        arena = HostArena((1, num_words), torch.int32)
+        arena.prepare(pin=True)
+        if arena.refusal:
+            return None
+        return _Shelf(arena.tensor[0].numpy(), device_view(arena.tensor[0], device), arena)
