@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 CLIENTS := .venv-clients
+BENCH_CLIENT := .venv-bench-client
 MODEL := .cache/demo-model
 FUZZ_SECONDS ?= 5
 DENSE := .cache/demo-dense
@@ -15,7 +16,7 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv clients demo-model demo test test-clients test-gpu test-sanitizers lint format bench-cpu clean distclean
+.PHONY: help venv clients bench-client demo-model demo test test-clients test-gpu test-sanitizers lint format bench-cpu clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +50,19 @@ $(CLIENTS)/.installed: $(VENV)/.installed
 	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["clients"])')
 	@touch $@
 
+bench-client: $(BENCH_CLIENT)/.installed ## create .venv-bench-client with guidellm, which tests drive against a server
+
+# As above. It wants other versions of two packages than the rest, which no environment can share with lm_eval.
+$(BENCH_CLIENT)/.installed: $(VENV)/.installed
+	@echo "installing the load generator into $(BENCH_CLIENT); this takes a minute"
+	$(BIN)/python -m venv --without-pip --clear $(BENCH_CLIENT)
+	realpath $(VENV)/lib/python3*/site-packages > $$(echo $(BENCH_CLIENT)/lib/python3*/site-packages)/shared.pth
+	sed 's/^click==.*/click==8.4.2/; s/^multidict==.*/multidict==6.9.1/' constraints.txt > $(BENCH_CLIENT)/constraints.txt
+	$(BIN)/python -m pip --disable-pip-version-check --python $(BENCH_CLIENT)/bin/python install --quiet --no-compile \
+	  --constraint $(BENCH_CLIENT)/constraints.txt $$($(BIN)/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench-client"])')
+	@touch $@
+
 demo-model: venv ## build the demo checkpoint and its dense reference in .cache (3.2 GiB)
 	@$(BIN)/python examples/build_demo_model.py --out $(MODEL) --dense-out $(DENSE)
 
@@ -60,7 +74,7 @@ demo: demo-model ## run the demo batch: answers, tokens/s, timeline; files go to
 test: lint test-sanitizers demo-model ## lint, fuzz the C++ code, then all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-test-clients: clients demo-model ## lm_eval against a live server and with its own backend: the same scores
+test-clients: clients bench-client demo-model ## lm_eval and guidellm against a live server: scores, answers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients
 
 test-gpu: venv ## the tests that need a GPU (with a CUDA build of torch in .venv)
@@ -97,5 +111,5 @@ clean: ## remove outputs and tool caches; keep .venv and the demo model
 	rm -rf demo-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## remove both environments and the demo model too
-	rm -rf $(VENV) $(CLIENTS) .cache
+distclean: clean ## remove the environments and the demo model too
+	rm -rf $(VENV) $(CLIENTS) $(BENCH_CLIENT) .cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from server_process import running
 from demo_model import DENSE, MOE, ROOT
 
 CLIENTS = ROOT / ".venv-clients" / "bin"
+GUIDELLM = ROOT / ".venv-bench-client" / "bin" / "guidellm"
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 CHOICE, GENERATION = "moe_lightning_choice", "moe_lightning_generation"
 LOG_LIKELIHOOD_ERROR = 2e-4  # of a sum over a dozen float32 tokens, in nats: ours differ by 7e-5 at most
@@ -96,6 +98,50 @@ class TestLmEval:
         texts = [text for (text,) in self.responses(results["chat"], GENERATION)]
         assert len(texts) == 6 and all(text.strip() for text in texts)
         assert "Paris" in texts[0]
+
+
+@pytest.mark.clients
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_guidellm_gets_all_its_answers_and_they_are_the_right_ones(url, path, tmp_path):
+    assert GUIDELLM.exists(), f"{GUIDELLM} is missing; run `make bench-client`"
+    backend = {
+        "kind": "openai_http",
+        "target": url,
+        "request_format": path,
+        "extras": {"body": {"temperature": 0}},
+    }
+    report = tmp_path / "report.json"
+    run(
+        [
+            GUIDELLM, "run", "--backend", json.dumps(backend), "--profile", "kind=concurrent,streams=4",
+            "--constraint", "kind=max_requests,count=8", "--tokenizer", f"kind=huggingface_auto,model={MOE}",
+            "--data", "kind=synthetic_text,prompt_tokens=16,output_tokens=4", "--disable-progress",
+            "--output", f"kind=json,path={report}",
+        ],
+        env={"HF_HOME": str(tmp_path / "cache")},
+    )  # fmt: skip
+    (benchmark,) = json.loads(report.read_text())["benchmarks"]
+    assert benchmark["metrics"]["request_totals"] == {
+        "successful": 8,
+        "errored": 0,
+        "incomplete": 0,
+        "total": 8,
+    }
+    for request in benchmark["requests"]["successful"]:
+        assert request["output_metrics"]["total_tokens"] == 4
+        assert request["input_metrics"]["total_tokens"] >= 16
+        assert request["output"] == whole_answer(url + path, json.loads(request["request_args"])["body"])
+
+
+def whole_answer(url, body):
+    """What a body of a stream gets in one piece."""
+    del body["stream_options"]
+    data = json.dumps({**body, "stream": False}).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        (choice,) = json.load(response)["choices"]
+    return choice["text"] if "text" in choice else choice["message"]["content"]
 
 
 class TestCurl:
