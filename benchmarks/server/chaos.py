@@ -4,7 +4,7 @@ After each SIGKILL it is started again on the same directory; clients whose conn
 it is also stopped and continued. At the end each line of the batches must be answered once, with what
 `LLM.generate` gives.
 
-    python benchmarks/server/chaos.py --model .cache/demo-model --kills 20
+    python benchmarks/server/chaos.py --model .cache/demo-model --kills 20 --json benchmarks/results/chaos_demo.json
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+import platform
 import random
 import signal
 import sys
@@ -152,9 +153,18 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=50, help="that clients wait for")
     parser.add_argument("--longest", type=float, default=10, help="seconds that the server lives at most")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="file for the result")
     args = parser.parse_args()
+    start_time = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         problems, counts = asyncio.run(run(args, Path(directory)))
+    result = {
+        "machine": f"{platform.machine()}, cores used: {len(os.sched_getaffinity(0))}", "model": args.model.name,
+        "seed": args.seed, "batches": 2, "lines_of_each": args.lines, "requests": args.requests, **counts,
+        "seconds": round(time.monotonic() - start_time, 1), "problems": problems,
+    }  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
     print(dict(counts))
     print(
         "\n".join(problems)
