@@ -4,7 +4,7 @@
     python benchmarks/make_tables.py --results benchmarks/results/table --write README.md
 
 In a document the tables stand between two lines, ``<!-- tables: NAME -->`` and ``<!-- end -->``, for each NAME of
-throughput, peers and schedules; what is between them is replaced.
+throughput, peers, schedules, accuracy and neighbours; what is between them is replaced.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from accuracy_tables import accuracy, beside
 
 GIB = 2**30
 RATE_TOLERANCE = 0.10
@@ -60,7 +62,7 @@ def throughput(results: Iterable[Values]) -> str:
 def _groups(results: Iterable[Values]) -> dict[tuple[Any, ...], list[tuple[Values, Values]]]:
     groups: dict[tuple[Any, ...], list[tuple[Values, Values]]] = {}
     for values in results:
-        if "measured" not in values or "plain_copy_bytes_per_s" not in values:
+        if "measured" not in values or "plain_copy_bytes_per_s" not in values or "point" in values:
             continue
         settings = values["settings"]
         host, seqs = settings["host_memory"], settings["max_num_seqs"]
@@ -111,7 +113,13 @@ def schedules(results: Iterable[Values]) -> str:
     return "\n".join(rows)
 
 
-TABLES = {"throughput": throughput, "peers": peers, "schedules": schedules}
+TABLES = {
+    "throughput": throughput,
+    "peers": peers,
+    "schedules": schedules,
+    "accuracy": accuracy,
+    "neighbours": beside,
+}
 
 
 def write(document: str, results: list[Values]) -> str:

@@ -56,6 +56,22 @@ def measure(
             f"the workload has sequences of {workload.longest} tokens, and max_model_len={plan.max_model_len}; "
             "raise it, or choose another workload"
         )
+    return measure_plan(plan, config, workload, effort, session, show)
+
+
+def measure_plan(
+    plan: Plan,
+    config: EngineConfig,
+    workload: Workload,
+    effort: Effort,
+    session: Session,
+    show: Show = show_nothing,
+) -> Cell:
+    """As `measure`, under a plan that is given.
+
+    Raises:
+        DeviceError: the GPU cannot hold it.
+    """
     watch = session.watch()
     loaded = session.load(plan, config.gpu_memory)
     policy = plan.policy

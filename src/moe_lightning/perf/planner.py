@@ -16,7 +16,6 @@ from moe_lightning.perf.sizing import MOST_SEQS, Choice, Problem, largest_policy
 from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy
 
-# What is tried of each choice, the one that is begun with first.
 _VALUES: dict[str, tuple[float, ...]] = {
     "ring": (1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0),
     "parts": (4, 1, 2, 8),
@@ -136,20 +135,23 @@ def _pages(problem: Problem) -> list[int]:
     return list(dict.fromkeys(pages_per_expert(problem.spec, size, page) for page in sizes))
 
 
-def _values(problem: Problem) -> dict[str, tuple[float, ...]]:
+def values_of(problem: Problem) -> dict[str, tuple[float, ...]]:
+    """What is tried of each choice, the one that is begun with first."""
     most = problem.spec.experts.num_experts
-    return {**_VALUES, "parts": tuple(count for count in _VALUES["parts"] if count <= most)}
+    parts = tuple(count for count in _VALUES["parts"] if count <= most)
+    return {**_VALUES, "parts": parts, "pages": tuple(_pages(problem))}
 
 
 def _starts(problem: Problem) -> tuple[Choice, ...]:
     """The usual choice, two that differ in much, and one that takes as little memory as any."""
-    pages, values = _pages(problem), _values(problem)
-    usual = Choice(**{name: some[0] for name, some in values.items()}, pages=pages[0])  # type: ignore[arg-type]
-    fine = replace(usual, micro_batches=2, prefill=4.0, parts=max(values["parts"]), pages=min(pages))  # type: ignore[arg-type]
+    values = values_of(problem)
+    usual = Choice(**{name: some[0] for name, some in values.items()})  # type: ignore[arg-type]
+    finest: dict[str, Any] = {"parts": max(values["parts"]), "pages": min(values["pages"])}
+    fine = replace(usual, micro_batches=2, prefill=4.0, **finest)
     whole = replace(usual, ring=1.2, micro_batches=2, prefill=4.0, parts=1, groups=2)
     least: dict[str, Any] = {name: min(values[name]) for name in ("ring", "prefill")}
-    most: dict[str, Any] = {name: max(values[name]) for name in ("micro_batches", "parts")}
-    return usual, fine, whole, replace(usual, **least, **most, pages=max(pages))
+    most: dict[str, Any] = {name: max(values[name]) for name in ("micro_batches", "parts", "pages")}
+    return usual, fine, whole, replace(usual, **least, **most)
 
 
 def _with(choice: Choice, name: str, value: float) -> Choice:
@@ -163,7 +165,7 @@ class _Search:
     def __init__(self, problem: Problem, rates: Rates) -> None:
         self._problem = problem
         self._rates = rates
-        self._values = {**_values(problem), "pages": tuple(_pages(problem))}
+        self._values = values_of(problem)
         self._policies: dict[Choice, Policy | None] = {}
         self._bounds: dict[Policy, float] = {}
         self._estimates: dict[Policy, float] = {}

@@ -1,0 +1,126 @@
+"""Tables of what `plan_accuracy.py` measured: plans beside their predictions, and beside their neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+RATE_TOLERANCE, LANE_TOLERANCE = 0.10, 0.15
+_IDLE = 0.05  # of a pass: of a lane that works less, seconds say little
+_PLAN = ("plan", "plan again")
+Values = dict[str, Any]
+
+
+def points_of(results: Iterable[Values]) -> list[Values]:
+    """The results that are points of `plan_accuracy.py`."""
+    return [values for values in results if "point" in values]
+
+
+def accuracy(results: Iterable[Values]) -> str:
+    """A row for each plan: tokens/s and seconds of each lane, measured and how far that is from predicted."""
+    rows = [
+        "| model | GPU memory | answers | predicted tokens/s | measured | off | H2D s | GPU s | CPU s | D2H s |",
+        "| --- " * 10 + "|",
+    ]
+    for values in points_of(results):
+        if values["point"] != "plan":
+            continue
+        found = values["measured"][0]
+        lanes = " | ".join(_lane(found["lanes"], name) for name in ("h2d", "gpu", "cpu", "d2h"))
+        rows.append(
+            f"| {values['name']} | {values['gpu_memory'] / 2**30:g} GiB | {values['workload']['gen_len']} "
+            f"| {found['predicted_tokens_per_s']:,.0f} | {found['tokens_per_s']:,.0f} "
+            f"| {_off(found['tokens_per_s'], found['predicted_tokens_per_s'], RATE_TOLERANCE)} | {lanes} |"
+        )
+    return "\n".join(rows)
+
+
+def beside(results: Iterable[Values]) -> str:
+    """For each cell that has neighbours, a row for each of its policies, the fastest first."""
+    rows = [
+        "| model, GPU memory, answers | policy | sequences | predicted tokens/s | measured | off | to the plan |",
+        "| --- " * 7 + "|",
+    ]
+    for name, plan_rate, others in _cells(results):
+        for values in others:
+            found = values["measured"][0]
+            rate, predicted = found["tokens_per_s"], found["predicted_tokens_per_s"]
+            rows.append(
+                f"| {name} | {values['point']} | {values['policy']['max_num_seqs']:,} | {predicted:,.0f} "
+                f"| {rate:,.0f} | {_off(rate, predicted, RATE_TOLERANCE)} | {rate / plan_rate - 1:+.1%} |"
+            )
+    return "\n".join(rows)
+
+
+def verdicts(results: Iterable[Values], tolerance: float) -> tuple[list[str], bool]:
+    """What the points say in a line each; and whether all is as it should be."""
+    results = list(results)
+    if not points_of(results):
+        return ["nothing has been measured"], False
+    lines, is_good = [], True
+    for values in points_of(results):
+        if values["point"] == "plan":
+            bad = list(_wrong(values["measured"][0]))
+            is_good = is_good and not bad
+            lines.append(f"{_title(values)}: {'; '.join(bad) or 'as predicted'}")
+    for name, plan_rate, others in _cells(results):
+        fastest = max(others, key=_rate)
+        gain = _rate(fastest) / plan_rate - 1
+        is_good = is_good and gain <= tolerance
+        count = sum(values["point"] not in _PLAN for values in others)
+        lines.append(
+            f"{name}: {count} neighbour{'s' if count != 1 else ''}, the fastest is {fastest['point']}, "
+            f"{gain:+.1%} to the plan"
+            f"{'' if gain <= tolerance else f', more than {tolerance:.0%}'}"
+        )
+    return lines, is_good
+
+
+def _wrong(found: Values) -> Iterator[str]:
+    rate = _off(found["tokens_per_s"], found["predicted_tokens_per_s"], RATE_TOLERANCE)
+    if rate.endswith("*"):
+        yield f"tokens/s {rate}"
+    for name, use in (found["lanes"] or {"use": {}})["use"].items():
+        if use["share"] > _IDLE and (
+            off := _off(use["seconds"], use["predicted_s"], LANE_TOLERANCE)
+        ).endswith("*"):
+            yield f"{name} {off}"
+
+
+def _cells(results: Iterable[Values]) -> Iterator[tuple[str, float, list[Values]]]:
+    """Name, rate of the plan (the mean where it was measured twice), and all points of a cell with neighbours."""
+    cells: dict[str, list[Values]] = {}
+    for values in points_of(results):
+        cells.setdefault(_title(values), []).append(values)
+    for name, of in cells.items():
+        plans = [_rate(values) for values in of if values["point"] in _PLAN]
+        if plans and len(of) > len(plans):
+            yield name, sum(plans) / len(plans), sorted(of, key=_rate, reverse=True)
+
+
+def _title(values: Values) -> str:
+    more = "".join(
+        f", {what} {values['settings'][key]}"
+        for key, what in (("max_num_seqs", "sequences"),)
+        if values["settings"][key]
+    )
+    return f"{values['name']}, {values['gpu_memory'] / 2**30:g} GiB, {values['workload']['gen_len']}{more}"
+
+
+def _rate(values: Values) -> float:
+    return float(values["measured"][0]["tokens_per_s"])
+
+
+def _lane(lanes: Values | None, name: str) -> str:
+    use = lanes["use"].get(name) if lanes else None
+    if not use:
+        return ""
+    if not use["predicted_s"] or use["share"] <= _IDLE:
+        return f"{use['seconds']:.3f}"
+    return f"{use['seconds']:.3f} ({_off(use['seconds'], use['predicted_s'], LANE_TOLERANCE)})"
+
+
+def _off(found: float, predicted: float, tolerance: float) -> str:
+    """How far measured is from predicted, with a star where that is too far."""
+    off = found / predicted - 1 if predicted else float("inf")
+    return f"{off:+.1%}{'*' if abs(off) > tolerance else ''}"

@@ -1,0 +1,158 @@
+"""The GPU evidence for the planner, with a tiny model: points are measured once, and tables say what they say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import accuracy_tables
+import plan_accuracy
+import points
+from accuracy_tables import accuracy, beside, verdicts
+from neighbours import neighbours
+
+from moe_lightning.bench import schedules
+from moe_lightning.bench.variants import VARIANTS, paper_plan
+from moe_lightning.hardware.presets import preset
+from moe_lightning.models import registry
+from moe_lightning.perf.default_policy import Memory
+from moe_lightning.perf.memory import memory_use
+from moe_lightning.perf.paper_model import PaperMachine
+from moe_lightning.perf.planner import problem_of, search
+from moe_lightning.perf.rates import DatasheetRates
+from moe_lightning.perf.workload import Workload
+from moe_lightning.units import GIB, MIB
+
+MIXTRAL = registry.resolve("mixtral-8x7b")
+SHALLOW = replace(MIXTRAL, num_layers=8)
+WORK = Workload((40, 76, 200), gen_len=64)
+
+
+@pytest.fixture(scope="module")
+def planned():
+    memory, rates = Memory(30 * GIB, 7 * GIB), DatasheetRates(preset("h100-sxm"))
+    return problem_of(SHALLOW, "bfloat16", memory, WORK), search(SHALLOW, "bfloat16", memory, rates, WORK)
+
+
+def test_neighbours_are_other_policies_that_fit(planned):
+    problem, plan = planned
+    found = neighbours(problem, plan)
+    assert len(found) >= 8
+    assert len({*found.values(), plan.policy}) == len(found) + 1
+    assert {name.split()[0] for name in found} >= {
+        "micro_batches",
+        "ring",
+        "prefill",
+        "parts",
+        "pages",
+        "seqs",
+    }
+    for policy in found.values():
+        use = memory_use(SHALLOW, 2, policy)
+        assert use.gpu_bytes <= problem.memory.gpu and use.host_bytes <= problem.memory.host
+
+
+@pytest.fixture
+def command(mixtral, monkeypatch, tmp_path):
+    """Runs the script with more arguments, in the memory of a tiny GPU; its exit status."""
+    found = paper_plan(MIXTRAL, PaperMachine.of(preset("l4")), WORK)
+    monkeypatch.setattr(schedules, "paper_plan", lambda *args: replace(found, ubs=3, n_ub=2, wg=0.3))
+    few = {name: VARIANTS[name] for name in ("paper", "plan")}
+    monkeypatch.setattr(plan_accuracy, "VARIANTS", few)
+    monkeypatch.setattr(points, "neighbours", lambda *args: dict([*neighbours(*args).items()][:1]))
+    monkeypatch.setattr(plan_accuracy, "_LOAD_S", 0.0)
+    monkeypatch.setattr(plan_accuracy, "_NEXT_LOAD_S", 0.0)
+    for module in (plan_accuracy, points):
+        monkeypatch.setattr(module, "workload", lambda name, gen_len: Workload((3, 5, 9), gen_len))
+
+    def run(*more):
+        arguments = [
+            "--model", str(mixtral), "--device", "cpu", "--executor", "threads", "--dtype", "float32",
+            "--host-memory", "600MiB", "--cell", f"{69 * MIB // 1024}KiB,12,steady,seqs=6", "--steady-passes", "2",
+            "--out", str(tmp_path), "--time-limit", "1e9",
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["plan_accuracy.py", *arguments, *more])
+        return plan_accuracy.main()
+
+    return run
+
+
+def test_points_and_variants_are_measured_once_and_told(command, tmp_path, capsys):
+    command()
+    found_points = [json.loads(path.read_text()) for path in tmp_path.glob("point_*.json")]
+    names = {values["point"] for values in found_points}
+    assert {"plan", "plan again"} < names and len(names) == 3
+    for values in found_points:
+        (found,) = values["measured"]
+        assert found["kind"] == "steady state" and len(found["passes"]) == 2
+        assert found["tokens_per_s"] > 0 and found["predicted_tokens_per_s"] > 0
+        assert all(use["predicted_s"] is not None for use in found["lanes"]["use"].values())
+    rows = json.loads((tmp_path / "schedules.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["paper", "plan"]
+    assert rows[1]["predicted_ratio"] == pytest.approx(
+        rows[1]["predicted_tokens_per_s"] / rows[0]["predicted_tokens_per_s"]
+    )
+    told = capsys.readouterr().out
+    assert "1 neighbour, the fastest is" in told
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    command()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_without_time_nothing_is_measured_and_it_says_so(command, tmp_path, capsys):
+    command("--time-limit", "0")
+    assert list(tmp_path.iterdir()) == []
+    assert "run the command again" in capsys.readouterr().out
+
+
+def point(name, rate, predicted, h2d=1.0):
+    use = {
+        "h2d": {"seconds": h2d, "share": 0.9, "predicted_s": 1.0},
+        "cpu": {"seconds": 0.9, "share": 0.01, "predicted_s": 0.1},
+    }
+    measured = {"tokens_per_s": rate, "predicted_tokens_per_s": predicted, "lanes": {"use": use}}
+    return {
+        "point": name, "name": "mixtral", "gpu_memory": 24 * GIB, "workload": {"gen_len": 128},
+        "settings": {"max_num_seqs": None}, "policy": {"max_num_seqs": 3000}, "measured": [measured],
+    }  # fmt: skip
+
+
+class TestTables:
+    def test_a_plan_that_keeps_its_promise_and_is_the_fastest_is_good(self):
+        results = [
+            point("plan", 100, 105),
+            point("plan again", 102, 105),
+            point("ring 1", 103, 104),
+            {"rows": []},
+        ]
+        lines, is_good = verdicts(results, 0.05)
+        assert is_good
+        assert lines == [
+            "mixtral, 24 GiB, 128: as predicted",
+            "mixtral, 24 GiB, 128: 1 neighbour, the fastest is ring 1, +2.0% to the plan",
+        ]
+        assert "| mixtral | 24 GiB | 128 | 105 | 100 | -4.8% | 1.000 (+0.0%) |  | 0.900 |  |" in accuracy(
+            results
+        )
+        assert (
+            beside(results).splitlines()[2].startswith("| mixtral, 24 GiB, 128 | ring 1 | 3,000 | 104 | 103")
+        )
+
+    @pytest.mark.parametrize(
+        ("results", "what"),
+        [
+            ([point("plan", 89, 100)], "tokens/s -11.0%*"),
+            ([point("plan", 100, 100, h2d=1.2)], "h2d +20.0%*"),
+            ([point("plan", 100, 100), point("ring 1", 106, 100)], "+6.0% to the plan, more than 5%"),
+        ],
+    )
+    def test_what_is_off_is_said(self, results, what):
+        lines, is_good = verdicts(results, 0.05)
+        assert not is_good and any(what in line for line in lines)
+        assert accuracy_tables.points_of([{"rows": []}, *results]) == results
