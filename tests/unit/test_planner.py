@@ -25,6 +25,7 @@ from moe_lightning.perf.predict import pass_work
 from moe_lightning.perf.rates import DatasheetRates, LighterPages
 from moe_lightning.perf.sizing import sized
 from moe_lightning.perf.workload import Workload
+from moe_lightning.pipeline import cgopipe
 from moe_lightning.pipeline.baselines import SCHEDULES
 from moe_lightning.pipeline.shape import check_ring
 from moe_lightning.pipeline.task import Lane, PassShape, Task, TaskKind
@@ -115,17 +116,32 @@ def test_the_search_for_a_large_model_simulates_few_tasks(monkeypatch):
         attention=AttentionSpec(64, 4, 128),
         experts=ExpertsSpec(128, 1536, RouterSpec(8)),
     )
-    count, build = 0, SCHEDULES["cgopipe"]
+    count, launched = 0, cgopipe.launched
 
     def counting(shape):
         nonlocal count
-        schedule = build(shape)
-        count += len(schedule.tasks)
-        return schedule
+        builder = launched(shape)
+        count += len(builder.tasks())
+        return builder
 
-    monkeypatch.setitem(SCHEDULES, "cgopipe", counting)
+    monkeypatch.setattr(cgopipe, "launched", counting)
     search(spec, "bfloat16", Memory(520 * GIB, 24 * GIB), DatasheetRates(H100), Workload((77,), 128))
     assert 10_000 < count < 250_000
+
+
+@pytest.mark.parametrize("gen_len", [8, 64])
+def test_more_host_memory_than_sequences_need_is_left_alone(gen_len):
+    """Small experts and short answers: neither arithmetic nor room for prompts lets more sequences help."""
+    spec = replace(
+        MIXTRAL,
+        num_layers=4,
+        attention=AttentionSpec(16, 4, 128),
+        experts=ExpertsSpec(16, 768, RouterSpec(4)),
+    )
+    rates, work = DatasheetRates(H100), Workload((77,), gen_len)
+    some, more = (search(spec, "bfloat16", Memory(host * GIB, 2 * GIB), rates, work) for host in (40, 160))
+    assert more.tokens_per_s > 0.995 * some.tokens_per_s
+    assert more.policy.max_num_seqs * 77 <= 2**16 * gen_len
 
 
 def test_a_model_that_fits_on_the_gpu_streams_nothing():

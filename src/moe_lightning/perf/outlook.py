@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
@@ -12,9 +12,10 @@ from moe_lightning.perf.cost import PassWork
 from moe_lightning.perf.predict import pass_work
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload
+from moe_lightning.pipeline import cgopipe
 from moe_lightning.pipeline.baselines import SCHEDULES
 from moe_lightning.pipeline.shape import pass_shape
-from moe_lightning.pipeline.simulate import times
+from moe_lightning.pipeline.simulate import times, until_tokens
 from moe_lightning.pipeline.task import Lane, PassShape, Task, TaskKind
 from moe_lightning.policy import Policy
 
@@ -186,7 +187,7 @@ class Passes:
     def lane_seconds(self, decode: int, prefill: int) -> dict[Lane, float]:
         """Seconds that each lane works in a pass, but for embedding and sampling."""
         shape, work = self._pass(decode, prefill, self.spec.num_layers)
-        seconds = self.rates.seconds(work)
+        seconds = _remembered(self.rates.seconds(work), work, 1.0)
 
         def of(kind: TaskKind, lane: Lane, members: list[tuple[int, ...]]) -> float:
             parts = range(shape.num_parts if kind is TaskKind.EXPERTS else 1)
@@ -218,8 +219,11 @@ class Passes:
         shape = _with_fewer_pages(shape, self.most_pages)
         # As each simulated page stands for several, or layers have a page more or less than those left out.
         pages = self._streamed_of_layer * layers / max(sum(shape.streamed_pages), 1)
+        if self.policy.schedule == "cgopipe":
+            tasks = cgopipe.launched(shape).tasks()
+            return until_tokens(tasks, _remembered(self.rates.seconds(work), work, pages))
         schedule = SCHEDULES[self.policy.schedule](shape)
-        starts, ends = times(schedule, _remembered(self.rates.seconds(work), pages))
+        starts, ends = times(schedule, _remembered(self.rates.seconds(work), work, pages))
         last, lanes = 0.0, dict.fromkeys(Lane, 0.0)
         for task, start, end in zip(schedule.tasks, starts, ends, strict=True):
             lanes[task.lane] += end - start
@@ -258,12 +262,17 @@ def _with_fewer_pages(shape: PassShape, most: int) -> PassShape:
     return replace(fewer, num_frames=max(fewer.num_frames, fewer.least_frames))
 
 
-def _remembered(seconds: Callable[[Task], float], pages: float) -> Callable[[Task], float]:
-    """Asks once for tasks that differ in their layer or page alone; a page stands for several."""
-    known: dict[tuple[TaskKind, tuple[int, ...], int], float] = {}
+def _remembered(seconds: Callable[[Task], float], work: PassWork, pages: float) -> Callable[[Task], float]:
+    """Asks once for tasks that differ in their layer, page or like micro-batch alone; a page stands for several."""
+    known: dict[tuple[TaskKind, Hashable, int], float] = {}
+    sizes = list(zip(work.tokens, work.context_tokens, work.sampled_rows, strict=True))
+    # Of like micro-batches, the first.
+    firsts = {size: j for j, size in reversed(list(enumerate(sizes)))}
+    like = [firsts[size] for size in sizes]
 
     def of(task: Task) -> float:
-        key = task.kind, task.micro_batches, task.part
+        members = task.micro_batches
+        key = task.kind, like[members[0]] if len(members) == 1 else members, task.part
         if key not in known:
             known[key] = seconds(task) * (pages if task.kind is TaskKind.LOAD_PAGE else 1.0)
         return known[key]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
+from math import ceil, floor
 from typing import Any
 
 from moe_lightning.errors import ConfigError
@@ -12,7 +14,7 @@ from moe_lightning.perf.default_policy import PAGE_BYTES, Memory, pages_per_expe
 from moe_lightning.perf.outlook import Prediction, at_best, estimate, outlook
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.shortfall import no_feasible_policy
-from moe_lightning.perf.sizing import MOST_SEQS, Choice, Problem, largest_policy
+from moe_lightning.perf.sizing import MOST_PREFILL, MOST_SEQS, Choice, Problem, largest_policy, sized
 from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy
 
@@ -30,6 +32,7 @@ _ROUNDS = 2
 _RUNNERS_UP = 3
 _WORTH = 1.002  # a smaller gain is not looked for: where the link is the bound, all plans are about as fast
 _BEHIND = 0.95  # of the best that is known: one choice after the other seldom makes up for more
+_SPARE, _ENOUGH = 8, 0.985  # so many times the sequences with which this share is reached are enough
 _APART = 2e-3  # runners-up that differ by less are one
 
 
@@ -87,6 +90,7 @@ def search(
         spec, dtype, memory, workload,
         max_model_len=max_model_len, max_num_seqs=max_num_seqs, expert_bytes=expert_bytes,
     )  # fmt: skip
+    problem = _with_enough(problem, rates)
     found = _Search(problem, rates)
     if near:
         found.try_plan(near)
@@ -124,9 +128,36 @@ def problem_of(
     return Problem(
         spec, dtype, memory, workload,
         length=max_model_len or min(workload.longest, spec.max_position),
-        most_seqs=min(x for x in (max_num_seqs, workload.num_requests, MOST_SEQS) if x),
+        most_seqs=min(x for x in (max_num_seqs, workload.num_requests, _fed(workload), MOST_SEQS) if x),
         expert_bytes=expert_bytes,
     )  # fmt: skip
+
+
+def _fed(workload: Workload) -> int:
+    """Sequences that passes have room for the prompts of, as fast as others end; more would be slots without."""
+    return max(1, floor(MOST_PREFILL * workload.gen_len / workload.mean_prompt))
+
+
+def _with_enough(problem: Problem, rates: Rates) -> Problem:
+    """The problem without sequences that only make passes longer.
+
+    Where not the link but arithmetic or host memory is the bound, twice the sequences take twice as long. Kept are
+    several times as many as the bound needs, so that lanes do not wait for each other either.
+    """
+    usual = _starts(problem)[0]
+    policy = largest_policy(problem, usual)
+    if policy is None:
+        return problem
+
+    @cache
+    def bound(num_seqs: int) -> float:
+        fewer = sized(problem, usual, num_seqs)
+        return at_best(problem.spec, problem.dtype, fewer, rates, problem.workload) if fewer else 0.0
+
+    most = num_seqs = policy.max_num_seqs
+    while num_seqs > _SPARE and bound(num_seqs // _SPARE) > _ENOUGH * bound(num_seqs):
+        num_seqs = ceil(num_seqs / 2)
+    return problem if num_seqs == most else replace(problem, most_seqs=num_seqs)
 
 
 def _pages(problem: Problem) -> list[int]:

@@ -15,7 +15,7 @@ from moe_lightning.policy import Policy
 
 BLOCK_SIZE = 16
 _CHUNK_TOKENS = 2048
-_MOST_PREFILL = 2**16  # more chunks make schedules that take seconds to build
+MOST_PREFILL = 2**16  # more chunks make schedules that take seconds to build
 MOST_SEQS = 2**20
 _FULL = 0.98  # of the blocks are in use on average: some wait for the next tokens of those that run
 
@@ -118,7 +118,7 @@ def _draft(problem: Problem, choice: Choice, num_seqs: int) -> Policy:
     size = min(HEAD_ROWS, ceil(num_seqs / choice.micro_batches))
     count = ceil(num_seqs / size)
     steady = num_seqs * work.mean_prompt / work.gen_len
-    prefill = max(problem.length, min(ceil(choice.prefill * steady), _MOST_PREFILL))
+    prefill = max(problem.length, min(ceil(choice.prefill * steady), MOST_PREFILL))
     return Policy(
         max_num_seqs=num_seqs, micro_batch_size=size,
         group_size=2**16 if choice.groups == 1 else ceil(count / choice.groups),

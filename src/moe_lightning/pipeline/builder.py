@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
 
 from moe_lightning.errors import ScheduleError
 from moe_lightning.pipeline import hazards
@@ -37,10 +38,13 @@ class PassBuilder:
         self._tasks: list[Task] = []
         layers, parts = range(shape.num_layers), range(shape.num_parts)
         self._pages = [(layer, page) for layer in layers for page in range(shape.streamed_pages[layer])]
-        self._part_of = [p for layer in layers for p in parts for _ in shape.streamed_in(layer, p)]
-        self._first_page = [sum(shape.streamed_pages[:layer]) for layer in layers]
+        self._first_page = [0, *accumulate(shape.streamed_pages)]
         self._next_page = shape.pages_ahead if shape.preloaded else 0
         self._groups_done: list[list[set[int]]] = [[set() for _ in parts] for _ in layers]
+        self._num_swept = 0  # pages that all their readers are launched for, from the first on
+        self._sweeps = [(layer, part) for layer in layers for part in parts]  # that are not whole
+        self._sweeps.reverse()
+        self._frames: dict[tuple[int, int], tuple[Buffer, ...]] = {}  # that a sweep reads
         self._group_of = {j: g for g, members in enumerate(shape.groups) for j in members}
 
     # What each task does to buffers.
@@ -101,9 +105,13 @@ class PassBuilder:
         members = self.shape.groups[group]
         hidden = tuple(buffer(B.HIDDEN, j) for j in members)
         inputs = tuple(buffer(B.EXPERTS_IN, j) for j in members)
-        frames = tuple(buffer(B.FRAME, (first + page) % self.shape.num_frames) for page in streamed)
-        self._add(TaskKind.EXPERTS, Lane.GPU, layer, members, hidden + inputs + frames, hidden, part)
+        if (layer, part) not in self._frames:
+            n = self.shape.num_frames
+            self._frames[layer, part] = tuple(buffer(B.FRAME, (first + page) % n) for page in streamed)
+        reads = hidden + inputs + self._frames[layer, part]
+        self._add(TaskKind.EXPERTS, Lane.GPU, layer, members, reads, hidden, part)
         self._groups_done[layer][part].add(group)
+        self._count_swept()
 
     def sample(self, j: int) -> None:
         """Final norm, head and sampling."""
@@ -113,27 +121,28 @@ class PassBuilder:
 
     def pages_before(self, layer: int) -> int:
         """Streamed pages of the layers below `layer`."""
-        return self._first_page[layer] if layer < self.shape.num_layers else len(self._pages)
+        return self._first_page[layer]
 
     def load_pages(self, target: int) -> None:
         """Launch page copies until `target` pages of the pass are launched or no frame is free.
 
         Pages past the last layer's are the next pass's first.
         """
-        target = min(target, len(self._pages) + self.shape.pages_ahead)
-        while self._next_page < target and self._is_frame_free(self._next_page):
-            layer, page = self._pages[self._next_page % len(self._pages)]
-            frame = self._next_page % self.shape.num_frames
-            self._tasks.append(_load_page(layer, page, frame, self._next_page >= len(self._pages)))
-            self._next_page += 1
+        num_pages, num_frames = len(self._pages), self.shape.num_frames
+        stop = min(target, num_pages + self.shape.pages_ahead, self._num_swept + num_frames)
+        for page in range(self._next_page, stop):
+            layer, of_layer = self._pages[page % num_pages]
+            self._tasks.append(_load_page(layer, of_layer, page % num_frames, page >= num_pages))
+        self._next_page = max(self._next_page, stop)
 
-    def _is_frame_free(self, page: int) -> bool:
-        """Whether every reader of the page that had the frame before is launched."""
-        before = page - self.shape.num_frames
-        if before < 0:
-            return True
-        done = self._groups_done[self._pages[before][0]][self._part_of[before]]
-        return len(done) == len(self.shape.groups)
+    def _count_swept(self) -> None:
+        """A frame is free once every reader of the page that it holds is launched."""
+        while self._sweeps:
+            layer, part = self._sweeps[-1]
+            if len(self._groups_done[layer][part]) < len(self.shape.groups):
+                return
+            self._num_swept = self._first_page[layer] + self.shape.streamed_in(layer, part).stop
+            self._sweeps.pop()
 
     # Reading the state.
 
@@ -146,11 +155,15 @@ class PassBuilder:
         group = self._group_of[j]
         return group if self.shape.groups[group][-1] == j else None
 
-    def finish(self, name: str) -> Schedule:
-        """The schedule, with derived dependencies."""
+    def tasks(self) -> tuple[Task, ...]:
+        """All of the pass."""
         if self.shape.part_pages:
             self.load_pages(len(self._pages) + self.shape.pages_ahead)
-        tasks = tuple(self._tasks)
+        return tuple(self._tasks)
+
+    def finish(self, name: str) -> Schedule:
+        """The schedule, with derived dependencies."""
+        tasks = self.tasks()
         return Schedule(name, self.shape, tasks, hazards.derive(tasks))
 
     def _kv(self, layer: int, j: int) -> Buffer:

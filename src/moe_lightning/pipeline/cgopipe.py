@@ -7,6 +7,11 @@ from moe_lightning.pipeline.task import Lane, PassShape, Schedule
 
 
 def build(shape: PassShape) -> Schedule:
+    """The pass in CGOPipe's launch order, with what waits for what."""
+    return launched(shape).finish("cgopipe")
+
+
+def launched(shape: PassShape) -> PassBuilder:
     """The pass in CGOPipe's launch order.
 
     With groups of one micro-batch, a look-ahead of two and as many pages as micro-batches it is Algorithm 1.
@@ -40,7 +45,7 @@ def build(shape: PassShape) -> Schedule:
         else:
             for j in chunks:
                 close_group(builder, layer, j)
-    return builder.finish("cgopipe")
+    return builder
 
 
 def sweep_parts(builder: PassBuilder, ahead: LookAhead, layer: int) -> None:

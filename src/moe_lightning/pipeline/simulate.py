@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from moe_lightning.errors import ScheduleError
-from moe_lightning.pipeline.task import Lane, Schedule, Task
+from moe_lightning.pipeline.task import Buffer, Lane, Schedule, Task
 from moe_lightning.pipeline.timeline import Timeline
 
 
@@ -46,8 +46,42 @@ def times(schedule: Schedule, seconds: Callable[[Task], float]) -> tuple[list[fl
     return starts, ends
 
 
+def until_tokens(tasks: Iterable[Task], seconds: Callable[[Task], float]) -> tuple[float, dict[Lane, float]]:
+    """Seconds until all but copies of pages have ended, and those that each lane works.
+
+    What `times` finds for the schedule of derived dependencies, from the buffers that tasks touch alone: to derive
+    what need not be waited for takes longer than all else.
+
+    Raises:
+        ScheduleError: a duration is negative or not a finite number.
+    """
+    free, busy = dict.fromkeys(Lane, 0.0), dict.fromkeys(Lane, 0.0)
+    written: dict[Buffer, float] = {}  # when the last writer has ended
+    touched: dict[Buffer, float] = {}  # when it and all readers since have
+    last = 0.0
+    for task in tasks:
+        lane, duration = task.lane, _duration(task, seconds)
+        start = free[lane]
+        for buffer in task.reads:
+            if (since := written.get(buffer, 0.0)) > start:
+                start = since
+        for buffer in task.writes:
+            if (since := touched.get(buffer, 0.0)) > start:
+                start = since
+        free[lane] = end = start + duration
+        busy[lane] += duration
+        for buffer in task.reads:
+            if touched.get(buffer, 0.0) < end:
+                touched[buffer] = end
+        for buffer in task.writes:
+            written[buffer] = touched[buffer] = end
+        if lane is not Lane.H2D and end > last:
+            last = end
+    return last or max(free.values()), busy
+
+
 def _duration(task: Task, seconds: Callable[[Task], float]) -> float:
     duration = seconds(task)
-    if not (math.isfinite(duration) and duration >= 0):
+    if not 0 <= duration < math.inf:
         raise ScheduleError(f"{task} would take {duration} s; give a finite duration of 0 or more")
     return duration
