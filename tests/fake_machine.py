@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moe_lightning import LLM
+from moe_lightning.engine.background import at_once
 from moe_lightning.engine.facts import pass_work
 from moe_lightning.engine.plan import Plan
+from moe_lightning.engine.watch import Begin
 from moe_lightning.hardware.presets import preset
 from moe_lightning.perf.rates import DatasheetRates, Rates
 from moe_lightning.perf.refit import Refitted
@@ -51,11 +53,12 @@ class FakeMachine(SerialExecutor):
         worker._executor = self
         llm.engine.clock = lambda: self.now
 
-    def keep_to_plan(self, workload: Workload) -> None:
+    def keep_to_plan(self, workload: Workload, begin: Begin = at_once) -> None:
         """As for a plan that was searched for by the rates."""
         llm = self._llm
         llm.keep_to(
-            Plan(llm.spec, llm._device, llm.dtype, llm.policy, llm.max_model_len, None, RATES, workload)
+            Plan(llm.spec, llm._device, llm.dtype, llm.policy, llm.max_model_len, None, RATES, workload),
+            begin,
         )
 
     def run(self, schedule: Schedule, runner: Runner, *, record: bool = True) -> Callable[[], Timeline]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lightning.config import EngineConfig
+from moe_lightning.engine.background import in_thread
 from moe_lightning.engine.build import build_worker
 from moe_lightning.engine.draws import stable_seed
 from moe_lightning.engine.engine import Engine
@@ -28,7 +29,7 @@ from moe_lightning.engine.request import Request, RequestOutput, SamplingParams
 from moe_lightning.engine.runs import OnPass, Runs
 from moe_lightning.engine.structured import StructuredOutputsParams
 from moe_lightning.engine.tokenizer import dummy_tokenizer, load_tokenizer
-from moe_lightning.engine.watch import Watch
+from moe_lightning.engine.watch import Begin, Watch
 from moe_lightning.engine.worker import Worker
 from moe_lightning.errors import ConfigError
 from moe_lightning.memory import checkpoint
@@ -111,15 +112,16 @@ class LLM:
         """What that pass was."""
         return self._worker.fullest.facts if self._worker.fullest else None
 
-    def keep_to(self, plan: Plan) -> None:
+    def keep_to(self, plan: Plan, begin: Begin = in_thread) -> None:
         """Compare passes with what the plan predicts, and when they drift, go on as the measured rates suggest.
 
-        Only where lanes work at once, as predictions suppose, and for a plan that was searched for.
+        Only where lanes work at once, as predictions suppose, and for a plan that was searched for. `begin` runs
+        the search for another plan.
         """
         if self.config.executor != "serial" and plan.rates and plan.workload:
             dtype = str(self.dtype).removeprefix("torch.")
             self.engine.watch = Watch(
-                self.spec, dtype, self.policy, plan.rates, plan.workload, self.max_model_len
+                self.spec, dtype, self.policy, plan.rates, plan.workload, self.max_model_len, begin
             )
 
     def generate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from checkpoints import load, prompts_of
 from fake_machine import RATES, FakeMachine, slower
 from moe_lightning import SamplingParams
+from moe_lightning.engine.background import at_once, in_thread
 from moe_lightning.engine.facts import pass_work
 from moe_lightning.engine.watch import MOST_REVISIONS, Watch
 from moe_lightning.engine.worker import RecordedPass
@@ -148,6 +150,42 @@ class Watched:
         timeline = self.facts.predict(Refitted(RATES, dict.fromkeys(TaskKind, factor)))
         example = RecordedPass(self.facts, lambda: timeline) if recorded else None
         return self.watch.note(self.step, factor * self.predicted, example)
+
+
+def test_passes_go_on_while_another_plan_is_searched_for_and_the_first_one_after_it_brings_it():
+    watched, waiting = Watched(), []
+
+    def begin(search):
+        waiting.append((search, Future()))
+        return waiting[-1][1]
+
+    watched.watch._begin = begin
+    assert not any(watched.note(2.0, recorded=True) for _ in range(3 * WINDOW))
+    ((search, future),) = waiting
+    assert not watched.watch.wants_recording and watched.watch.num_revisions == 0
+    future.set_result(search())
+    assert "passes take 2.00 times" in watched.note(9.0).message
+    assert watched.watch.num_revisions == 1
+    assert not any(watched.note(2.0, recorded=True) for _ in range(2 * WINDOW)), (
+        "what is fitted drifts no more"
+    )
+
+
+def test_a_pass_that_does_not_fit_makes_a_search_void():
+    watched = Watched()
+    watched.watch._begin = lambda search: Future()
+    assert not any(watched.note(2.0, recorded=True) for _ in range(WINDOW))
+    smaller = watched.watch.shrink_to(replace(POLICY, max_num_seqs=4, micro_batch_size=2))
+    assert smaller.max_num_seqs == 4 and watched.watch._search is None
+
+
+def test_a_search_that_fails_is_told_where_its_result_is_asked_for():
+    def fail():
+        raise ZeroDivisionError
+
+    for begin in (at_once, in_thread):
+        with pytest.raises(ZeroDivisionError):
+            begin(fail).result(60)
 
 
 def test_a_recorded_pass_that_was_not_as_the_others_is_no_example():

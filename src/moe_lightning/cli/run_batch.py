@@ -161,21 +161,11 @@ def _run_job(config: EngineConfig, files: JobFiles, args: Namespace) -> int:
     print(f"{summarize(status)}; answers in {files.output}{errors}")
     if plan and plan.prediction:
         print(f"the plan said {_describe(plan.prediction)}")
-        if llm:
-            _print_lanes(llm, plan)
+        if llm and plan.rates:
+            from moe_lightning.cli.beside_table import print_fullest
+
+            print_fullest(llm, plan.rates)
     return 0
-
-
-def _print_lanes(llm: LLM, plan: Plan) -> None:
-    """Seconds of each lane in the fullest pass, as the plan's rates predict just that pass and as they were."""
-    from moe_lightning.cli.beside_table import print_rows
-    from moe_lightning.perf.beside import by_lane
-
-    timeline, facts = llm.fullest_pass, llm.fullest_facts
-    if timeline is None or facts is None or plan.rates is None:
-        return
-    title = f"the fullest pass: {facts.num_decode} sequences decode, {facts.num_prompt} tokens of prompts"
-    print_rows(title, by_lane(facts.predict(plan.rates), timeline))
 
 
 def _load(config: EngineConfig, survey: Survey, plan: Plan | None) -> LLM:

@@ -107,6 +107,10 @@ def serve(config: EngineConfig, server: ServerConfig, batch_limits: BatchLimits)
         print(f"{app.state.service.names[0]} is served at http://{shown}:{port}", flush=True)
 
     run_server(app, listening, on_ready)
+    if plan and plan.rates:
+        from moe_lightning.cli.beside_table import print_fullest
+
+        print_fullest(llm, plan.rates)
     return 0
 
 
@@ -118,6 +122,8 @@ def _load(config: EngineConfig, server: ServerConfig) -> tuple[LLM, Plan | None]
     if plan:
         settings |= {"policy": plan.policy, "max_model_len": plan.max_model_len}
     llm = LLM(**settings)
+    if plan:
+        llm.keep_to(plan)
     if template is not None:
         llm.tokenizer.chat_template = template
     return llm, plan
@@ -133,21 +139,18 @@ def _read_template(path: str | None) -> str | None:
 
 
 def _plan(config: EngineConfig, server: ServerConfig) -> Plan | None:
-    """The plan that should be fastest for the lengths that were given; None without a GPU or lengths."""
+    """The plan that should be fastest for what requests are expected to be; None without a GPU or with a policy."""
     import torch
 
-    from moe_lightning.engine.plan import make_plan
-    from moe_lightning.perf.workload import Workload
+    from moe_lightning.server.plan import Expected, describe, plan_to_serve
 
-    if server.avg_prompt_len is None or server.gen_len is None or config.policy:
+    if config.policy or config.device == "cpu" or not torch.cuda.is_available():
         return None
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return None
-    # Lengths are what is usual, not what is the most: longer requests have to fit too.
-    workload = Workload((server.avg_prompt_len,), server.gen_len)
-    plan = make_plan(config, workload=workload, longest=4 * workload.longest)
-    if plan.prediction:
-        _note(f"the plan: {plan.prediction.tokens_per_s:.0f} tokens/s, {plan.prediction.pass_s:.2f} s a pass")
+    expected = Expected.of(server.avg_prompt_len, server.gen_len)
+    plan = plan_to_serve(config, expected)
+    _note(describe(plan, expected))
+    if server.avg_prompt_len is None:
+        _note("give --avg-prompt-len and --gen-len for a plan that suits your requests better")
     return plan
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 
+from moe_lightning.engine.background import at_once
 from moe_lightning.engine.facts import mean_context
 from moe_lightning.engine.worker import RecordedPass
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.drift import Drift, is_close
 from moe_lightning.perf.memory import HEAD_ROWS
-from moe_lightning.perf.outlook import Passes, Prediction, outlook
+from moe_lightning.perf.outlook import Passes, outlook
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.refit import Refitted, fit, kind_seconds
 from moe_lightning.perf.replan import Bounds, changes, replan
@@ -34,12 +38,34 @@ class Revision:
     message: str
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a search for another plan came to.
+
+    Attributes:
+        rates: fitted.
+        rest: what a pass takes beyond what its tasks explain by them.
+        policy: to go on with.
+        revision: the same, in words too.
+    """
+
+    rates: Rates
+    rest: float
+    policy: Policy
+    revision: Revision
+
+
+Search = Callable[[], Found]
+Begin = Callable[[Search], "Future[Found]"]
+
+
 class Watch:
     """Says what each pass should take and, when many took something else, how to go on.
 
     Then one pass is recorded, the rates are fitted to it, and the plan is searched for anew among those that need
-    no other memory. What the fitted rates do not explain is kept as a factor of whole passes: so passes that go on
-    as they are drift no more, and only another change leads to another revision.
+    no other memory, while passes go on; the first pass that ends after the search brings the revision. What the
+    fitted rates do not explain is kept as a factor of whole passes: so passes that go on as they are drift no more,
+    and only another change leads to another revision.
 
     Args:
         spec: the model.
@@ -48,6 +74,7 @@ class Watch:
         rates: by which it was planned.
         workload: for which it was planned.
         max_model_len: tokens of the longest prompt.
+        begin: runs a search, now or beside the passes.
 
     Attributes:
         wants_recording: the next pass is to be recorded.
@@ -55,7 +82,8 @@ class Watch:
     """
 
     def __init__(
-        self, spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload: Workload, max_model_len: int
+        self, spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload: Workload, max_model_len: int,
+        begin: Begin = at_once,
     ) -> None:  # fmt: skip
         self._spec, self._dtype, self._workload = spec, dtype, workload
         # Memory is set aside for this many rows of logits, whatever the plan.
@@ -65,6 +93,8 @@ class Watch:
         self._planned_rates = self._rates = rates
         self._rest = 1.0  # what a pass takes beyond what its tasks explain
         self._drift = Drift()
+        self._begin = begin
+        self._search: Future[Found] | None = None  # that goes on
         self._expected: dict[tuple[int, int, int], float] = {}
         self.wants_recording = False
         self.num_revisions = 0
@@ -72,12 +102,16 @@ class Watch:
     def shrink_to(self, policy: Policy) -> Policy:
         """A pass did not fit, and none is to be larger than this from now on: the best policy that keeps to it."""
         self._bounds = Bounds(policy, self._bounds.least_prefill)
-        self._replan(policy)
+        self._search = None  # it looks among larger plans
+        found, _ = replan(self._spec, self._dtype, policy, self._bounds, self._rates, self._workload)
+        self._go_over_to(found)
         return self._policy
 
     def note(self, step: Step, seconds: float, recorded: RecordedPass | None) -> Revision | None:
         """A pass has run, and maybe was recorded; how to go on, if otherwise than until now."""
         self.wants_recording = False
+        if self._search:  # which makes passes slower
+            return self._take()
         decode = sum(map(len, step.decode))
         if decode < _FULL * self._policy.max_num_seqs or self.num_revisions >= MOST_REVISIONS:
             return None
@@ -89,48 +123,72 @@ class Watch:
         if recorded is None or not is_close(ratio, self._drift.ratio):
             self.wants_recording = True
             return None
-        return self._revise(step, seconds, recorded)
+        self._search = self._begin(self._revise(step, seconds, recorded))
+        return self._take()
+
+    def _take(self) -> Revision | None:
+        """What the search has found, if it is over."""
+        if self._search is None or not self._search.done():
+            return None
+        found, self._search = self._search.result(), None
+        self._rates, self._rest = found.rates, found.rest
+        self._go_over_to(found.policy)
+        self.num_revisions += 1
+        return found.revision
 
     def _seconds(self, step: Step) -> float:
         """What a pass like this should take, by its tasks alone."""
         policy = self._policy
-        decode = sum(map(len, step.decode))
-        prompt = sum(len(piece.token_ids) for chunk in step.prefill for piece in chunk)
+        decode, prompt = _rows(step)
         sequences, tokens = -(-policy.max_num_seqs // _STEPS), -(-policy.prefill_tokens // _STEPS)
         key = (-(-decode // sequences), -(-prompt // tokens), round(_STEPS * math.log2(mean_context(step))))
         if key not in self._expected:
-            context, prompt_len = 2 ** (key[2] / _STEPS), self._workload.mean_prompt
-            passes = Passes(self._spec, self._dtype, policy, self._rates, context, prompt_len)
-            self._expected[key] = passes.steady(decode, prompt)[0]
+            self._expected[key] = self._predicted(step, policy, self._rates)
         return self._expected[key]
 
-    def _revise(self, step: Step, seconds: float, recorded: RecordedPass) -> Revision:
+    def _predicted(self, step: Step, policy: Policy, rates: Rates) -> float:
+        context = 2 ** (round(_STEPS * math.log2(mean_context(step))) / _STEPS)
+        passes = Passes(self._spec, self._dtype, policy, rates, context, self._workload.mean_prompt)
+        return passes.steady(*_rows(step))[0]
+
+    def _revise(self, step: Step, seconds: float, recorded: RecordedPass) -> Search:
+        """The search for another plan; what it needs is taken down now."""
         timeline, predicted = recorded.timeline(), recorded.facts.predict(self._planned_rates)
-        factors = fit(predicted, timeline)
-        drift, before = self._drift.ratio, self._policy
-        was = outlook(self._spec, self._dtype, before, self._rates, self._workload).tokens_per_s / self._rest
-        self._rates = Refitted(self._planned_rates, factors)
-        self._expected.clear()
-        self._rest = seconds / self._seconds(step)
-        found = self._replan(before)
-        self.num_revisions += 1
-        what = changes(before, self._policy)
+        return partial(
+            self._find, step, seconds, fit(predicted, timeline), timeline, self._drift.ratio, self._policy,
+            self._bounds, self._rates, self._rest,
+        )  # fmt: skip
+
+    def _find(
+        self, step: Step, seconds: float, factors: dict[TaskKind, float], measured: Timeline, drift: float,
+        before: Policy, bounds: Bounds, old_rates: Rates, old_rest: float,
+    ) -> Found:  # fmt: skip
+        """Runs in any thread: nothing that changes is read or written."""
+        spec, dtype, work = self._spec, self._dtype, self._workload
+        was = outlook(spec, dtype, before, old_rates, work).tokens_per_s / old_rest
+        rates = Refitted(self._planned_rates, factors)
+        rest = seconds / self._predicted(step, before, rates)
+        policy, prediction = replan(spec, dtype, before, bounds, rates, work)
+        what = changes(before, policy)
         now = f"the plan changes ({what})" if what else "the plan stays"
         message = (
-            f"passes take {drift:.2f} times what was predicted ({_causes(factors, timeline)}); fitted to what was "
-            f"measured, {now}: {found.tokens_per_s / self._rest:.0f} tokens/s expected "
+            f"passes take {drift:.2f} times what was predicted ({_causes(factors, measured)}); fitted to what was "
+            f"measured, {now}: {prediction.tokens_per_s / rest:.0f} tokens/s expected "
             f"while memory is full, where {was:.0f} were"
         )
-        return Revision(self._policy, message)
+        return Found(rates, rest, policy, Revision(policy, message))
 
-    def _replan(self, before: Policy) -> Prediction:
-        """Go over to the best policy; what was seen under another one says nothing of it."""
-        self._policy, found = replan(
-            self._spec, self._dtype, before, self._bounds, self._rates, self._workload
-        )
+    def _go_over_to(self, policy: Policy) -> None:
+        """What was seen under another policy says nothing of this one."""
+        self._policy = policy
         self._expected.clear()
         self._drift.forget()
-        return found
+
+
+def _rows(step: Step) -> tuple[int, int]:
+    """Sequences that decode, and tokens of prompts."""
+    prompts = sum(len(piece.token_ids) for chunk in step.prefill for piece in chunk)
+    return sum(map(len, step.decode)), prompts
 
 
 def _causes(factors: dict[TaskKind, float], measured: Timeline) -> str:
