@@ -21,7 +21,7 @@ from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.outlook import Passes
 from moe_lightning.perf.paper_model import PaperMachine
-from moe_lightning.perf.planner import search
+from moe_lightning.perf.planner import problem_of, search
 from moe_lightning.perf.rates import DatasheetRates, MeasuredRates, Rates
 from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy
@@ -57,6 +57,7 @@ def main() -> None:
         rates = MeasuredRates(Profile.from_json(json.loads(args.profile.read_text(encoding="utf-8"))))
     usable = args.host_memory - max(3 * GIB, ceil(0.03 * args.host_memory))
     memory = Memory(usable, args.gpu_memory - _CONTEXT)
+    problem = problem_of(spec, "bfloat16", memory, work)
     ours = search(spec, "bfloat16", memory, rates, work).policy
     machine = PaperMachine.of(preset(args.card))
     machine = replace(machine, gpu_memory=args.gpu_memory, host_memory=args.host_memory)
@@ -64,7 +65,7 @@ def main() -> None:
     print("| variant | sequences | micro-batches of | pages resident | pass, s | tokens/s | ratio |")
     print("| --- " * 7 + "|")
     for variant in VARIANTS.values():
-        policy = policy_of(variant, ours, spec, 2, memory, paper, work)
+        policy = policy_of(variant, ours, problem, paper)
         pass_s, rate = predicted(variant, policy, spec, rates, work)
         first = first or rate
         resident = sum(policy.resident_pages) / (

@@ -14,6 +14,7 @@ from moe_lightning.models.registry import resolve
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.memory import memory_use
 from moe_lightning.perf.paper_model import PaperMachine
+from moe_lightning.perf.planner import problem_of
 from moe_lightning.policy import Policy
 from moe_lightning.units import GIB
 
@@ -26,10 +27,8 @@ OURS = Policy(2000, 250, 2**16, 16, 8192, 2048, 14, (19,) * 32, 160, 25000)
 def policies(gpu, host):
     machine = replace(PaperMachine.of(preset("l4")), gpu_memory=gpu, host_memory=host)
     paper = paper_plan(SPEC, machine, WORK)
-    memory = Memory(host - 4 * GIB, gpu - GIB)
-    return {
-        name: policy_of(variant, OURS, SPEC, 2, memory, paper, WORK) for name, variant in VARIANTS.items()
-    }
+    problem = problem_of(SPEC, "bfloat16", Memory(host - 4 * GIB, gpu - GIB), WORK)
+    return {name: policy_of(variant, OURS, problem, paper) for name, variant in VARIANTS.items()}
 
 
 @pytest.mark.parametrize("gpu", [16 * GIB, 24 * GIB])
@@ -65,7 +64,9 @@ def test_a_batch_is_as_large_as_the_papers_planner_says_where_memory_holds_it():
     """The more of the experts stays on the GPU, the more sequences have room beside the rest."""
     machine = replace(PaperMachine.of(preset("l4")), gpu_memory=40 * GIB, host_memory=100 * GIB)
     paper = paper_plan(SPEC, machine, WORK)
-    policy = policy_of(VARIANTS["paper"], OURS, SPEC, 2, Memory(96 * GIB, 39 * GIB), paper, WORK)
+    policy = policy_of(
+        VARIANTS["paper"], OURS, problem_of(SPEC, "bfloat16", Memory(96 * GIB, 39 * GIB), WORK), paper
+    )
     at_end = sum(-(-(n + 64) // 16) for n in WORK.prompt_lens) / len(WORK.prompt_lens)
     host = 96 * GIB - PAGE * (32 * 112 - sum(policy.resident_pages))
     room = host / 2**21 / at_end  # and the engine takes half a GiB of it
@@ -76,6 +77,10 @@ def test_what_does_not_fit_is_an_error_with_a_remedy():
     machine = PaperMachine.of(preset("l4"))
     paper = paper_plan(SPEC, machine, WORK)
     with pytest.raises(NoFeasiblePolicyError, match="raise gpu_memory"):
-        policy_of(VARIANTS["paper"], OURS, SPEC, 2, Memory(125 * GIB, 6 * GIB), paper, WORK)
+        policy_of(
+            VARIANTS["paper"], OURS, problem_of(SPEC, "bfloat16", Memory(125 * GIB, 6 * GIB), WORK), paper
+        )
     with pytest.raises(NoFeasiblePolicyError, match="raise host_memory"):
-        policy_of(VARIANTS["paper"], OURS, SPEC, 2, Memory(80 * GIB, 23 * GIB), paper, WORK)
+        policy_of(
+            VARIANTS["paper"], OURS, problem_of(SPEC, "bfloat16", Memory(80 * GIB, 23 * GIB), WORK), paper
+        )

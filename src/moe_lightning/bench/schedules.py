@@ -18,6 +18,7 @@ from moe_lightning.hardware.spec import HardwareSpec
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.outlook import Passes
 from moe_lightning.perf.paper_model import PaperMachine
+from moe_lightning.perf.planner import problem_of
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy
@@ -94,7 +95,12 @@ def measure(
         raise ConfigError(
             "schedules differ only where experts stream; give gpu_memory, which the CPU then plays"
         )
-    memory = Memory(session.host_memory, session.gpu_budget(plan.device))
+    problem = problem_of(
+        plan.spec,
+        str(plan.dtype).removeprefix("torch."),
+        Memory(session.host_memory, session.gpu_budget(plan.device)),
+        work,
+    )
     paper = paper_plan(
         plan.spec,
         replace(PaperMachine.of(machine), gpu_memory=gpu_memory, host_memory=session.limit_host_memory),
@@ -102,7 +108,7 @@ def measure(
     )
     for variant in variants:
         try:
-            policy = policy_of(variant, plan.policy, plan.spec, plan.dtype.itemsize, memory, paper, work)
+            policy = policy_of(variant, plan.policy, problem, paper)
             show(f"{variant.name}: {variant.what}; {policy.max_num_seqs} sequences, {policy.schedule}")
             row = _row(session, replace(plan, policy=policy), variant, work, rates, num_passes, show)
         except MoELightningError as error:  # it stops no other

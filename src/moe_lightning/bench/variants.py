@@ -7,17 +7,14 @@ from math import ceil, floor
 
 from moe_lightning.errors import NoFeasiblePolicyError
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.default_policy import Memory, pages_per_expert
-from moe_lightning.perf.memory import HEAD_ROWS, memory_use
+from moe_lightning.perf.default_policy import pages_per_expert
+from moe_lightning.perf.memory import HEAD_ROWS
 from moe_lightning.perf.paper_model import PaperMachine, PaperPlan, PaperWorkload, plan_paper
+from moe_lightning.perf.sizing import BLOCK_SIZE, CHUNK_TOKENS, MOST_PREFILL, Problem
 from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy
 
-_BLOCK_SIZE = 16
-_CHUNK_TOKENS = 2048
-_MOST_PREFILL = 2**16  # tokens of prompts in a pass
 _LOOK_AHEAD = 2  # of Algorithm 1
-_FULL = 0.98  # of the blocks: some wait for the next tokens of those that run
 _ROUNDS = 16
 _RING = 2  # layers: the paper keeps one for the GPU and one for the link
 
@@ -62,32 +59,21 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def policy_of(
-    variant: Variant,
-    ours: Policy,
-    spec: ModelSpec,
-    dtype_bytes: int,
-    memory: Memory,
-    paper: PaperPlan,
-    work: Workload,
-) -> Policy:
+def policy_of(variant: Variant, ours: Policy, problem: Problem, paper: PaperPlan) -> Policy:
     """The policy of a variant.
 
     Args:
         variant: which.
         ours: our planner's.
-        spec: the model.
-        dtype_bytes: of weights and KV.
-        memory: that may be used; there is a GPU.
+        problem: what it has to fit.
         paper: the plan of the paper's planner.
-        work: what is computed.
 
     Raises:
         NoFeasiblePolicyError: it does not fit in memory.
     """
     if not variant.is_paper:
         return replace(ours, schedule=variant.schedule)
-    policy = _Sizes(spec, dtype_bytes, memory, work, variant.in_batches).policy(paper, variant.schedule)
+    policy = _Sizes(problem, variant.in_batches).policy(paper, variant.schedule)
     return replace(policy, group_size=2**16) if variant.is_grouped else policy
 
 
@@ -102,27 +88,24 @@ def paper_plan(spec: ModelSpec, machine: PaperMachine, work: Workload) -> PaperP
 
 @dataclass(frozen=True)
 class _Sizes:
-    spec: ModelSpec
-    dtype_bytes: int
-    memory: Memory
-    work: Workload
+    problem: Problem
     in_batches: bool
 
     def policy(self, paper: PaperPlan, schedule: str) -> Policy:
         """The paper's plan in pages and blocks; what does not fit beside the engine's buffers is left out."""
-        spec, work = self.spec, self.work
-        pages = pages_per_expert(spec, self.dtype_bytes)
+        spec, work = self.problem.spec, self.problem.workload
+        pages = pages_per_expert(spec, self.problem.dtype_bytes)
         size = min(HEAD_ROWS, paper.ubs)
         # In a batch all are long at once; where others take the place of those that end, more have room.
         grows = 1.0 if self.in_batches else (work.mean_prompt + work.gen_len) / work.mean_context()
         num_seqs = round(paper.ubs * paper.n_ub * grows)
         # A batch's prompts go through the layers at once; else twice what comes with each pass has room.
         prompts = num_seqs * work.mean_prompt * (1 if self.in_batches else 2 / work.gen_len)
-        prefill = max(work.longest, min(_MOST_PREFILL, ceil(prompts)))
+        prefill = max(work.longest, min(MOST_PREFILL, ceil(prompts)))
         policy = Policy(
             max_num_seqs=num_seqs, micro_batch_size=size, group_size=1, look_ahead=_LOOK_AHEAD,
-            prefill_tokens=prefill, chunk_tokens=min(_CHUNK_TOKENS, prefill), pages_per_expert=pages,
-            resident_pages=(0,) * spec.num_layers, num_frames=0, num_blocks=1, block_size=_BLOCK_SIZE,
+            prefill_tokens=prefill, chunk_tokens=min(CHUNK_TOKENS, prefill), pages_per_expert=pages,
+            resident_pages=(0,) * spec.num_layers, num_frames=0, num_blocks=1, block_size=BLOCK_SIZE,
             schedule=schedule,
         )  # fmt: skip
         wanted = floor(paper.wg * spec.experts.num_experts * pages)
@@ -141,12 +124,11 @@ class _Sizes:
 
     def _with_frames(self, policy: Policy, wanted: int) -> Policy:
         """As many resident pages of each layer as wanted, if the ring then still holds a layer."""
-        spec, pages = self.spec, policy.pages_per_expert
-        per_layer = spec.experts.num_experts * pages
-        assert self.memory.gpu is not None
-        without = replace(policy, resident_pages=(0,) * spec.num_layers, num_frames=0)
-        room = self.memory.gpu - memory_use(spec, self.dtype_bytes, without).gpu_bytes
-        frames = room // (self._expert_bytes // pages)
+        spec = self.problem.spec
+        per_layer = spec.experts.num_experts * policy.pages_per_expert
+        frames = self.problem.free_frames(
+            replace(policy, resident_pages=(0,) * spec.num_layers, num_frames=0)
+        )
         for resident in range(min(wanted, per_layer), -1, -1):
             streamed, ring = per_layer - resident, frames - resident * spec.num_layers
             if ring >= streamed:
@@ -162,13 +144,11 @@ class _Sizes:
 
     def _with_blocks(self, policy: Policy) -> Policy:
         """KV blocks in what host memory is left, and no more sequences than have room in them."""
-        spec, work = self.spec, self.work
-        without = replace(policy, num_blocks=0)
-        free = self.memory.host - memory_use(spec, self.dtype_bytes, without).host_bytes
-        block = spec.kv_bytes_per_token(self.dtype_bytes) * policy.block_size
+        work = self.problem.workload
         at_end = [ceil((prompt + work.gen_len) / policy.block_size) for prompt in work.prompt_lens]
-        blocks = min(free // block, policy.max_num_seqs * max(at_end))
-        held = sum(at_end) / len(at_end) if self.in_batches else work.mean_blocks(policy.block_size) / _FULL
+        free = self.problem.free_blocks(replace(policy, num_blocks=0))
+        blocks = min(free, policy.max_num_seqs * max(at_end))
+        held = sum(at_end) / len(at_end) if self.in_batches else self.problem.mean_blocks
         num_seqs = min(policy.max_num_seqs, floor(blocks / held))
         if blocks < max(at_end) or num_seqs < 1:
             raise NoFeasiblePolicyError(
@@ -177,7 +157,3 @@ class _Sizes:
             )
         size = min(policy.micro_batch_size, num_seqs)
         return replace(policy, max_num_seqs=num_seqs, num_blocks=blocks, micro_batch_size=size)
-
-    @property
-    def _expert_bytes(self) -> int:
-        return 3 * self.spec.hidden_size * self.spec.experts.intermediate_size * self.dtype_bytes

@@ -14,10 +14,10 @@ from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy
 
 BLOCK_SIZE = 16
-_CHUNK_TOKENS = 2048
+CHUNK_TOKENS = 2048
 MOST_PREFILL = 2**16  # more chunks make schedules that take seconds to build
 MOST_SEQS = 2**20
-_FULL = 0.98  # of the blocks are in use on average: some wait for the next tokens of those that run
+FULL = 0.98  # of the blocks are in use on average: some wait for the next tokens of those that run
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Problem:
     @cached_property
     def mean_blocks(self) -> float:
         """KV blocks that are set aside for a sequence."""
-        return self.workload.mean_blocks(BLOCK_SIZE) / _FULL
+        return self.workload.mean_blocks(BLOCK_SIZE) / FULL
 
     def use(self, policy: Policy) -> MemoryUse:
         """Memory that a policy takes."""
@@ -88,6 +88,16 @@ class Problem:
         """Bytes of a page where experts are cut into so many."""
         rows = self.spec.experts.intermediate_size // pages
         return 3 * self.spec.hidden_size * rows * (self.expert_bytes or self.dtype_bytes)
+
+    def free_frames(self, policy: Policy) -> int:
+        """Frames for pages that the GPU has room for beside what a policy without any takes."""
+        assert self.memory.gpu is not None
+        return (self.memory.gpu - self.use(policy).gpu_bytes) // self.page_bytes(policy.pages_per_expert)
+
+    def free_blocks(self, policy: Policy) -> int:
+        """KV blocks that the host has room for beside what a policy without any takes."""
+        block = self.spec.kv_bytes_per_token(self.dtype_bytes) * BLOCK_SIZE
+        return (self.memory.host - self.use(policy).host_bytes) // block
 
 
 def largest_policy(problem: Problem, choice: Choice) -> Policy | None:
@@ -104,9 +114,7 @@ def sized(problem: Problem, choice: Choice, num_seqs: int) -> Policy | None:
     placed = _with_pages(problem, choice, _draft(problem, choice, num_seqs))
     if placed is None:
         return None
-    free = problem.memory.host - problem.use(placed).host_bytes
-    block_bytes = problem.spec.kv_bytes_per_token(problem.dtype_bytes) * BLOCK_SIZE
-    blocks = free // block_bytes
+    blocks = problem.free_blocks(placed)
     if blocks < max(problem.blocks_of_longest, num_seqs * problem.mean_blocks):
         return None
     return replace(placed, num_blocks=min(blocks, problem.most_seqs * problem.blocks_of_longest))
@@ -122,7 +130,7 @@ def _draft(problem: Problem, choice: Choice, num_seqs: int) -> Policy:
     return Policy(
         max_num_seqs=num_seqs, micro_batch_size=size,
         group_size=2**16 if choice.groups == 1 else ceil(count / choice.groups),
-        look_ahead=ceil(choice.ahead * count), prefill_tokens=prefill, chunk_tokens=min(_CHUNK_TOKENS, prefill),
+        look_ahead=ceil(choice.ahead * count), prefill_tokens=prefill, chunk_tokens=min(CHUNK_TOKENS, prefill),
         pages_per_expert=choice.pages, resident_pages=(0,) * problem.spec.num_layers, num_frames=0, num_blocks=0,
         block_size=BLOCK_SIZE, expert_parts=choice.parts,
     )  # fmt: skip
@@ -131,8 +139,7 @@ def _draft(problem: Problem, choice: Choice, num_seqs: int) -> Policy:
 def _with_pages(problem: Problem, choice: Choice, draft: Policy) -> Policy | None:
     """The policy with as many resident pages as the GPU holds beside the choice's ring."""
     layers, per_layer = problem.spec.num_layers, problem.spec.experts.num_experts * choice.pages
-    assert problem.memory.gpu is not None
-    frames = (problem.memory.gpu - problem.use(draft).gpu_bytes) // problem.page_bytes(choice.pages)
+    frames = problem.free_frames(draft)
     if frames >= per_layer * layers:
         return replace(draft, resident_pages=(per_layer,) * layers)
 
