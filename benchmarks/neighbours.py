@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from moe_lightning.perf.planner import Planned, values_of
-from moe_lightning.perf.sizing import Choice, Problem, largest_policy, sized
+from moe_lightning.perf.choices import changed, values_of
+from moe_lightning.perf.sizing import Problem, largest_policy, sized
+from moe_lightning.perf.trials import Planned
 from moe_lightning.policy import Policy
 
 # In this order, so that a run that is cut short has tried the choices that matter most. Rings are listed finely.
@@ -26,7 +25,7 @@ def neighbours(problem: Problem, planned: Planned) -> dict[str, Policy]:
     for up in (True, False):
         for name, steps in _STEPS.items():
             for value in _beyond(values_of(problem)[name], getattr(planned.choice, name), steps, up):
-                if add(f"{name} {value:g}", largest_policy(problem, _with(planned.choice, name, value))):
+                if add(f"{name} {value:g}", largest_policy(problem, changed(planned.choice, name, value))):
                     break
     for share in _FEWER:
         num_seqs = int(share * planned.policy.max_num_seqs)
@@ -38,8 +37,3 @@ def _beyond(values: tuple[float, ...], value: float, steps: int, up: bool) -> li
     """Values on one side, from the one that is so many steps away on: several may come to the same policy."""
     side = sorted((x for x in values if (x > value if up else x < value)), reverse=not up)
     return side[min(steps, len(side)) - 1 :] if side else []
-
-
-def _with(choice: Choice, name: str, value: float) -> Choice:
-    whole = isinstance(getattr(choice, name), int)
-    return replace(choice, **{name: int(value) if whole else value})  # type: ignore[arg-type]

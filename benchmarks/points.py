@@ -20,9 +20,10 @@ from moe_lightning.engine.plan import Plan, make_plan, measured_rates
 from moe_lightning.hardware.profile_cache import load_profile
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.outlook import outlook
-from moe_lightning.perf.planner import Planned, problem_of, search
+from moe_lightning.perf.planner import problem_of, search
 from moe_lightning.perf.rates import MeasuredRates, Rates
 from moe_lightning.perf.sizing import Problem
+from moe_lightning.perf.trials import Planned
 from moe_lightning.policy import Policy
 
 

@@ -19,8 +19,8 @@ from moe_lightning.hardware.presets import preset
 from moe_lightning.hardware.profile import Profile
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.default_policy import Memory
-from moe_lightning.perf.outlook import Passes
 from moe_lightning.perf.paper_model import PaperMachine
+from moe_lightning.perf.passes import Passes
 from moe_lightning.perf.planner import problem_of, search
 from moe_lightning.perf.rates import DatasheetRates, MeasuredRates, Rates
 from moe_lightning.perf.workload import Workload

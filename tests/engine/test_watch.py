@@ -20,7 +20,7 @@ from moe_lightning.engine.worker import RecordedPass
 from moe_lightning.models.registry import resolve
 from moe_lightning.perf.drift import WINDOW
 from moe_lightning.perf.facts import PassFacts
-from moe_lightning.perf.outlook import Passes
+from moe_lightning.perf.passes import Passes
 from moe_lightning.perf.refit import Refitted
 from moe_lightning.perf.replan import LIMITS
 from moe_lightning.perf.workload import Workload

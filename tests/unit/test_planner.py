@@ -299,9 +299,9 @@ def test_where_a_shorter_model_length_would_do_the_message_says_which():
 
 
 def smallest_policy(problem):
-    from moe_lightning.perf.planner import _starts
+    from moe_lightning.perf.choices import starts
 
-    return sized(problem, _starts(problem)[-1], 1)
+    return sized(problem, starts(problem)[-1], 1)
 
 
 def test_a_length_that_the_model_cannot_have_is_refused():

@@ -16,8 +16,8 @@ from moe_lightning.engine.plan import Plan
 from moe_lightning.errors import ConfigError, MoELightningError
 from moe_lightning.hardware.spec import HardwareSpec
 from moe_lightning.perf.default_policy import Memory
-from moe_lightning.perf.outlook import Passes
 from moe_lightning.perf.paper_model import PaperMachine
+from moe_lightning.perf.passes import Passes
 from moe_lightning.perf.planner import problem_of
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload

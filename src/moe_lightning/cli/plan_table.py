@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_lightning.perf.memory import DeviceUse, HostUse
-from moe_lightning.perf.planner import Planned
 from moe_lightning.perf.report import Report
 from moe_lightning.perf.sizing import Choice
+from moe_lightning.perf.trials import Planned
 from moe_lightning.units import format_bytes, format_duration
 
 _WIDTH = 100

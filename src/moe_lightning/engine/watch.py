@@ -14,7 +14,8 @@ from moe_lightning.engine.worker import RecordedPass
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.drift import Drift, is_close
 from moe_lightning.perf.memory import HEAD_ROWS
-from moe_lightning.perf.outlook import Passes, outlook
+from moe_lightning.perf.outlook import outlook
+from moe_lightning.perf.passes import Passes
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.refit import Refitted, fit, kind_seconds
 from moe_lightning.perf.replan import Bounds, changes, replan

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from moe_lightning.perf.cost import PassWork, task_cost
 from moe_lightning.perf.operators import decode_attention, experts
 from moe_lightning.perf.outlook import estimate
-from moe_lightning.perf.planner import Planned
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.sizing import Problem
+from moe_lightning.perf.trials import Planned
 from moe_lightning.pipeline.task import Lane, Task, TaskKind
 from moe_lightning.units import format_bytes
 

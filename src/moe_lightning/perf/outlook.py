@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
 
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.cost import PassWork
-from moe_lightning.perf.predict import pass_work
+from moe_lightning.perf.passes import ALL_PAGES, Passes
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload
-from moe_lightning.pipeline import cgopipe
-from moe_lightning.pipeline.baselines import SCHEDULES
-from moe_lightning.pipeline.shape import pass_shape
-from moe_lightning.pipeline.simulate import times, until_tokens
-from moe_lightning.pipeline.task import Lane, PassShape, Task, TaskKind
 from moe_lightning.policy import Policy
 
-# Layers simulated for an estimate: a pass takes a constant and so much a layer. That errs to the fast side where a
-# lane has a head start, such as pages loaded before, that is used up in deeper layers only.
-_SHORT, _LONG = 3, 6
+_LONG = 6  # layers simulated at least: a pass takes a constant and so much a layer
 _RAMP, _SHORT_RAMP = 4, 2  # layers of a pass that has prompts only
 _FEW_PAGES = 24  # of a layer: for an estimate, several are taken for one
 _MOST_TASKS = 8_000  # of a simulated pass, about: all layers beyond are alike
-_ALL_PAGES = 2**30
-_HOST_S, _HOST_SEQ_S = 3e-3, 11e-6  # between two passes, and for each sequence
 
 
 @dataclass(frozen=True)
@@ -93,7 +81,7 @@ class _Whole:
     policy: Policy
     rates: Rates
     workload: Workload
-    most_pages: int = _ALL_PAGES
+    most_pages: int = ALL_PAGES
 
     @cached_property
     def passes(self) -> Passes:
@@ -136,150 +124,3 @@ class _Whole:
             requests * work.gen_len / job_s,
             job_s if work.num_requests else None,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Passes:
-    """What passes take under a policy.
-
-    Attributes:
-        spec: the model.
-        dtype: of weights, activations and KV.
-        policy: how it runs.
-        rates: of the machine.
-        mean_context: tokens that a decoding sequence holds.
-        mean_prompt: tokens of a prompt.
-        most_pages: of a layer that are simulated, each standing for several where there are more.
-    """
-
-    spec: ModelSpec
-    dtype: str
-    policy: Policy
-    rates: Rates
-    mean_context: float
-    mean_prompt: float
-    most_pages: int = _ALL_PAGES
-
-    def tasks_of_layer(self, decode: int, prefill: int) -> int:
-        """Tasks of a layer of a pass, about."""
-        shape, _ = self._pass(decode, prefill, 1)
-        return max(shape.streamed_pages) + 5 * shape.num_micro_batches + 2 * shape.num_parts
-
-    def steady(self, decode: int, prefill: int, depth: int = 8) -> tuple[float, dict[str, float]]:
-        """Seconds of a pass in the middle of many, and of each lane in it; simulated are `depth` layers at most."""
-        layers = self.spec.num_layers
-        long = min(depth, layers)
-        end, lanes = self._simulated(decode, prefill, long)
-        if long < layers:
-            short = depth - _SHORT
-            end_of_short, lanes_of_short = self._simulated(decode, prefill, short)
-            more = (layers - long) / (long - short)
-            end += (end - end_of_short) * more
-            lanes = {lane: lanes[lane] + (lanes[lane] - lanes_of_short[lane]) * more for lane in Lane}
-        between = _HOST_S + _HOST_SEQ_S * decode
-        return max(lanes[Lane.H2D], end + between), {lane.value: lanes[lane] for lane in Lane}
-
-    def ramp(self, prefill: int, depth: int) -> float:
-        """Seconds of a pass that has prompts only; simulated are `depth` layers at most."""
-        layers = min(depth, self.spec.num_layers)
-        return self._simulated(0, prefill, layers)[0] * self.spec.num_layers / layers
-
-    def lane_seconds(self, decode: int, prefill: int) -> dict[Lane, float]:
-        """Seconds that each lane works in a pass, but for embedding and sampling."""
-        shape, work = self._pass(decode, prefill, self.spec.num_layers)
-        seconds = _remembered(self.rates.seconds(work), work, 1.0)
-
-        def of(kind: TaskKind, lane: Lane, members: list[tuple[int, ...]]) -> float:
-            parts = range(shape.num_parts if kind is TaskKind.EXPERTS else 1)
-            return sum(
-                seconds(Task(kind, lane, 0, each, (), (), part=part)) for each in members for part in parts
-            )
-
-        chunks: list[tuple[int, ...]] = [(j,) for j in range(shape.num_prefill)]
-        rows: list[tuple[int, ...]] = [(j,) for j in range(shape.num_prefill, shape.num_micro_batches)]
-        both, layers = chunks + rows, shape.num_layers
-        gpu = (
-            of(TaskKind.PRE_ATTENTION, Lane.GPU, both)
-            + of(TaskKind.PREFILL_ATTENTION, Lane.GPU, chunks)
-            + of(TaskKind.POST_ATTENTION, Lane.GPU, both)
-            + of(TaskKind.EXPERTS, Lane.GPU, list(shape.groups))
-        )
-        d2h = of(TaskKind.OFFLOAD_QKV, Lane.D2H, rows) + of(TaskKind.STORE_KV, Lane.D2H, chunks)
-        return {
-            Lane.GPU: layers * gpu,
-            Lane.D2H: layers * d2h,
-            Lane.CPU: layers * of(TaskKind.ATTENTION, Lane.CPU, rows),
-            Lane.BACK: layers * of(TaskKind.LOAD_HIDDEN, Lane.BACK, rows),
-            Lane.H2D: sum(shape.streamed_pages) * of(TaskKind.LOAD_PAGE, Lane.H2D, [()]),
-        }
-
-    def _simulated(self, decode: int, prefill: int, layers: int) -> tuple[float, dict[Lane, float]]:
-        """Seconds until the last token of a pass of fewer layers, and those that each lane works."""
-        shape, work = self._pass(decode, prefill, layers)
-        shape = _with_fewer_pages(shape, self.most_pages)
-        # As each simulated page stands for several, or layers have a page more or less than those left out.
-        pages = self._streamed_of_layer * layers / max(sum(shape.streamed_pages), 1)
-        if self.policy.schedule == "cgopipe":
-            tasks = cgopipe.launched(shape).tasks()
-            return until_tokens(tasks, _remembered(self.rates.seconds(work), work, pages))
-        schedule = SCHEDULES[self.policy.schedule](shape)
-        starts, ends = times(schedule, _remembered(self.rates.seconds(work), work, pages))
-        last, lanes = 0.0, dict.fromkeys(Lane, 0.0)
-        for task, start, end in zip(schedule.tasks, starts, ends, strict=True):
-            lanes[task.lane] += end - start
-            if task.lane is not Lane.H2D:
-                last = max(last, end)
-        return last or max(ends), lanes
-
-    @cached_property
-    def _streamed_of_layer(self) -> float:
-        """Pages, on average."""
-        per_layer = self.spec.experts.num_experts * self.policy.pages_per_expert
-        return per_layer - sum(self.policy.resident_pages) / self.spec.num_layers
-
-    def _pass(self, decode: int, prefill: int, layers: int) -> tuple[PassShape, PassWork]:
-        policy = self.policy
-        chunks, groups = _cut(prefill, policy.chunk_tokens), _cut(decode, policy.micro_batch_size)
-        num_experts = self.spec.experts.num_experts
-        shape = pass_shape(policy, num_experts, len(chunks), len(groups), num_layers=layers)
-        return shape, pass_work(
-            replace(self.spec, num_layers=layers), shape, chunks + groups, self.mean_context,
-            pages_per_expert=policy.pages_per_expert, dtype=self.dtype, prompt_len=self.mean_prompt,
-        )  # fmt: skip
-
-
-def _with_fewer_pages(shape: PassShape, most: int) -> PassShape:
-    """About the same pass, no layer of which streams more than so many pages, each standing for several."""
-    several = max(shape.streamed_pages) / most
-    if several <= 1:
-        return shape
-    streamed, parts = (
-        tuple(ceil(pages / several) for pages in some) for some in (shape.streamed_pages, shape.part_pages)
-    )
-    fewer = replace(
-        shape, streamed_pages=streamed, part_pages=parts, num_frames=round(shape.num_frames / several)
-    )
-    return replace(fewer, num_frames=max(fewer.num_frames, fewer.least_frames))
-
-
-def _remembered(seconds: Callable[[Task], float], work: PassWork, pages: float) -> Callable[[Task], float]:
-    """Asks once for tasks that differ in their layer, page or like micro-batch alone; a page stands for several."""
-    known: dict[tuple[TaskKind, Hashable, int], float] = {}
-    sizes = list(zip(work.tokens, work.context_tokens, work.sampled_rows, strict=True))
-    # Of like micro-batches, the first.
-    firsts = {size: j for j, size in reversed(list(enumerate(sizes)))}
-    like = [firsts[size] for size in sizes]
-
-    def of(task: Task) -> float:
-        members = task.micro_batches
-        key = task.kind, like[members[0]] if len(members) == 1 else members, task.part
-        if key not in known:
-            known[key] = seconds(task) * (pages if task.kind is TaskKind.LOAD_PAGE else 1.0)
-        return known[key]
-
-    return of
-
-
-def _cut(total: int, size: int) -> list[int]:
-    """Pieces of a size, the last one of what is left."""
-    return [size] * (total // size) + ([total % size] if total % size else [])

@@ -13,8 +13,9 @@ from moe_lightning.perf.cost import DTYPE_BYTES
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.limit import HardwareLimit, hardware_limit
 from moe_lightning.perf.memory import MemoryUse
-from moe_lightning.perf.planner import Planned, problem_of, search
+from moe_lightning.perf.planner import problem_of, search
 from moe_lightning.perf.rates import LighterPages, Rates
+from moe_lightning.perf.trials import Planned
 from moe_lightning.perf.workload import Workload
 from moe_lightning.units import GIB
 

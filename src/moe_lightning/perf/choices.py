@@ -1,0 +1,50 @@
+"""What the planner tries of each choice, and where it begins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from moe_lightning.perf.default_policy import PAGE_BYTES, pages_per_expert
+from moe_lightning.perf.sizing import Choice, Problem
+
+_VALUES: dict[str, tuple[float, ...]] = {
+    "ring": (1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0),
+    "parts": (4, 1, 2, 8),
+    "prefill": (2.0, 1.25, 1.5, 3.0, 4.0),
+    "micro_batches": (8, 2, 4, 12, 16),
+    "groups": (1, 2, 4),
+    "ahead": (2.0, 1.0, 0.5),
+}
+_PAGE_SIZES = (1.0, 0.5, 2.0)  # shares of the usual page's
+
+
+def changed(choice: Choice, name: str, value: float) -> Choice:
+    """The choice with another value."""
+    new: dict[str, Any] = {name: value}
+    return replace(choice, **new)
+
+
+def _pages(problem: Problem) -> list[int]:
+    sizes = (round(share * PAGE_BYTES) for share in _PAGE_SIZES)
+    size = problem.expert_bytes or problem.dtype_bytes
+    return list(dict.fromkeys(pages_per_expert(problem.spec, size, page) for page in sizes))
+
+
+def values_of(problem: Problem) -> dict[str, tuple[float, ...]]:
+    """What is tried of each choice, the one that is begun with first."""
+    most = problem.spec.experts.num_experts
+    parts = tuple(count for count in _VALUES["parts"] if count <= most)
+    return {**_VALUES, "parts": parts, "pages": tuple(_pages(problem))}
+
+
+def starts(problem: Problem) -> tuple[Choice, ...]:
+    """The usual choice, two that differ in much, and one that takes as little memory as any."""
+    values = values_of(problem)
+    usual = Choice(**{name: some[0] for name, some in values.items()})  # type: ignore[arg-type]
+    finest: dict[str, Any] = {"parts": max(values["parts"]), "pages": min(values["pages"])}
+    fine = replace(usual, micro_batches=2, prefill=4.0, **finest)
+    whole = replace(usual, ring=1.2, micro_batches=2, prefill=4.0, parts=1, groups=2)
+    least: dict[str, Any] = {name: min(values[name]) for name in ("ring", "prefill")}
+    most: dict[str, Any] = {name: max(values[name]) for name in ("micro_batches", "parts", "pages")}
+    return usual, fine, whole, replace(usual, **least, **most)

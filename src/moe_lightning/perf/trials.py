@@ -1,0 +1,127 @@
+"""What a search has tried, and the best of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from moe_lightning.perf.choices import changed, values_of
+from moe_lightning.perf.outlook import Prediction, at_best, estimate, outlook
+from moe_lightning.perf.rates import Rates
+from moe_lightning.perf.sizing import Choice, Problem, largest_policy
+from moe_lightning.policy import Policy
+
+_RUNNERS_UP = 3
+_WORTH = 1.002  # a smaller gain is not looked for: where the link is the bound, all plans are about as fast
+_BEHIND = 0.95  # of the best that is known: one choice after the other seldom makes up for more
+_APART = 2e-3  # runners-up that differ by less are one
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A policy, what it should reach, and the choices that it came from.
+
+    `runners_up` are the next best of those that were simulated, each slower than the one before.
+    """
+
+    policy: Policy
+    prediction: Prediction
+    choice: Choice
+    runners_up: tuple[Planned, ...] = ()
+
+    @property
+    def tokens_per_s(self) -> float:
+        """By which plans are compared: generated, of the whole job."""
+        return self.prediction.job_tokens_per_s
+
+
+class Trials:
+    """What has been tried, and the best of it."""
+
+    def __init__(self, problem: Problem, rates: Rates) -> None:
+        self._problem = problem
+        self._rates = rates
+        self._values = values_of(problem)
+        self._policies: dict[Choice, Policy | None] = {}
+        self._bounds: dict[Policy, float] = {}
+        self._estimates: dict[Policy, float] = {}
+        self._found: dict[Policy, Planned] = {}
+        self.best: Planned | None = None
+
+    def try_plan(self, plan: Planned) -> None:
+        """Take a plan for another machine as it is, if it fits."""
+        use, memory = self._problem.use(plan.policy), self._problem.memory
+        assert memory.gpu is not None
+        if use.gpu_bytes <= memory.gpu and use.host_bytes <= memory.host:
+            self._simulate(plan.policy, plan.choice)
+
+    def vary(self, start: Choice, rounds: int) -> None:
+        """Vary one choice after the other from `start`; nothing where that is far behind."""
+        base = self._try([start]) or start
+        policy = self._policy(start)
+        if policy and self._value(policy) < _BEHIND * self._reached:
+            return
+        for _ in range(rounds):
+            before = base
+            for name, values in self._values.items():
+                base = self._try([changed(base, name, value) for value in values]) or base
+            if base == before:
+                return
+
+    def best_with_others(self) -> Planned:
+        """The best plan with its runners-up."""
+        assert self.best is not None
+        others: list[Planned] = []
+        for plan in sorted(self._found.values(), key=lambda p: -p.tokens_per_s):
+            last = others[-1] if others else self.best
+            if plan.tokens_per_s < last.tokens_per_s * (1 - _APART) and len(others) < _RUNNERS_UP:
+                others.append(plan)
+        return replace(self.best, runners_up=tuple(others))
+
+    def _try(self, choices: Iterable[Choice]) -> Choice | None:
+        """Simulate those that may be faster than the best, most promising first; the choice to go on from."""
+        policies = [(self._policy(choice), choice) for choice in choices]
+        promising = [(self._bound(policy), policy, choice) for policy, choice in policies if policy]
+        estimated = [
+            (policy, choice)
+            for bound, policy, choice in sorted(promising, key=lambda entry: -entry[0])
+            if bound > self._reached * _WORTH
+        ]
+        for policy, choice in sorted(estimated, key=lambda entry: -self._estimate(entry[0])):
+            if self._estimate(policy) > self._reached * _WORTH:
+                self._simulate(policy, choice)
+        return max(estimated, key=lambda entry: self._value(entry[0]))[1] if estimated else None
+
+    def _value(self, policy: Policy) -> float:
+        """As well as it is known."""
+        return self._found[policy].tokens_per_s if policy in self._found else self._estimate(policy)
+
+    @property
+    def _reached(self) -> float:
+        return self.best.tokens_per_s if self.best else 0.0
+
+    def _policy(self, choice: Choice) -> Policy | None:
+        if choice not in self._policies:
+            self._policies[choice] = largest_policy(self._problem, choice)
+        return self._policies[choice]
+
+    def _bound(self, policy: Policy) -> float:
+        if policy not in self._bounds:
+            p = self._problem
+            self._bounds[policy] = at_best(p.spec, p.dtype, policy, self._rates, p.workload)
+        return self._bounds[policy]
+
+    def _estimate(self, policy: Policy) -> float:
+        if policy not in self._estimates:
+            p = self._problem
+            self._estimates[policy] = estimate(p.spec, p.dtype, policy, self._rates, p.workload)
+        return self._estimates[policy]
+
+    def _simulate(self, policy: Policy, choice: Choice) -> None:
+        if policy in self._found:
+            return
+        p = self._problem
+        plan = Planned(policy, outlook(p.spec, p.dtype, policy, self._rates, p.workload), choice)
+        self._found[policy] = plan
+        if plan.tokens_per_s > self._reached:
+            self.best = plan
