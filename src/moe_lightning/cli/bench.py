@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from moe_lightning.cli import bench_schedules, bench_throughput
+from moe_lightning.cli.bench_flags import write_json
 
 SUMMARY = "measure throughput, schedules and kernels on this machine"
 DESCRIPTION = (
@@ -63,5 +64,5 @@ def _run_kernels(args: Namespace) -> int:
     print(f"roofs: {roofs.flops / 1e12:.0f} TFLOP/s, {roofs.bandwidth / 1e9:.0f} GB/s")
     print(to_table(found, roofs))
     if args.json:
-        bench_throughput.write_json(args.json, to_json(roofs, found))
+        write_json(args.json, to_json(roofs, found))
     return 0

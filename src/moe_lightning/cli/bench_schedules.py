@@ -6,8 +6,8 @@ from argparse import ArgumentParser, Namespace, _SubParsersAction
 from dataclasses import asdict
 
 from moe_lightning.bench.variants import VARIANTS
-from moe_lightning.cli.bench_throughput import add_workload_flags, setting, tell, write_json
-from moe_lightning.cli.flags import add_engine_flags, positive_count
+from moe_lightning.cli.bench_flags import add_workload_flags, setting, tell, write_json
+from moe_lightning.cli.flags import add_count, add_engine_flags
 
 _DESCRIPTION = (
     "The paper's ablation on one engine: CGOPipe as in the paper, then with continuous admission, with one sweep "
@@ -25,13 +25,7 @@ def add_subject(subjects: _SubParsersAction[ArgumentParser]) -> None:
     parser.add_argument(
         "--variant", action="append", choices=VARIANTS, help="may be repeated (default: all, in this order)"
     )
-    parser.add_argument(
-        "--passes",
-        type=positive_count,
-        default=4,
-        metavar="N",
-        help="to measure of each (default: %(default)s)",
-    )
+    add_count(parser, "--passes", "to measure of each (default: %(default)s)", default=4)
     add_engine_flags(parser)
     parser.set_defaults(measure=_run)
 

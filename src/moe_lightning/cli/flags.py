@@ -77,6 +77,11 @@ def settings_of(settings: type[_T], args: Namespace, environment: Mapping[str, s
     return settings(**values)
 
 
+def add_count(parser: ArgumentParser, flag: str, text: str, default: int | None = None) -> None:
+    """Add a flag for a count of at least 1, with its help."""
+    parser.add_argument(flag, type=positive_count, default=default, metavar="N", help=text)
+
+
 def positive_count(text: str) -> int:
     """A count of at least 1, as an argparse type."""
     try:

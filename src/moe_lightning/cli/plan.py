@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_lightning.cli.flags import positive_count
+from moe_lightning.cli.flags import add_count
 from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.hardware.presets import preset
 from moe_lightning.hardware.profile import Profile
@@ -69,32 +69,17 @@ def add_flags(parser: ArgumentParser) -> None:
     )
     add("--host-memory", type=_size, metavar="SIZE", help="host memory (default: all of the machine's)")
     add("--cpu-mem-bdw", type=rate, metavar="GIB/S", help="bandwidth of host memory (default: the machine's)")
-    add(
-        "--avg-prompt-len",
-        type=positive_count,
-        default=77,
-        metavar="N",
-        help="tokens of a prompt (default: 77)",
-    )
-    add("--gen-len", type=positive_count, default=32, metavar="N", help="tokens of an answer (default: 32)")
+    add_count(parser, "--avg-prompt-len", "tokens of a prompt (default: 77)", default=77)
+    add_count(parser, "--gen-len", "tokens of an answer (default: 32)", default=32)
     add(
         "--input",
         type=Path,
         metavar="FILE",
         help="plan for this batch file instead; a token is taken for four bytes of text",
     )
-    add(
-        "--num-requests",
-        type=positive_count,
-        metavar="N",
-        help="requests of the job (default: what fills KV memory twice)",
-    )
-    add(
-        "--max-model-len",
-        type=positive_count,
-        metavar="N",
-        help="tokens of the longest sequence, such as 16k (default: the longest of the job)",
-    )
+    add_count(parser, "--num-requests", "requests of the job (default: what fills KV memory twice)")
+    longest = "tokens of the longest sequence, such as 16k (default: the longest of the job)"
+    add_count(parser, "--max-model-len", longest)
     add(
         "--profile",
         type=Path,
