@@ -293,7 +293,7 @@ def test_a_trace_of_a_pass_without_a_plan_shows_what_was_measured(
     assert main([*job, "--trace", str(trace)]) == 0
     capsys.readouterr()
     assert main(["trace", str(trace)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["embed", "1", "-", "1.0000", "-"]
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["embed", "1", "1.0000"]
     broken = json.loads(trace.read_text())
     broken["otherData"]["predicted"] = {"dance": 1}
     trace.write_text(json.dumps(broken))
