@@ -72,7 +72,7 @@ demo: demo-model ## run the demo batch: answers, tokens/s, timeline; files go to
 # A file's tests stay together, so that what they share is made once. Each process computes on one thread: several
 # that wait for each other on fewer cores take ten times as long.
 test: lint test-sanitizers demo-model ## lint, fuzz the C++ code, then all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-clients: clients bench-client demo-model ## lm_eval and guidellm against a live server: scores, answers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients

@@ -38,7 +38,7 @@ def compiled(which, arch, directory):
     ("which", "arch"),
     [*(("few", arch) for arch in (75, 90)), *(("every", arch) for arch in SHARED_BYTES if ALL)],
 )
-@pytest.mark.timeout(7200 if ALL else 300)
+@pytest.mark.timeout(7200 if ALL else 600)
 def test_kernels_compile_and_fit(which, arch, tmp_path):
     found = compiled(which, arch, tmp_path)
     assert [launch for launch in found if "error" in launch] == []

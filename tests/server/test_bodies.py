@@ -7,11 +7,13 @@ import json
 import random
 import threading
 from functools import partial
+from itertools import count
 
 import pytest
 from asgi import error_of, send
 
 from moe_lightning.engine.structured import StructuredOutputsParams
+from moe_lightning.server import forms
 from moe_lightning.server.app import Settings, create_app
 from moe_lightning.server.errors import HttpError
 from moe_lightning.server.forms import FormCompiler
@@ -177,6 +179,7 @@ class EndlessForms:
         self.threads, self._is_over = [], threading.Event()
         self.waits = self.expected_waits = 0
         monkeypatch.setattr(asyncio, "wait", self._wait)
+        monkeypatch.setattr(forms, "monotonic", count(0, Limits().form_seconds).__next__)
 
     def compile(self, _) -> None:
         self.threads.append(threading.current_thread().name)
@@ -223,7 +226,6 @@ def test_no_more_forms_wait_than_may(alone, endless, monkeypatch):
     monkeypatch.setattr(alone, "prepare_form", endless.compile)
     app, endless.expected_waits = create_app(alone, Settings(limits=Limits(max_forms=3))), 3
     assert statuses_of_forms(app, *"abcde") == [400, 400, 503, 503, 503]
-    assert endless.waits == 3, "two are refused at once; the third has no thread until its time is over"
 
 
 def test_forms_that_go_on_for_ever_hold_up_no_others(endless, monkeypatch):
@@ -244,7 +246,8 @@ def test_forms_that_go_on_for_ever_hold_up_no_others(endless, monkeypatch):
                 assert ((await refusal("c")).status, (await refusal("c")).retry_after) == (503, 7)
         monkeypatch.undo()
         endless.end()
-        compiler._threads.submit(int).result()  # comes after what runs
+        for job in compiler._jobs.values():
+            job.result(30)
         await compiler.prepare(StructuredOutputsParams(regex="c"))
 
     asyncio.run(ask())
@@ -275,6 +278,64 @@ def test_batches_leave_a_thread_for_forms_that_somebody_waits_for():
         asyncio.run(ask())
     finally:
         is_over.set()
+
+
+def test_forms_of_batches_that_take_too_long_leave_a_thread_for_others(monkeypatch):
+    is_over, begun = threading.Event(), []
+
+    def compile_form(form):
+        begun.append(form.regex)
+        assert form.regex == "fast" or is_over.wait(30)
+
+    async def status(compiler, form, *, is_background):
+        try:
+            await compiler.prepare(StructuredOutputsParams(regex=form), is_background=is_background)
+        except HttpError as error:
+            return error.status
+        return 200
+
+    monkeypatch.setattr(forms, "monotonic", count(0, 20).__next__)
+
+    async def ask():
+        compiler = FormCompiler(compile_form, Limits(form_seconds=0.02), lambda: 1)
+        while (of_batch := await status(compiler, "slow", is_background=True)) == 503:
+            pass  # until a thread has begun with it
+        assert of_batch == 400
+        assert await status(compiler, "slower", is_background=True) == 503, "it may be tried again"
+        assert await status(compiler, "fast", is_background=False) in (200, 503)
+        assert "slower" not in begun
+        is_over.set()
+        while await status(compiler, "slower", is_background=True) != 200:
+            await asyncio.sleep(0.001)
+        compiler.close()
+
+    try:
+        asyncio.run(ask())
+    finally:
+        is_over.set()
+
+
+def test_a_form_that_waited_for_a_thread_may_come_again():
+    is_over, begun = threading.Event(), threading.Semaphore(0)
+
+    def compile_form(form):
+        begun.release()
+        assert is_over.wait(30)
+
+    async def ask(monkeypatch):
+        compiler = FormCompiler(compile_form, Limits(form_seconds=0.001), lambda: 1)
+        monkeypatch.setattr(forms, "monotonic", lambda: 5.0)  # for which nothing has run long yet
+        while True:
+            with pytest.raises(HttpError) as refused:
+                await compiler.prepare(StructuredOutputsParams(regex="a"))
+            assert refused.value.status == 503
+            if begun.acquire(blocking=False):
+                break
+        is_over.set()
+        compiler.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        asyncio.run(ask(patch))
 
 
 def test_a_body_counts_as_held_until_it_is_made_into_a_request(alone):

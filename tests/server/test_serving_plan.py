@@ -13,6 +13,7 @@ from fake_machine import RATES, FakeMachine, slower
 from moe_lightning import SamplingParams
 from moe_lightning.cli import serve
 from moe_lightning.config import EngineConfig
+from moe_lightning.engine import plan as engine_plan
 from moe_lightning.engine.background import in_thread
 from moe_lightning.engine.plan import make_plan
 from moe_lightning.errors import NoFeasiblePolicyError
@@ -23,6 +24,7 @@ from moe_lightning.pipeline.task import TaskKind
 from moe_lightning.server import plan as planning
 from moe_lightning.server.config import ServerConfig
 from moe_lightning.server.plan import Expected, describe, plan_to_serve
+from moe_lightning.units import GIB
 
 LENGTHS = (1, 5, 16, 17, 33, 9, 4, 12)
 NEW_TOKENS = 32
@@ -113,3 +115,13 @@ def test_when_passes_drift_the_search_runs_beside_them_and_no_request_is_lost(mi
     assert len(searches) == llm.engine.watch.num_revisions == 1
     assert any("attention 3.00 times" in message for message in caplog.messages)
     assert llm.engine._batcher.policy == llm._worker._policy != llm.policy
+
+
+def test_the_longest_request_that_users_name_bounds_a_searched_plan_too(mixtral, monkeypatch):
+    monkeypatch.setattr(engine_plan, "_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(engine_plan, "cap_gpu_memory", lambda _, most: most)
+    monkeypatch.setattr(engine_plan, "measured_rates", lambda *_: RATES)
+    config = EngineConfig("mixtral-8x7b", gpu_memory=24 * GIB, host_memory=128 * GIB, load_format="dummy")
+    expected = Expected.of(None, None)
+    assert plan_to_serve(config, expected).max_model_len > 2048
+    assert plan_to_serve(replace(config, max_model_len=2048), expected).max_model_len == 2048

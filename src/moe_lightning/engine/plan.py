@@ -69,8 +69,7 @@ def make_plan(
     gpu = cap_gpu_memory(device, config.gpu_memory) if device.type == "cuda" else config.gpu_memory
     if policy is not None:
         _check_pages(policy, spec)
-        length = min(config.max_model_len or spec.max_position, policy.num_blocks * policy.block_size)
-        return Plan(spec, device, dtype, policy, min(length, policy.prefill_tokens))
+        return Plan(spec, device, dtype, policy, _longest(config, spec, policy))
     memory = Memory(config.host_memory or usable_host_memory(device), gpu)
     prediction = rates = None
     if workload is not None and device.type == "cuda":
@@ -80,7 +79,7 @@ def make_plan(
             max_model_len=config.max_model_len or _within(longest, spec), max_num_seqs=config.max_num_seqs,
         )  # fmt: skip
         policy, prediction = planned.policy, planned.prediction
-        length = min(spec.max_position, policy.prefill_tokens, policy.num_blocks * policy.block_size)
+        length = _longest(config, spec, policy)
     else:
         policy, length = default_policy(
             spec, dtype.itemsize, memory, config.max_model_len, config.max_num_seqs
@@ -90,6 +89,12 @@ def make_plan(
         length = min(length, policy.prefill_tokens, policy.num_blocks * policy.block_size)
         _check_pages(policy, spec)
     return Plan(spec, device, dtype, policy, length, prediction, rates, workload)
+
+
+def _longest(config: EngineConfig, spec: ModelSpec, policy: Policy) -> int:
+    """Tokens of the longest request that may come and that the policy runs."""
+    most = config.max_model_len or spec.max_position
+    return min(most, policy.prefill_tokens, policy.num_blocks * policy.block_size)
 
 
 def _within(length: int | None, spec: ModelSpec) -> int | None:

@@ -12,16 +12,14 @@ from moe_lightning.units import MIB
 
 EXPERTS_AT_ONCE = 8192  # tokens: enough that reading the weights costs nothing beside the arithmetic
 HEAD_ROWS = 512  # rows of logits that exist at once: of a vocabulary of 128 k, 256 MiB in float32
-SORTED_AT_ONCE = (
-    2**22
-)  # logits that are sorted at once: a micro-batch of 324 rows has up to 50 million of them
+# Logits that are sorted at once: a micro-batch of 324 rows has up to 50 million of them.
+SORTED_AT_ONCE = 2**22
 UPLOAD_BYTES = MIB  # for a pass's small arrays at first; more where a pass has more
 COUNTER_BYTES = 4096  # of the count that streams wait for
 _SORTED_BYTES = 64  # a logit while it is sorted and cut: values, order, likelihoods, sums
 _ROW_ARRAY_BYTES = 128  # of a row: ids, places, lengths, how it is sampled
-ENGINE_BYTES = (
-    512 * MIB
-)  # Python's objects for requests, bits of tokens that forms allow, readers of a checkpoint
+# Python's objects for requests, bits of tokens that forms allow, readers of a checkpoint.
+ENGINE_BYTES = 512 * MIB
 _LIBRARIES = 64 * MIB  # cuBLAS' workspaces, what the allocator rounds up
 _UNEVEN = 1.5  # KV of a micro-batch, as a multiple of an even share: few sequences may be long ones
 _INT32, _INT64, _FLOAT32 = 4, 8, 4

@@ -91,8 +91,8 @@ class SamplingBatch:
         masked_rows: [M] int64; with masked_ids, logits that become -inf.
         masked_ids: [M] int64.
         formed_rows: [F] int64, rows that may choose only some tokens.
-        allowed: [F, ceil(V / 32)] int32, a bit for each token that they may choose; in host memory as the device
-            sees it, since those of thousands of rows have no place in the device's.
+        allowed: [F, ceil(V / 32) or more] int32, a bit for each token that they may choose; in host memory as the
+            device sees it, since those of thousands of rows have no place in the device's.
         num_logprobs: most likely tokens to give for each row: the largest number any row wants.
     """
 

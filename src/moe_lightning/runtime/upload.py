@@ -22,7 +22,8 @@ _NUMPY = {
     torch.float32: np.float32,
     torch.float64: np.float64,
 }
-_ALIGNMENT = 64  # so that the kernel, whose loads are vectors, has 16 words of whatever it copies
+_ROW_WORDS = 16
+_ALIGNMENT = 4 * _ROW_WORDS  # so that the kernel, whose loads are vectors, has 16 words of whatever it copies
 
 
 class Uploader:
@@ -55,7 +56,10 @@ class Uploader:
         return self._on_device[start:end].view(dtype).view(array.shape)
 
     def lend(self, values: npt.NDArray[np.int32]) -> Tensor:
-        """A tensor of the values in host memory that the device reads from there: it takes none of the device's.
+        """Rows in host memory that the device reads from there: they take none of the device's.
+
+        They may come back wider than they are, with anything in what is added: they are all aligned alike, so that
+        the kernel that reads them needs no other variant.
 
         Whoever has read results of the pass that reads it may `clear`. Where the host's memory cannot be locked, it
         is as `put`.
@@ -64,17 +68,19 @@ class Uploader:
             return torch.from_numpy(values)
         if self._mapped is None:
             return self.put(values, torch.int32)
-        start, end = self._lent, self._lent + values.size
+        rows, words = values.shape
+        width = -(-words // _ROW_WORDS) * _ROW_WORDS
+        start, end = self._lent, self._lent + rows * width
         if not self._shelves or end > self._shelves[-1].words.size:
             last = self._shelves[-1].words.size if self._shelves else 0
-            shelf = _Shelf.of(max(2 * last, values.size), self._device)
+            shelf = _Shelf.of(max(2 * last, rows * width), self._device)
             if shelf is None:
                 return self.put(values, torch.int32)
             self._shelves.append(shelf)
-            start, end = 0, values.size
-        self._shelves[-1].words[start:end] = values.reshape(-1)
+            start, end = 0, rows * width
+        self._shelves[-1].words[start:end].reshape(rows, width)[:, :words] = values
         self._lent = end
-        return self._shelves[-1].on_device[start:end].view(values.shape)
+        return self._shelves[-1].on_device[start:end].view(rows, width)
 
     def send(self) -> None:
         """Send what was put since the last `clear`, on the current stream."""

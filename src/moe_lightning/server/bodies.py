@@ -36,7 +36,8 @@ class BodyReader:
         parts: list[bytes] = []
         try:
             await self._read(request, parts)
-            yield b"".join(parts)
+            parts[:] = [b"".join(parts)]  # its bytes once, not twice
+            yield parts[0]
         finally:
             self._held -= sum(map(len, parts))
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import SimpleQueue
+from threading import Thread
+from time import monotonic
 from typing import Any
 
 from moe_lightning.engine.structured import StructuredOutputsParams
@@ -34,11 +37,16 @@ class FormCompiler:
         retry_after: Callable[[], int],
     ) -> None:
         self._compile_form, self._limits, self._retry_after = compile_form, limits, retry_after
-        # Threads of their own: one form may take as long as thousands of prompts.
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="compile")
+        # For threads of their own: one form may take as long as thousands of prompts.
+        self._queue: SimpleQueue[tuple[_Job, StructuredOutputsParams] | None] = SimpleQueue()
+        self._threads: list[Thread] = []
         self._jobs: dict[tuple[str, Any], _Job] = {}
+        self._began: dict[
+            tuple[str, Any], float
+        ] = {}  # seconds of a clock, of those that threads have taken up
         self._late: set[_Job] = set()
         self._background = asyncio.Semaphore(1)  # the other thread is for those whom somebody waits for
+        self._last: _Job | None = None  # of the background
 
     async def prepare(self, form: StructuredOutputsParams, *, is_background: bool = False) -> None:
         """Make a form ready.
@@ -49,13 +57,20 @@ class FormCompiler:
         """
         if is_background:
             async with self._background:
-                return await self.prepare(form)
+                if self._last and not self._last.done():
+                    raise self._busy()
+                try:
+                    return await self.prepare(form)
+                finally:
+                    self._last = self._jobs.get(form.key)
         job, seconds = self._job(form), self._limits.form_seconds
         if job not in self._late:
             await asyncio.wait({asyncio.wrap_future(job)}, timeout=seconds)
         if job.cancelled() or job.cancel():  # it has not begun
             raise self._busy()
         if not job.done():
+            if monotonic() - self._began.get(form.key, monotonic()) < seconds / 2:
+                raise self._busy()  # most of the time it waited for a thread
             self._late.add(job)
             raise HttpError(
                 400, f"the form of the answer was not compiled within {seconds:g} s; give a simpler one"
@@ -70,14 +85,32 @@ class FormCompiler:
         if job is None:
             if len(self._late) >= _THREADS or len(self._jobs) >= self._limits.max_forms:
                 raise self._busy()
-            job = self._jobs[form.key] = self._threads.submit(self._compiled, form)
+            job = self._jobs[form.key] = Future()
+            self._start()
+            self._queue.put((job, form))
         return job
 
+    def _start(self) -> None:
+        """Begin, if there was no form yet. Nobody waits for these threads when the process ends."""
+        while len(self._threads) < _THREADS:
+            name = f"compile_{len(self._threads)}"
+            self._threads.append(Thread(target=self._work, name=name, daemon=True))
+            self._threads[-1].start()
+
+    def _work(self) -> None:
+        while (taken := self._queue.get()) is not None:
+            job, form = taken
+            if job.set_running_or_notify_cancel():
+                job.set_result(self._compiled(form))
+
     def _compiled(self, form: StructuredOutputsParams) -> Exception | None:
+        self._began[form.key] = monotonic()
         try:
             self._compile_form(form)
         except Exception as error:  # for those who still wait
             return error
+        finally:
+            del self._began[form.key]
         return None
 
     def _busy(self) -> HttpError:
@@ -85,5 +118,8 @@ class FormCompiler:
         return HttpError(503, message, "busy", self._retry_after())
 
     def close(self) -> None:
-        """Let go of the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Let go of the threads; what they have not begun is not compiled."""
+        for job in self._jobs.values():
+            job.cancel()
+        for _ in self._threads:
+            self._queue.put(None)
