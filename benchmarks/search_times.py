@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moe_lightning.bench.machine import facts
 from moe_lightning.bench.workloads import WORKLOADS, workload
 from moe_lightning.errors import ConfigError, MoELightningError, NoFeasiblePolicyError
 from moe_lightning.hardware.profile import Profile
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--only", help="part of the models' names")
     args = parser.parse_args()
     rates = MeasuredRates(Profile.from_json(json.loads(args.profile.read_text(encoding="utf-8"))))
-    rows: list[Row] = []
+    about, rows = facts(), list[Row]()
     for name, spec in models(args.config):
         if args.only and args.only not in name:
             continue
@@ -153,8 +154,8 @@ def main() -> None:
             f"{name}: {len(found)}, {max((row['seconds'] for row in found), default=0):.2f} s at most",
             flush=True,
         )
-        args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    before = json.loads(args.before.read_text(encoding="utf-8")) if args.before else None
+        args.out.write_text(json.dumps(about | {"searches": rows}, indent=1) + "\n", encoding="utf-8")
+    before = json.loads(args.before.read_text(encoding="utf-8"))["searches"] if args.before else None
     print(summary(rows, before))
 
 

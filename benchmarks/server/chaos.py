@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import signal
 import sys
@@ -26,6 +25,8 @@ from typing import Any
 from batch_client import ENDED, answers, begin_batch, call
 from client import Answer, ask
 from process import ServerProcess, start
+
+from moe_lightning.bench.machine import facts
 
 
 def bodies(count: int, seed: int) -> list[dict[str, Any]]:
@@ -158,10 +159,10 @@ def main() -> int:
     start_time = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         problems, counts = asyncio.run(run(args, Path(directory)))
-    result = {
-        "machine": f"{platform.machine()}, cores used: {len(os.sched_getaffinity(0))}", "model": args.model.name,
-        "seed": args.seed, "batches": 2, "lines_of_each": args.lines, "requests": args.requests, **counts,
-        "seconds": round(time.monotonic() - start_time, 1), "problems": problems,
+    result = facts() | {
+        "model": args.model.name, "seed": args.seed, "batches": 2, "lines_of_each": args.lines,
+        "requests": args.requests, **counts, "seconds": round(time.monotonic() - start_time, 1),
+        "problems": problems,
     }  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
