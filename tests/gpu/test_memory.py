@@ -12,6 +12,7 @@ from shapes import write_config
 
 from moe_lightning.memory.arena import HostArena
 from moe_lightning.memory.mapped import device_view
+from moe_lightning.runtime.cuda_executor import CudaExecutor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -53,6 +54,19 @@ def test_the_driver_reports_no_more_than_the_cap_and_most_of_it_is_used(gib, tmp
     assert found["peak"] <= gib * 2**30
     if gib < 8:  # two layers take no more than that
         assert found["peak"] >= 0.75 * gib * 2**30
+
+
+def test_engines_that_follow_each_other_take_no_more_memory_each():
+    """cuBLAS sets memory aside for each stream that it has seen, and never gives it back."""
+    held = []
+    for _ in range(4):
+        executor = CudaExecutor(torch.device("cuda", 0))
+        with executor.scope():
+            x = torch.ones(256, 256, device="cuda", dtype=torch.bfloat16)
+            x @ x
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert held == [held[0]] * 4
 
 
 def test_locked_memory_is_one_memory_on_both_sides():

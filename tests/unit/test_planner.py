@@ -6,13 +6,16 @@ import re
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_lightning.bench.workloads import workload
 from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.hardware.presets import PRESETS
+from moe_lightning.hardware.profile_cache import load_profile
 from moe_lightning.models import registry
 from moe_lightning.models.spec import AttentionSpec, ExpertsSpec, RouterSpec
 from moe_lightning.perf.alternatives import alternatives
@@ -22,7 +25,8 @@ from moe_lightning.perf.memory import memory_use
 from moe_lightning.perf.outlook import at_best, estimate, outlook
 from moe_lightning.perf.planner import problem_of, search
 from moe_lightning.perf.predict import pass_work
-from moe_lightning.perf.rates import DatasheetRates, LighterPages
+from moe_lightning.perf.rates import DatasheetRates, LighterPages, MeasuredRates
+from moe_lightning.perf.refit import Refitted
 from moe_lightning.perf.sizing import sized
 from moe_lightning.perf.workload import Workload
 from moe_lightning.pipeline import cgopipe
@@ -34,6 +38,8 @@ from moe_lightning.units import GIB
 MIXTRAL = registry.resolve("mixtral-8x7b")
 H100 = PRESETS["h100-sxm"]
 WORK = Workload((20, 30, 40, 214), gen_len=32)
+MTBENCH = workload("mtbench", 128)
+PROFILE = Path(__file__).parents[2] / "benchmarks" / "results" / "profile_h100.json"
 
 
 @cache
@@ -88,6 +94,20 @@ def test_no_policy_that_differs_in_one_value_is_predicted_much_faster(change):
     plan = planned()
     found = outlook(MIXTRAL, "bfloat16", replace(plan.policy, **change), DatasheetRates(H100), WORK)
     assert found.job_tokens_per_s <= 1.005 * plan.tokens_per_s
+
+
+def test_a_plan_gives_a_little_of_its_speed_for_a_ring_that_bridges_slower_attention(monkeypatch):
+    given = (MIXTRAL, "bfloat16", Memory(120 * GIB, 24 * GIB), MeasuredRates(load_profile(PROFILE)), MTBENCH)
+    plan = search(*given)
+    monkeypatch.setattr("moe_lightning.perf.planner.with_slack", lambda problem, plan, rates: plan)
+    fastest = search(*given)
+    assert plan.choice == replace(fastest.choice, ring=plan.choice.ring)
+    assert plan.choice.ring > fastest.choice.ring
+    assert 0.985 * fastest.tokens_per_s <= plan.tokens_per_s <= fastest.tokens_per_s
+    slower = Refitted(given[3], {TaskKind.ATTENTION: 1.35, TaskKind.EXPERTS: 1.2})
+    slow, slowest = (outlook(*given[:2], p.policy, slower, MTBENCH).tokens_per_s for p in (plan, fastest))
+    assert slow > 1.03 * slowest
+    assert all(other.tokens_per_s < plan.tokens_per_s for other in plan.runners_up)
 
 
 def test_runners_up_fit_too_and_each_is_slower_than_the_one_before():

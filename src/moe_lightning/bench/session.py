@@ -22,7 +22,7 @@ from moe_lightning.hardware.host import available_memory
 from moe_lightning.memory import checkpoint
 from moe_lightning.memory.shared_arena import SharedArena
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.memory import ENGINE_BYTES, memory_use
+from moe_lightning.perf.memory import ENGINE_BYTES, GPU_CODE_BYTES, memory_use
 from moe_lightning.perf.workload import Workload
 
 
@@ -158,7 +158,7 @@ class Session:
 
     def _arena(self, plan: Plan) -> SharedArena | None:
         if self._shares and self._shared is None:
-            size = self.host_memory - ENGINE_BYTES
+            size = self.host_memory - ENGINE_BYTES - (GPU_CODE_BYTES if self._has_gpu else 0)
             self._shared = SharedArena(max(size, 1))
         return self._shared
 

@@ -8,8 +8,9 @@ from typing import Any
 from moe_lightning.perf.default_policy import PAGE_BYTES, pages_per_expert
 from moe_lightning.perf.sizing import Choice, Problem
 
+RINGS = (1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0)
 _VALUES: dict[str, tuple[float, ...]] = {
-    "ring": (1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0),
+    "ring": RINGS,
     "parts": (4, 1, 2, 8),
     "prefill": (2.0, 1.25, 1.5, 3.0, 4.0),
     "micro_batches": (8, 2, 4, 12, 16),

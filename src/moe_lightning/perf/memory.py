@@ -20,6 +20,8 @@ _SORTED_BYTES = 64  # a logit while it is sorted and cut: values, order, likelih
 _ROW_ARRAY_BYTES = 128  # of a row: ids, places, lengths, how it is sampled
 # Python's objects for requests, bits of tokens that forms allow, readers of a checkpoint.
 ENGINE_BYTES = 512 * MIB
+# Host memory of libraries that compile kernels and of code that is loaded as a GPU's first passes run.
+GPU_CODE_BYTES = 384 * MIB
 _LIBRARIES = 64 * MIB  # cuBLAS' workspaces, what the allocator rounds up
 _UNEVEN = 1.5  # KV of a micro-batch, as a multiple of an even share: few sequences may be long ones
 _INT32, _INT64, _FLOAT32 = 4, 8, 4
@@ -102,6 +104,7 @@ class MemoryUse:
     device: DeviceUse
     host: HostUse
     during_pass: PassUse
+    has_gpu: bool = True
 
     @property
     def gpu_bytes(self) -> int:
@@ -111,7 +114,8 @@ class MemoryUse:
     @property
     def host_bytes(self) -> int:
         """What the host needs, with an allowance for the engine's own objects."""
-        return self.host.total + self.during_pass.arrays + ENGINE_BYTES
+        code = GPU_CODE_BYTES if self.has_gpu else 0
+        return self.host.total + self.during_pass.arrays + ENGINE_BYTES + code
 
 
 def memory_use(
@@ -154,6 +158,7 @@ def memory_use(
             uploads=UPLOAD_BYTES + COUNTER_BYTES if has_gpu else 0,
         ),
         _pass_use(spec, dtype_bytes, policy, rows),
+        has_gpu,
     )
 
 

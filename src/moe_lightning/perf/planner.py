@@ -14,6 +14,7 @@ from moe_lightning.perf.outlook import at_best
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.shortfall import no_feasible_policy
 from moe_lightning.perf.sizing import MOST_PREFILL, MOST_SEQS, Problem, largest_policy, sized
+from moe_lightning.perf.slack import with_slack
 from moe_lightning.perf.trials import Planned, Trials
 from moe_lightning.perf.workload import Workload
 
@@ -33,7 +34,7 @@ def search(
     expert_bytes: int | None = None,
     near: Planned | None = None,
 ) -> Planned:
-    """The policy that finishes the workload first, of all that fit.
+    """The policy that finishes the workload first, of all that fit, with some slack for slower attention.
 
     One choice is varied at a time, twice each, from several starts. Values whose lanes alone, or first layers, take
     longer than what was found are not simulated to the end.
@@ -70,7 +71,7 @@ def search(
         found.vary(smallest, _ROUNDS)
     if found.best is None:
         raise no_feasible_policy(problem, smallest)
-    return found.best_with_others()
+    return with_slack(problem, found.best_with_others(), rates)
 
 
 def problem_of(

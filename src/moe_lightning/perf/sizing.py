@@ -17,7 +17,6 @@ BLOCK_SIZE = 16
 CHUNK_TOKENS = 2048
 MOST_PREFILL = 2**16  # more chunks make schedules that take seconds to build
 MOST_SEQS = 2**20
-FULL = 0.98  # of the blocks are in use on average: some wait for the next tokens of those that run
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ class Problem:
 
     @cached_property
     def mean_blocks(self) -> float:
-        """KV blocks that are set aside for a sequence."""
-        return self.workload.mean_blocks(BLOCK_SIZE) / FULL
+        """KV blocks that a sequence holds on average: the batcher keeps all of them in use."""
+        return self.workload.mean_blocks(BLOCK_SIZE)
 
     def use(self, policy: Policy) -> MemoryUse:
         """Memory that a policy takes."""

@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 
 import torch
 
@@ -38,10 +39,7 @@ class CudaExecutor:
 
     def __init__(self, device: torch.device, *, waits_in_stream: bool | None = None) -> None:
         self._device = device
-        # What waits for attention is short, and much waits for it: it goes before what else the GPU computes.
-        self._streams = {
-            lane: torch.cuda.Stream(device, priority=-1 if lane is Lane.BACK else 0) for lane in _IN_FLIGHT
-        }
+        self._streams = _streams(device)
         self._cpu = _CpuLane(StreamCounter(waits_in_stream))
         self._preloads: torch.cuda.Event | None = None
 
@@ -87,6 +85,13 @@ class CudaExecutor:
             finally:
                 del failure
         return launch.timeline
+
+
+@lru_cache
+def _streams(device: torch.device) -> dict[Lane, torch.cuda.Stream]:
+    """One for each lane, for all executors of a process: cuBLAS keeps 32 MiB for every stream that it has seen."""
+    # What waits for attention is short, and much waits for it: it goes before what else the GPU computes.
+    return {lane: torch.cuda.Stream(device, priority=-1 if lane is Lane.BACK else 0) for lane in _IN_FLIGHT}
 
 
 @contextmanager
