@@ -37,7 +37,10 @@ def predicted(
     n = policy.max_num_seqs
 
     def seconds(decode: int, prefill: int, context: float) -> float:
-        return Passes(spec, "bfloat16", policy, rates, context, work.mean_prompt).steady(decode, prefill)[0]
+        passes = Passes(
+            spec, "bfloat16", policy, rates, context, work.mean_prompt, token_prompt=work.token_prompt
+        )
+        return passes.steady(decode, prefill)[0]
 
     if not variant.in_batches:
         prompts = min(round(n * work.mean_prompt / work.gen_len), policy.prefill_tokens)

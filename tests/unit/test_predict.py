@@ -13,7 +13,7 @@ from moe_lightning.hardware.presets import PRESETS, preset
 from moe_lightning.hardware.spec import HardwareSpec
 from moe_lightning.models.registry import resolve
 from moe_lightning.perf.cost import PassWork, task_cost, task_seconds
-from moe_lightning.perf.predict import predict, predict_pass
+from moe_lightning.perf.predict import pass_work, predict, predict_pass
 from moe_lightning.pipeline.baselines import SCHEDULES
 from moe_lightning.pipeline.task import Lane, PassShape, TaskKind
 from moe_lightning.pipeline.timeline import Timeline
@@ -131,6 +131,26 @@ def test_every_preset_predicts_a_pass_in_half_precision(name: str) -> None:
     kinds = Counter(r.kind for r in _predict(hardware=PRESETS[name], dtype="float16").records)
     assert kinds[TaskKind.LOAD_PAGE] == sum(SHAPE.streamed_pages)
     assert kinds[TaskKind.ATTENTION] == 3 * 4
+
+
+def test_unequal_prompts_have_the_pairs_that_each_has_and_as_many_sampled_rows_as_there_are() -> None:
+    shape = PassShape(4, 1, 1, 2, 2, (20,) * 4, 30)
+    lengths = (10, 20, 30, 100, 240)
+    total, squares = sum(lengths), sum(n * n for n in lengths)
+    work = pass_work(
+        FOUR_LAYERS,
+        shape,
+        (total, 7),
+        50,
+        pages_per_expert=PAGES,
+        prompt_len=total / 5,
+        token_prompt=squares / total,
+    )
+    pairs = sum(n * (n + 1) // 2 for n in lengths)
+    assert work.context_tokens[0] == pytest.approx(pairs, rel=0.01)
+    assert work.sampled_rows == (5, 7)
+    equal = pass_work(FOUR_LAYERS, shape, (total, 7), 50, pages_per_expert=PAGES, prompt_len=total / 5)
+    assert equal.context_tokens[0] < 0.6 * pairs
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,16 @@ class _Predicted:
     def seconds(self, decode: int, prefill: int, context: float) -> float:
         """Of a pass of so many sequences and prompt tokens, in the middle of many."""
         spec, dtype = self.plan.spec, str(self.plan.dtype).removeprefix("torch.")
-        passes = Passes(spec, dtype, self.plan.policy, self.rates, context, self.work.mean_prompt)
+        work = self.work
+        passes = Passes(
+            spec,
+            dtype,
+            self.plan.policy,
+            self.rates,
+            context,
+            work.mean_prompt,
+            token_prompt=work.token_prompt,
+        )
         return passes.steady(decode, prefill)[0]
 
     def ramp_seconds(self, ramp: PassRecord) -> float:

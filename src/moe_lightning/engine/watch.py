@@ -149,7 +149,10 @@ class Watch:
 
     def _predicted(self, step: Step, policy: Policy, rates: Rates) -> float:
         context = 2 ** (round(_STEPS * math.log2(mean_context(step))) / _STEPS)
-        passes = Passes(self._spec, self._dtype, policy, rates, context, self._workload.mean_prompt)
+        work = self._workload
+        passes = Passes(
+            self._spec, self._dtype, policy, rates, context, work.mean_prompt, token_prompt=work.token_prompt
+        )
         return passes.steady(*_rows(step))[0]
 
     def _revise(self, step: Step, seconds: float, recorded: RecordedPass) -> Search:

@@ -88,7 +88,16 @@ class _Whole:
         """Its passes."""
         work = self.workload
         context, prompt = work.mean_context(), work.mean_prompt
-        return Passes(self.spec, self.dtype, self.policy, self.rates, context, prompt, self.most_pages)
+        return Passes(
+            self.spec,
+            self.dtype,
+            self.policy,
+            self.rates,
+            context,
+            prompt,
+            self.most_pages,
+            work.token_prompt,
+        )
 
     @property
     def num_seqs(self) -> int:

@@ -37,6 +37,7 @@ class Passes:
         mean_context: tokens that a decoding sequence holds.
         mean_prompt: tokens of a prompt.
         most_pages: of a layer that are simulated, each standing for several where there are more.
+        token_prompt: tokens of the prompt that a token is in, on average; None: prompts are equally long.
     """
 
     spec: ModelSpec
@@ -46,6 +47,7 @@ class Passes:
     mean_context: float
     mean_prompt: float
     most_pages: int = ALL_PAGES
+    token_prompt: float | None = None
 
     def tasks_of_layer(self, decode: int, prefill: int) -> int:
         """Tasks of a layer of a pass, about."""
@@ -132,6 +134,7 @@ class Passes:
         return shape, pass_work(
             replace(self.spec, num_layers=layers), shape, chunks + groups, self.mean_context,
             pages_per_expert=policy.pages_per_expert, dtype=self.dtype, prompt_len=self.mean_prompt,
+            token_prompt=self.token_prompt,
         )  # fmt: skip
 
 

@@ -66,15 +66,23 @@ def pass_work(
     pages_per_expert: int,
     dtype: str | None = None,
     prompt_len: float | None = None,
+    token_prompt: float | None = None,
 ) -> PassWork:
-    """What the tasks of such a pass work on; arguments as `predict` has them."""
+    """What the tasks of such a pass work on; arguments as `predict` has them.
+
+    `token_prompt`: tokens of the prompt that a token of a chunk is in, on average. Where prompts are unequal it is
+    more than `prompt_len`, since long ones have more of the tokens. Pairs of query and key go with it: in n prompts
+    they are sum(l^2) / 2 = n mean(l) token_prompt / 2.
+    """
     window = spec.attention.sliding_window
     keys = min(mean_context, window or mean_context)
     n = shape.num_prefill
     prompts = [max(1.0, count / prompt_len) if prompt_len else 1.0 for count in tokens[:n]]
+    longer = token_prompt or prompt_len
+    like = [max(1.0, count / longer) if longer else 1.0 for count in tokens[:n]]
     context = [
         round(number * _causal_pairs(round(count / number), window))
-        for count, number in zip(tokens, prompts, strict=False)
+        for count, number in zip(tokens, like, strict=False)
     ]
     context += [round(count * keys) for count in tokens[n:]]
     # A prompt's last token is sampled from, and each decode token.

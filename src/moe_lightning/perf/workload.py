@@ -43,6 +43,11 @@ class Workload:
         return sum(self.prompt_lens) / len(self.prompt_lens)
 
     @property
+    def token_prompt(self) -> float:
+        """Tokens of the prompt that a token of a prompt is in, on average."""
+        return sum(n * n for n in self.prompt_lens) / sum(self.prompt_lens)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest prompt with its answer."""
         return max(self.prompt_lens) + self.gen_len
