@@ -16,8 +16,10 @@ from moe_lightning.hardware.profile import (
     LaneProfile,
     LinkProfile,
     ModelShape,
+    PartTimes,
     PrefillProfile,
     Profile,
+    SmallKernels,
 )
 
 GPU = GpuIdentity("A GPU", "GPU-1", 24 * 2**30, "550.1", "12.8", "3.6.0")
@@ -44,7 +46,7 @@ LANES = LaneProfile(
 LINK = LinkProfile(
     is_pinned=True, h2d=TimeCurve((2.0**20, 2.0**26), (2.3e-5, 1.22e-3)),
     d2h=TimeCurve((2.0**20, 2.0**26), (2.4e-5, 1.23e-3)),
-    h2d_beside_d2h=47e9, d2h_beside_h2d=46e9, h2d_under_attention=52e9,
+    h2d_beside_d2h=47e9, d2h_beside_h2d=46e9, h2d_under_attention=52e9, kv_store=21e9,
 )  # fmt: skip
 PROFILE = Profile(
     machine=MACHINE,
@@ -57,7 +59,10 @@ PROFILE = Profile(
     gpu=GpuProfile(
         memory=3e12, flops={"bfloat16": 7.9e14, "float32": 5e13},
         experts=(
-            ExpertsProfile(MIXTRAL, "bfloat16", TimeCurve((64.0, 8192.0), (1.05e-3, 8.6e-3))),
+            ExpertsProfile(
+                MIXTRAL, "bfloat16", TimeCurve((64.0, 8192.0), (1.05e-3, 8.6e-3)),
+                (PartTimes(0.125, TimeCurve((64.0, 8192.0), (2e-4, 1.2e-3))),),
+            ),
             ExpertsProfile(QWEN, "bfloat16", TimeCurve((64.0, 8192.0), (4e-4, 1.4e-3))),
         ),
         dense=(
@@ -66,6 +71,12 @@ PROFILE = Profile(
         ),
         prefill=(PrefillProfile(32, 8, 128, "bfloat16", RateCurve((64.0, 4096.0), (5e13, 4e14))),),
         link=LINK, lanes=LANES,
+        small=(
+            SmallKernels(
+                MIXTRAL, "bfloat16", TimeCurve((1.0, 512.0), (8e-6, 1.4e-5)),
+                TimeCurve((1.0, 512.0), (1.5e-5, 3e-5)),
+            ),
+        ),
     ),
     disk=DiskProfile("/data", 2.5e9),
 )  # fmt: skip

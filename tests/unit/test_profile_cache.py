@@ -59,6 +59,18 @@ def test_a_gpu_that_is_gone_or_new_is_a_change(path: Path) -> None:
     assert "gpu name was none and is A GPU" in read_cache(path, MACHINE)[1]
 
 
+def test_one_that_an_earlier_version_made_is_measured_again_but_may_be_handed_in(path: Path) -> None:
+    assert PROFILE.gpu
+    gpu = replace(PROFILE.gpu, link=replace(PROFILE.gpu.link, kv_store=None), small=())
+    values = json.loads(json.dumps(replace(PROFILE, gpu=gpu).to_json()))
+    del values["gpu"]["small"], values["gpu"]["link"]["kv_store"]
+    for experts in values["gpu"]["experts"]:
+        del experts["parts"]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    assert read_cache(path, MACHINE) == (None, f"{path} is of an earlier version, which measured less")
+    assert load_profile(path).gpu == replace(gpu, experts=tuple(replace(e, parts=()) for e in gpu.experts))
+
+
 def test_without_a_file_there_is_nothing_to_use(tmp_path: Path) -> None:
     assert read_cache(tmp_path / "none.json", MACHINE) == (None, f"no profile at {tmp_path / 'none.json'}")
 

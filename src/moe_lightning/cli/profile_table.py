@@ -15,6 +15,7 @@ from moe_lightning.hardware.profile import (
     LinkProfile,
     PrefillProfile,
     Profile,
+    SmallKernels,
 )
 from moe_lightning.units import format_bytes
 
@@ -40,6 +41,7 @@ def grids(profile: Profile) -> Iterator[Grid]:
     yield from (_experts(found) for found in experts)
     if profile.gpu:
         yield from _dense(profile.gpu)
+        yield from (_small(found) for found in profile.gpu.small)
         yield _prefill(profile.gpu.prefill)
 
 
@@ -93,6 +95,8 @@ def _link(link: LinkProfile) -> Grid:
     ]
     rows.append(("both ways", _giga(link.h2d_beside_d2h), _giga(link.d2h_beside_h2d)))
     rows.append(("beside CPU attention", _giga(link.h2d_under_attention), ""))
+    if link.kv_store:
+        rows.append(("K and V to their blocks", "", _giga(link.kv_store)))
     kind = "page-locked memory" if link.is_pinned else "memory that the system refuses to lock"
     return Grid(f"Link, {kind}", ("a copy of", "to the GPU", "to the host"), tuple(rows))
 
@@ -128,11 +132,14 @@ def _experts(found: ExpertsProfile) -> Grid:
         flops = s.experts_flops_per_token * tokens / seconds
         size = 4 if found.dtype == "float32" else 2
         weights = 3 * s.hidden_size * s.intermediate_size * s.experts_met(tokens) * size
-        rows.append(
-            (f"{tokens:.0f}", f"{seconds * 1e3:.3f}", f"{flops / 1e12:.2f}", _giga(weights / seconds, ""))
+        parts = (
+            f"{p.times.seconds_at(tokens) * 1e3:.3f}" if tokens in p.times.sizes else "" for p in found.parts
         )
+        rates = (f"{flops / 1e12:.2f}", _giga(weights / seconds, ""))
+        rows.append((f"{tokens:.0f}", f"{seconds * 1e3:.3f}", *rates, *parts))
     title = f"Experts of {s.name}, {found.dtype}: one sweep of a layer"
-    return Grid(title, ("tokens", "ms", "TFLOP/s", "GB/s of weights"), tuple(rows))
+    shares = (f"ms of {p.share:.4g} of them" for p in found.parts)
+    return Grid(title, ("tokens", "ms", "TFLOP/s", "GB/s of weights", *shares), tuple(rows))
 
 
 def _dense(gpu: GpuProfile) -> Iterator[Grid]:
@@ -150,6 +157,18 @@ def _dense(gpu: GpuProfile) -> Iterator[Grid]:
         yield Grid("Products", ("TFLOP/s by rows", *(f"{count:.0f}" for count in counts)), tuple(rows))
 
 
+def _small(found: SmallKernels) -> Grid:
+    rows = tuple(
+        (name, *(f"{times.seconds_at(count) * 1e6:.1f}" for count in found.pre_attention.sizes))
+        for name, times in (
+            ("norm, rotation", found.pre_attention),
+            ("norm, router, choice", found.post_attention),
+        )
+    )
+    header = ("us by rows", *(f"{count:.0f}" for count in found.pre_attention.sizes))
+    return Grid(f"Small kernels of {found.shape.name}, {found.dtype}", header, rows)
+
+
 def _prefill(found: Sequence[PrefillProfile]) -> Grid:
     lengths = found[0].rate.sizes if found else ()
     rows = tuple(
@@ -159,7 +178,7 @@ def _prefill(found: Sequence[PrefillProfile]) -> Grid:
         )
         for p in found
     )
-    return Grid("Prefill attention", ("TFLOP/s by prompt", *(f"{n:.0f}" for n in lengths)), rows)
+    return Grid("Prefill attention", ("TFLOP/s by a token's prompt", *(f"{n:.0f}" for n in lengths)), rows)
 
 
 def _giga(rate: float, unit: str = " GB/s") -> str:

@@ -91,20 +91,73 @@ class AttentionProfile:
 
 
 @dataclass(frozen=True)
+class PartTimes:
+    """A sweep over some of a layer's experts: seconds by all tokens, those that meet none of these among them."""
+
+    share: float
+    times: TimeCurve
+
+
+@dataclass(frozen=True)
 class ExpertsProfile:
-    """One sweep over a layer's experts: seconds by tokens."""
+    """Sweeps over a layer's experts: seconds by tokens.
+
+    Attributes:
+        shape: of the model.
+        dtype: of the weights.
+        times: all experts in one sweep.
+        parts: sweeps over shares of them, the smallest first; none where nobody measured or there is one expert.
+    """
 
     shape: ModelShape
     dtype: str
     times: TimeCurve
+    parts: tuple[PartTimes, ...] = ()
 
-    def seconds(self, shape: ModelShape, num_tokens: float) -> float:
-        """Seconds of a sweep of any shape, at the FLOP/s that these have with as many rows for each expert."""
+    def seconds(self, shape: ModelShape, num_tokens: float, share: float = 1.0) -> float:
+        """Seconds of a sweep of any shape, at the FLOP/s that these have with as many rows for each expert.
+
+        A share of the experts takes its share of the whole sweep, and what a sweep takes whatever it computes: its
+        launches, and processors that wait for the last blocks. That is measured at some shares, linear between.
+        """
         mine = self.shape
         rows = num_tokens * shape.top_k / shape.num_experts
         tokens = rows * mine.num_experts / mine.top_k
         flops = shape.experts_flops_per_token * num_tokens / (mine.experts_flops_per_token * tokens)
-        return self.times.seconds_at(tokens) * flops
+        whole = self.times.seconds_at(tokens)
+        return min(whole, share * whole + self._fixed(tokens, share)) * flops
+
+    def _fixed(self, tokens: float, share: float) -> float:
+        """Seconds that a share takes beyond its share of the whole sweep."""
+        found = 0.0
+        after, after_s = 1.0, 0.0
+        for part in reversed(self.parts):
+            found = max(0.0, part.times.seconds_at(tokens) - part.share * self.times.seconds_at(tokens))
+            if share >= part.share:
+                return after_s + (found - after_s) * (after - share) / (after - part.share)
+            after, after_s = part.share, found
+        return found
+
+
+@dataclass(frozen=True)
+class SmallKernels:
+    """The kernels beside a layer's products, one behind the other, all launched long before: seconds by rows.
+
+    Attributes:
+        shape: of the model.
+        dtype: of activations.
+        pre_attention: norm, rotation.
+        post_attention: norm, the router's product, the choice of experts.
+    """
+
+    shape: ModelShape
+    dtype: str
+    pre_attention: TimeCurve
+    post_attention: TimeCurve
+
+    def rows_of(self, hidden_size: int, rows: float) -> float:
+        """Rows of this model that have as many elements as rows of another one."""
+        return rows * hidden_size / self.shape.hidden_size
 
 
 @dataclass(frozen=True)
@@ -124,7 +177,10 @@ class DenseProfile:
 
 @dataclass(frozen=True)
 class PrefillProfile:
-    """Causal attention on the GPU: FLOP/s of its two products by tokens of a prompt."""
+    """Causal attention on the GPU: FLOP/s of its two products by tokens of the prompt that a token is in.
+
+    In chunks of unequal prompts, as they come: the mean over tokens, in which a long prompt counts more often.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -182,6 +238,8 @@ class LinkProfile:
         h2d_beside_d2h: bytes/s to the GPU while copies run both ways.
         d2h_beside_h2d: bytes/s from the GPU meanwhile.
         h2d_under_attention: bytes/s to the GPU while the CPU attends.
+        kv_store: bytes/s of K and V that kernels write to their places in host memory while pages come; None where
+            nobody measured.
     """
 
     is_pinned: bool
@@ -190,6 +248,7 @@ class LinkProfile:
     h2d_beside_d2h: float
     d2h_beside_h2d: float
     h2d_under_attention: float
+    kv_store: float | None = None
 
 
 @dataclass(frozen=True)
@@ -243,6 +302,7 @@ class GpuProfile:
         prefill: attention of prompts.
         link: copies.
         lanes: launching and handing over.
+        small: kernels beside the products; none where nobody measured.
     """
 
     memory: float
@@ -252,6 +312,7 @@ class GpuProfile:
     prefill: tuple[PrefillProfile, ...]
     link: LinkProfile
     lanes: LaneProfile
+    small: tuple[SmallKernels, ...] = ()
 
     def experts_like(self, shape: ModelShape, dtype: str) -> ExpertsProfile:
         """The measured experts nearest to these."""
@@ -265,6 +326,14 @@ class GpuProfile:
             return sizes + _OTHER_DTYPE * (d.dtype != dtype)
 
         return _nearest(self.dense, distance, "dense products")
+
+    def small_like(self, hidden_size: int, num_experts: int) -> SmallKernels | None:
+        """Those of the measured model nearest to this one."""
+
+        def distance(s: SmallKernels) -> float:
+            return _apart(s.shape.hidden_size, hidden_size) + _apart(s.shape.num_experts, num_experts)
+
+        return min(self.small, key=distance, default=None)
 
     def prefill_like(self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> PrefillProfile:
         """The measured geometry nearest to this one."""
@@ -321,6 +390,11 @@ class Profile:
     def has(self, shape: ModelShape) -> bool:
         """Whether a model was measured."""
         return any(shape.is_like(mine) for mine in self.shapes)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all was measured that this version measures; earlier ones left some of the GPU's numbers out."""
+        return self.gpu is None or (self.gpu.link.kv_store is not None and bool(self.gpu.small))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, read back by `from_json`."""

@@ -34,6 +34,8 @@ def read_cache(path: Path, machine: Machine) -> tuple[Profile | None, str]:
     different = changes(profile.machine, machine)
     if different:
         return None, f"{path} is of another machine or set-up: {'; '.join(different)}"
+    if not profile.is_complete:
+        return None, f"{path} is of an earlier version, which measured less"
     return profile, ""
 
 

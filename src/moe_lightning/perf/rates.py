@@ -9,9 +9,9 @@ from typing import Protocol
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.profile import GpuProfile, Profile
 from moe_lightning.hardware.spec import HardwareSpec
-from moe_lightning.perf.cost import DTYPE_BYTES, PassWork, task_cost, task_seconds
+from moe_lightning.perf.cost import DTYPE_BYTES, Cost, PassWork, task_cost, task_seconds
 from moe_lightning.perf.shape import shape_of
-from moe_lightning.pipeline.task import Task, TaskKind
+from moe_lightning.pipeline.task import Lane, Task, TaskKind
 
 
 class Rates(Protocol):
@@ -102,6 +102,10 @@ class LighterPages:
         return lambda task: seconds(task) * (self.share if task.kind is TaskKind.LOAD_PAGE else 1.0)
 
 
+# Kernels of a task beside products, and beside those that were measured one behind the other.
+_EMBED_KERNELS, _PREFILL_KERNELS, _SAMPLE_KERNELS = 8, 2, 8
+
+
 class _Measured:
     def __init__(self, profile: Profile, gpu: GpuProfile, work: PassWork) -> None:
         self._gpu, self._work = gpu, work
@@ -114,50 +118,79 @@ class _Measured:
         self._output = gpu.dense_like(a.q_size, spec.hidden_size, dtype)
         self._head = gpu.dense_like(spec.hidden_size, spec.vocab_size, dtype)
         self._prefill = gpu.prefill_like(a.num_heads, a.num_kv_heads, a.head_dim, dtype)
+        self._small = gpu.small_like(spec.hidden_size, spec.experts.num_experts)
         # Pages come while the CPU attends; how fast small copies are beside it was measured with pages alone.
-        h2d = gpu.link.h2d
-        self._slowed = h2d.rate_at(h2d.sizes[-1]) / gpu.link.h2d_under_attention
+        link = gpu.link
+        self._slowed = link.h2d.rate_at(link.h2d.sizes[-1]) / link.h2d_under_attention
+        self._d2h_slowed = link.d2h.rate_at(link.d2h.sizes[-1]) / link.d2h_beside_h2d
 
     def of(self, task: Task) -> float:
+        work = self._work
+        tokens = sum(work.tokens[j] for j in task.micro_batches)
+        if task.kind is TaskKind.ATTENTION:
+            context = sum(work.context_tokens[j] for j in task.micro_batches)
+            kv_bytes = context * 2 * work.spec.attention.kv_size * self._size
+            mean = context / max(tokens, 1)
+            return self._attention.seconds(tokens, mean, kv_bytes, under_copies=True) + self._between_lanes
+        cost = task_cost(task, work)
+        if task.lane is Lane.GPU:
+            return self._on_gpu(task, tokens, cost)
+        return self._copied(task, cost.link_bytes)
+
+    def _copied(self, task: Task, size: int) -> float:
+        link = self._gpu.link
+        if task.kind is TaskKind.STORE_KV:  # by kernels, to places that are apart
+            return size / (link.kv_store or link.d2h_beside_h2d)
+        if task.lane is Lane.D2H:  # pages come meanwhile
+            return link.d2h.seconds_at(size) * self._d2h_slowed
+        seconds = link.h2d.seconds_at(size) * self._slowed
+        if task.kind is TaskKind.LOAD_PAGE:
+            return max(seconds, self._gpu.lanes.h2d_gap_s)
+        # Beside pages, which never stop, each has half of the link. What that takes from pages is in their rate.
+        return 2 * seconds if task.lane is Lane.BACK else seconds
+
+    def _on_gpu(self, task: Task, tokens: int, cost: Cost) -> float:
         work, lanes = self._work, self._gpu.lanes
         spec, a = work.spec, work.spec.attention
-        tokens = sum(work.tokens[j] for j in task.micro_batches)
-        cost = task_cost(task, work)
+        moved, gap = self._moved(task, tokens) / self._gpu.memory, lanes.gpu_gap_s
         match task.kind:
-            case TaskKind.ATTENTION:
-                context = sum(work.context_tokens[j] for j in task.micro_batches)
-                kv_bytes = context * 2 * a.kv_size * self._size
-                mean = context / max(tokens, 1)
-                return (
-                    self._attention.seconds(tokens, mean, kv_bytes, under_copies=True) + self._between_lanes
-                )
-            case TaskKind.LOAD_PAGE:
-                return max(self._gpu.link.h2d.seconds_at(cost.link_bytes) * self._slowed, lanes.h2d_gap_s)
-            case TaskKind.LOAD_HIDDEN | TaskKind.LOAD_KV:
-                return self._gpu.link.h2d.seconds_at(cost.link_bytes) * self._slowed
-            case TaskKind.OFFLOAD_QKV | TaskKind.STORE_KV:
-                return self._gpu.link.d2h.seconds_at(cost.link_bytes)
-        moved = self._moved(task, tokens) / self._gpu.memory + lanes.gpu_gap_s
-        match task.kind:
+            case TaskKind.EMBED:  # the launcher has no lead when a pass begins
+                launches = lanes.gpu_launch_s + (_EMBED_KERNELS - 1) * lanes.gpu_kernel_launch_s
+                return max(cost.device_bytes / self._gpu.memory + _EMBED_KERNELS * gap, launches)
             case TaskKind.PRE_ATTENTION:
-                return self._qkv.seconds(spec.hidden_size, a.qkv_size, tokens) + moved
+                return (
+                    self._qkv.seconds(spec.hidden_size, a.qkv_size, tokens) + self._beside(task, tokens) + gap
+                )
             case TaskKind.POST_ATTENTION:
-                return self._output.seconds(a.q_size, spec.hidden_size, tokens) + moved
+                return (
+                    self._output.seconds(a.q_size, spec.hidden_size, tokens)
+                    + self._beside(task, tokens)
+                    + gap
+                )
             case TaskKind.PREFILL_ATTENTION:
                 mean = work.context_tokens[task.micro_batches[0]] * 2 / max(tokens, 1)
-                return self._prefill.seconds(max(mean, 1.0), cost.flops) + moved
+                return self._prefill.seconds(max(mean, 1.0), cost.flops) + _PREFILL_KERNELS * gap
             case TaskKind.EXPERTS:
                 share = work.num_experts_in(task.part) / spec.experts.num_experts
-                return self._experts.seconds(self._shape, tokens) * share + moved
+                return self._experts.seconds(self._shape, tokens, share) + gap
             case TaskKind.SAMPLE:
-                rows = sum(work.sampled_rows[j] for j in task.micro_batches)
-                return self._head.seconds(spec.hidden_size, spec.vocab_size, max(rows, 1)) + moved
-        return cost.device_bytes / self._gpu.memory + lanes.gpu_gap_s
+                rows = max(sum(work.sampled_rows[j] for j in task.micro_batches), 1)
+                product = self._head.seconds(spec.hidden_size, spec.vocab_size, rows)
+                return product + moved + _SAMPLE_KERNELS * gap
+        return cost.device_bytes / self._gpu.memory + gap
 
     @property
     def _between_lanes(self) -> float:
         """From the copy of queries to attention and on to the copy of its outputs."""
         return self._gpu.lanes.cpu_round_trip_s / 2
+
+    def _beside(self, task: Task, tokens: int) -> float:
+        """Seconds of the small kernels beside a product: as measured, else those of their bytes."""
+        if self._small is None:
+            return self._moved(task, tokens) / self._gpu.memory
+        is_first = task.kind is TaskKind.PRE_ATTENTION
+        times = self._small.pre_attention if is_first else self._small.post_attention
+        return times.seconds_at(self._small.rows_of(self._work.spec.hidden_size, tokens))
 
     def _moved(self, task: Task, tokens: int) -> float:
         """Bytes that the small kernels of a task read and write in GPU memory: norms, rotation, copies, logits."""

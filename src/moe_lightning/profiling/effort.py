@@ -25,7 +25,9 @@ class Effort:
         num_seqs: sequences of a call.
         geometries: query heads, KV heads, head dimension.
         tokens: of a sweep over experts.
-        cpu_tokens: the same on a CPU.
+        part_tokens: of a sweep over a share of the experts; the cost of fewer follows.
+        expert_parts: sweeps of a layer, whose share of the experts is measured.
+        cpu_tokens: tokens of a sweep on a CPU.
         rows: of a dense product.
         prompts: tokens of a prompt.
         gpu_product: rows and columns of the matrices whose product gives a GPU's FLOP/s.
@@ -46,6 +48,8 @@ class Effort:
     num_seqs: tuple[int, ...] = (1, 16, 128, 1024, 4096)
     geometries: tuple[tuple[int, int, int], ...] = ((32, 32, 128), (32, 8, 128), (32, 4, 128))
     tokens: tuple[int, ...] = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    part_tokens: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
+    expert_parts: tuple[int, ...] = (8, 4)
     cpu_tokens: tuple[int, ...] = (1, 16, 64, 256, 1024, 4096)
     rows: tuple[int, ...] = (1, 16, 64, 256, 512, 2048)
     prompts: tuple[int, ...] = (64, 256, 1024, 4096)

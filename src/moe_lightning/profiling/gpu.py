@@ -11,17 +11,15 @@ from torch import Tensor
 
 from moe_lightning.bench.shapes import LayerShape, Routing
 from moe_lightning.bench.timing import seconds_of
-from moe_lightning.hardware.curve import RateCurve, TimeCurve
-from moe_lightning.hardware.profile import DenseProfile, ExpertsProfile, ModelShape, PrefillProfile
+from moe_lightning.hardware.curve import TimeCurve
+from moe_lightning.hardware.profile import DenseProfile, ExpertsProfile, ModelShape, PartTimes
 from moe_lightning.kernels import ops
-from moe_lightning.kernels.prefill_plan import PrefillPlan
-from moe_lightning.kernels.reference import Segment
 from moe_lightning.models.spec import AttentionSpec, RouterSpec
+from moe_lightning.pipeline.shape import experts_in
 from moe_lightning.profiling.effort import Effort
 from moe_lightning.units import MIB
 
 _COLD_BYTES = 256 * MIB  # more than any cache: matrices are rotated over as much
-_CHUNK_TOKENS = 2048  # of prompts that a pass computes together
 _HEAD_ROWS = 512  # rows of logits that exist at once
 _NUM_ROUTINGS = 4
 _COMPILERS = 8
@@ -74,10 +72,17 @@ class ExpertsBench:
 
     def measure(self) -> ExpertsProfile:
         """Seconds by tokens."""
-        seconds = [seconds_of(self._calls(count), self._effort.gpu_point_s) for count in self._tokens]
-        return ExpertsProfile(self._shape, _name(self._dtype), TimeCurve(self._tokens, tuple(seconds)))
+        counts = [count for count in self._effort.part_tokens if count <= self._tokens[-1]]
+        numbers = [n for n in self._effort.expert_parts if n > 1 and self._shape.num_experts % n == 0]
+        parts = [PartTimes(1 / n, self._times(counts, n)) for n in sorted(numbers, reverse=True) if counts]
+        whole = self._times(self._tokens)
+        return ExpertsProfile(self._shape, _name(self._dtype), whole, tuple(parts))
 
-    def _calls(self, num_tokens: int) -> list[Callable[[], object]]:
+    def _times(self, counts: Sequence[int], num_parts: int = 1) -> TimeCurve:
+        seconds = [seconds_of(self._calls(count, num_parts), self._effort.gpu_point_s) for count in counts]
+        return TimeCurve(tuple(counts), tuple(seconds))
+
+    def _calls(self, num_tokens: int, num_parts: int = 1) -> list[Callable[[], object]]:
         """Calls with other experts each, so that few tokens do not find theirs in the cache."""
         s = self._shape
         x = torch.randn(num_tokens, s.hidden_size, device="cuda", dtype=self._dtype)
@@ -87,13 +92,14 @@ class ExpertsBench:
         )
         routings = [Routing.random(self._layer, num_tokens) for _ in range(_NUM_ROUTINGS)]
 
-        def call(routing: Routing) -> Callable[[], object]:
+        def call(number: int, routing: Routing) -> Callable[[], object]:
+            only = experts_in(s.num_experts, num_parts, number % num_parts) if num_parts > 1 else None
             return lambda: ops.experts_(
                 hidden, x, routing.topk_ids, routing.topk_weights, self._frames, self._table,
-                s.pages_per_expert, workspace,
+                s.pages_per_expert, workspace, only,
             )  # fmt: skip
 
-        return [call(routing) for routing in routings]
+        return [call(number, routing) for number, routing in enumerate(routings)]
 
     def _fitting(self) -> tuple[int, ...]:
         """Those numbers of tokens whose workspaces fit together beside the pages."""
@@ -125,26 +131,25 @@ def dense(shape: ModelShape, dtype: torch.dtype, effort: Effort) -> list[DensePr
     return [
         DenseProfile(
             f"{name} of {shape.name}", inputs, outputs, _name(dtype),
-            _product_times(inputs, outputs, _HEAD_ROWS if name == "head" else None, dtype, effort),
+            _product_times(name, inputs, outputs, dtype, effort),
         )
         for name, (inputs, outputs) in matrices.items()
     ]  # fmt: skip
 
 
-def _product_times(
-    inputs: int, outputs: int, most_rows: int | None, dtype: torch.dtype, effort: Effort
-) -> TimeCurve:
+def _product_times(name: str, inputs: int, outputs: int, dtype: torch.dtype, effort: Effort) -> TimeCurve:
     number = max(1, min(16, _COLD_BYTES // (inputs * outputs * dtype.itemsize)))
     weights = [
         torch.empty(outputs, inputs, device="cuda", dtype=dtype).normal_(std=inputs**-0.5)
         for _ in range(number)
     ]
-    counts = tuple(rows for rows in effort.rows if rows <= (most_rows or rows))
+    counts = tuple(rows for rows in effort.rows if name != "head" or rows <= _HEAD_ROWS)
     seconds = []
     for rows in counts:
         x = torch.randn(rows, inputs, device="cuda", dtype=dtype)
-        out = torch.empty(rows, outputs, device="cuda", dtype=dtype)
-        seconds.append(seconds_of([_product(x, w, out) for w in weights], effort.gpu_point_s))
+        out = torch.zeros(rows, outputs, device="cuda", dtype=dtype)
+        product = _added_product if name == "output" else _product
+        seconds.append(seconds_of([product(x, w, out) for w in weights], effort.gpu_point_s))
     return TimeCurve(counts, tuple(seconds))
 
 
@@ -152,29 +157,9 @@ def _product(x: Tensor, weight: Tensor, out: Tensor) -> Callable[[], object]:
     return lambda: torch.mm(x, weight.t(), out=out)
 
 
-def prefill(shape: ModelShape, dtype: torch.dtype, effort: Effort) -> PrefillProfile:
-    """Causal attention of a chunk of prompts that are equally long."""
-    rates = tuple(_prefill_rate(shape, length, dtype, effort) for length in effort.prompts)
-    return PrefillProfile(
-        shape.num_heads, shape.num_kv_heads, shape.head_dim, _name(dtype), RateCurve(effort.prompts, rates)
-    )
-
-
-def _prefill_rate(shape: ModelShape, length: int, dtype: torch.dtype, effort: Effort) -> float:
-    count = max(1, _CHUNK_TOKENS // length)
-    qkv = torch.randn(count * length, shape.qkv_size, device="cuda", dtype=dtype)
-    heads = qkv.view(count * length, -1, shape.head_dim)
-    q, k, v = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
-    segments = [Segment(start, start, start + length) for start in range(0, count * length, length)]
-    plan = PrefillPlan.of(segments, _put)
-    out = torch.empty(count * length, shape.q_size, device="cuda", dtype=dtype)
-    seconds = seconds_of([lambda: ops.prefill_attention(q, k, v, plan, None, out)], effort.gpu_point_s)
-    pairs = count * length * (length + 1) / 2
-    return 4.0 * pairs * shape.q_size / seconds
-
-
-def _put(values: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.as_tensor(values, dtype=dtype, device="cuda")
+def _added_product(x: Tensor, weight: Tensor, out: Tensor) -> Callable[[], object]:
+    """Into the residual stream, which is read too."""
+    return lambda: out.addmm_(x, weight.t())
 
 
 def _name(dtype: torch.dtype) -> str:

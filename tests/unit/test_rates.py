@@ -1,0 +1,124 @@
+"""Seconds of tasks by a profile made by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from moe_lightning.hardware.profile import PartTimes, Profile
+from moe_lightning.models.registry import resolve
+from moe_lightning.perf.cost import PassWork
+from moe_lightning.perf.rates import MeasuredRates
+from moe_lightning.pipeline.task import Lane, Task, TaskKind
+from profiles import LANES, LINK, MIXTRAL, PROFILE
+
+SPEC = resolve("mixtral-8x7b")
+# A chunk of 64 tokens and a micro-batch of 512.
+WORK = PassWork(SPEC, "bfloat16", 14, (64, 512), (64 * 40, 512 * 100), (1, 512))
+GPU = PROFILE.gpu
+LANE = {
+    TaskKind.OFFLOAD_QKV: Lane.D2H, TaskKind.STORE_KV: Lane.D2H, TaskKind.LOAD_HIDDEN: Lane.BACK,
+    TaskKind.LOAD_PAGE: Lane.H2D,
+}  # fmt: skip
+
+
+def seconds(
+    kind: TaskKind, j: int, profile: Profile = PROFILE, work: PassWork = WORK, lane: Lane | None = None
+) -> float:
+    return MeasuredRates(profile).seconds(work)(Task(kind, lane or LANE.get(kind, Lane.GPU), 0, (j,), (), ()))
+
+
+def with_gpu(**values: object) -> Profile:
+    return replace(PROFILE, gpu=replace(GPU, **values))
+
+
+def experts(parts: int, tokens: int = 8192) -> float:
+    return seconds(TaskKind.EXPERTS, 1, work=replace(WORK, tokens=(64, tokens), expert_parts=parts))
+
+
+def test_a_part_of_the_experts_that_was_measured_takes_what_was_measured() -> None:
+    assert experts(1) == pytest.approx(8.6e-3 + LANES.gpu_gap_s)
+    assert experts(8) == pytest.approx(1.2e-3 + LANES.gpu_gap_s)
+
+
+def test_between_a_measured_part_and_the_whole_the_fixed_seconds_shrink_in_proportion() -> None:
+    fixed = (1.2e-3 - 8.6e-3 / 8) / (1 - 1 / 8)
+    for parts in (2, 4):
+        share = 1 / parts
+        assert experts(parts) == pytest.approx(fixed + share * (8.6e-3 - fixed) + LANES.gpu_gap_s)
+
+
+def test_more_parts_never_take_less_time_and_no_part_less_than_its_share() -> None:
+    sums = [parts * experts(parts) for parts in (1, 2, 4, 8)]
+    assert sums == sorted(sums)
+    # One that was disturbed, so that it seems to be faster than its share.
+    quick = PartTimes(0.125, replace(GPU.experts[0].parts[0].times, seconds=(1e-5, 1e-5)))
+    found = replace(GPU.experts[0], parts=(quick,))
+    assert found.seconds(MIXTRAL, 8192, 0.125) == pytest.approx(8.6e-3 / 8)
+    slow = PartTimes(0.125, replace(quick.times, seconds=(1.0, 1.0)))
+    assert replace(found, parts=(slow,)).seconds(MIXTRAL, 8192, 0.125) == pytest.approx(8.6e-3)
+
+
+def test_of_two_measured_parts_each_takes_what_was_measured_and_a_smaller_one_as_much_that_is_fixed() -> None:
+    times = GPU.experts[0].times
+    parts = tuple(
+        PartTimes(share, replace(times, seconds=(s, s))) for share, s in ((0.125, 3e-3), (0.25, 4e-3))
+    )
+    found = replace(GPU.experts[0], parts=parts)
+    assert found.seconds(MIXTRAL, 8192, 0.25) == pytest.approx(4e-3)
+    assert found.seconds(MIXTRAL, 8192, 0.125) == pytest.approx(3e-3)
+    assert found.seconds(MIXTRAL, 8192, 1 / 16) == pytest.approx(3e-3 - 8.6e-3 / 16)
+    assert found.seconds(MIXTRAL, 8192) == pytest.approx(8.6e-3)
+
+
+def test_small_kernels_come_to_the_products() -> None:
+    qkv = GPU.dense[0].times.seconds_at(512)
+    assert seconds(TaskKind.PRE_ATTENTION, 1) == pytest.approx(qkv + 1.4e-5 + LANES.gpu_gap_s)
+    output = qkv * 4096 / 6144
+    assert seconds(TaskKind.POST_ATTENTION, 1) == pytest.approx(output + 3e-5 + LANES.gpu_gap_s)
+
+
+def test_a_wider_model_has_more_elements_in_a_row() -> None:
+    small = GPU.small_like(8192, 8)
+    assert small is not None
+    assert small.rows_of(8192, 100) == 200
+
+
+def test_without_measured_small_kernels_their_bytes_count() -> None:
+    found = seconds(TaskKind.POST_ATTENTION, 1, with_gpu(small=()))
+    moved = 512 * 4 * 4096 * 2 / GPU.memory
+    assert found == pytest.approx(GPU.dense[0].times.seconds_at(512) * 2 / 3 + moved + LANES.gpu_gap_s)
+
+
+def test_embedding_takes_no_less_than_its_launches() -> None:
+    launches = LANES.gpu_launch_s + 7 * LANES.gpu_kernel_launch_s
+    assert seconds(TaskKind.EMBED, 1) == pytest.approx(launches)
+
+
+def test_keys_and_values_are_stored_at_the_rate_of_kernels_that_store_them() -> None:
+    size = 64 * 2 * 1024 * 2
+    assert seconds(TaskKind.STORE_KV, 0) == pytest.approx(size / 21e9)
+    unmeasured = with_gpu(link=replace(LINK, kv_store=None))
+    assert seconds(TaskKind.STORE_KV, 0, unmeasured) == pytest.approx(size / 46e9)
+
+
+def test_copies_to_the_host_are_as_slow_as_beside_copies_to_the_gpu() -> None:
+    alone = LINK.d2h.seconds_at(512 * 6144 * 2)
+    slowed = (2**26 / 1.23e-3) / 46e9
+    assert seconds(TaskKind.OFFLOAD_QKV, 1) == pytest.approx(alone * slowed)
+
+
+def test_what_comes_back_beside_pages_has_half_of_the_link_but_not_where_it_queues_with_them() -> None:
+    queued = seconds(TaskKind.LOAD_HIDDEN, 1, lane=Lane.H2D)
+    assert seconds(TaskKind.LOAD_HIDDEN, 1) == pytest.approx(2 * queued)
+    slowed = (2**26 / 1.22e-3) / 52e9
+    assert queued == pytest.approx(LINK.h2d.seconds_at(512 * 4096 * 2) * slowed)
+    page = 3 * 4096 * 14336 // 14 * 2
+    assert seconds(TaskKind.LOAD_PAGE, 0) == pytest.approx(LINK.h2d.seconds_at(page) * slowed)
+
+
+def test_attention_of_prompts_takes_its_pairs_at_the_rate_of_a_tokens_prompt() -> None:
+    flops = 4 * 64 * 40 * 4096
+    rate = GPU.prefill[0].rate.rate_at(80)
+    assert seconds(TaskKind.PREFILL_ATTENTION, 0) == pytest.approx(flops / rate + 2 * LANES.gpu_gap_s)
