@@ -21,7 +21,8 @@ SHAPE = ModelShape("small", 1024, 512, 8, 2, 2, 8, 2, 128, 4096)
 SMALL = Effort(
     point_s=0.01, gpu_point_s=0.005, host_bytes=512 * MIB, gpu_bytes=GIB, call_bytes=16 * MIB, pool_bytes=64 * MIB,
     copy_sizes=(64 * KIB, MIB, 16 * MIB), hop_sizes=(64 * KIB, MIB), contexts=(64, 500), num_seqs=(1, 64),
-    geometries=((8, 2, 128),), tokens=(1, 64, 512), rows=(1, 64), prompts=(64, 500), gpu_product=2048,
+    geometries=((8, 2, 128),), tokens=(1, 64, 512), part_tokens=(512,), rows=(1, 64), prompts=(64, 500),
+    gpu_product=2048,
     cpu_products=(256,), chain=24,
 )  # fmt: skip
 
@@ -62,6 +63,7 @@ def test_the_link_is_slower_than_memory_and_small_copies_than_large_ones(profile
     best = link.h2d.best_rate
     for rate in (link.h2d_beside_d2h, link.d2h_beside_h2d, link.h2d_under_attention):
         assert 0.1 * best < rate < 1.2 * best
+    assert 0.01 * best < link.kv_store < 1.2 * best
 
 
 def test_lanes_take_microseconds(profile):
@@ -80,9 +82,21 @@ def test_kernels_stay_below_the_roofs(profile):
     assert experts.times.sizes == SMALL.tokens
     for tokens, seconds in zip(experts.times.sizes, experts.times.seconds, strict=True):
         assert SHAPE.experts_flops_per_token * tokens / seconds < 2 * roof
+    assert [part.share for part in experts.parts] == [1 / 8, 1 / 4]
+    for part in experts.parts:
+        assert part.times.sizes == (512,)
+        whole = experts.times.seconds_at(512)
+        assert 0.5 * part.share * whole < part.times.seconds_at(512) < 2 * whole
     for dense in profile.gpu.dense:
         assert 2 * 64 * dense.inputs * dense.outputs / dense.times.seconds_at(64) < 2 * roof
     assert all(rate < 2 * roof for rate in profile.gpu.prefill[0].rate.rates)
+
+
+def test_small_kernels_take_microseconds(profile):
+    assert profile.is_complete
+    for times in (profile.gpu.small[0].pre_attention, profile.gpu.small[0].post_attention):
+        assert times.sizes == SMALL.rows
+        assert all(1e-6 < seconds < 1e-3 for seconds in times.seconds)
 
 
 def test_attention_was_measured_beside_copies(profile):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -15,11 +16,15 @@ from moe_lightning.profiling.link import Copies
 from moe_lightning.profiling.timing import median_seconds
 
 _BLOCK_SIZE = 16
+_CALLS = 6  # micro-batches, each of other blocks
 _LEAST_SHARE = 0.25  # of a call's time that reading takes: less is noise in the cost of calls
 
 
 class AttentionBench:
-    """One geometry over memory that is filled with its dtype.
+    """One geometry over memory that is filled with its dtype, called as passes do.
+
+    That is slower than one call behind the other over blocks in a row: lengths are unequal, blocks lie anywhere in
+    memory of which no cache knows the pages, and threads have to be woken.
 
     Args:
         kernel: with its threads.
@@ -46,7 +51,9 @@ class AttentionBench:
         effort = self._effort
         most = self._memory.nbytes // (_BLOCK_SIZE * self._token_bytes)
         counts = [count for count in effort.num_seqs if count <= most] or [1]
-        call = TimeCurve(tuple(counts), tuple(self._seconds(count, 1) for count in counts))
+        call = TimeCurve(
+            tuple(counts), tuple(self._seconds(torch.ones(n, dtype=torch.int64)) for n in counts)
+        )
         alone = RateCurve(effort.contexts, tuple(self._rate(c, call) for c in effort.contexts))
         beside = None
         if copies is not None:
@@ -63,26 +70,51 @@ class AttentionBench:
     def _rate(self, context: int, call: TimeCurve, before: Callable[[], object] = lambda: None) -> float:
         """Bytes of K and V a second, without what the call itself takes."""
         seq_bytes = -(-context // _BLOCK_SIZE) * _BLOCK_SIZE * self._token_bytes
-        num_seqs = max(1, min(self._effort.call_bytes, self._memory.nbytes // 3) // seq_bytes)
-        seconds = self._seconds(num_seqs, context, before)
+        num_seqs = max(1, min(self._effort.call_bytes, self._memory.nbytes // 4) // seq_bytes)
+        lengths = spread_lengths(num_seqs, context)
+        seconds = self._seconds(lengths, before)
         reading = max(seconds - call.seconds_at(num_seqs), _LEAST_SHARE * seconds)
-        return num_seqs * context * self._token_bytes / reading
+        return int(lengths.sum()) * self._token_bytes / reading
 
-    def _seconds(self, num_seqs: int, context: int, before: Callable[[], object] = lambda: None) -> float:
-        """Of a call, each in another part of the memory than the one before."""
-        blocks = -(-context // _BLOCK_SIZE)
-        shape = (num_seqs * blocks, 2, self._num_kv_heads, _BLOCK_SIZE, self._head_dim)
-        layer_bytes = num_seqs * blocks * _BLOCK_SIZE * self._token_bytes
-        num_layers = self._memory.nbytes // layer_bytes
-        layers = self._memory[: num_layers * layer_bytes].view(self._dtype).view(num_layers, *shape)
+    def _seconds(self, lengths: Tensor, before: Callable[[], object] = lambda: None) -> float:
+        """Of a call, one of several micro-batches in turn, after a pause in which the threads fall asleep."""
+        shape = (2, self._num_kv_heads, _BLOCK_SIZE, self._head_dim)
+        block_bytes = _BLOCK_SIZE * self._token_bytes
+        num_blocks = self._memory.nbytes // block_bytes
+        kv = self._memory[: num_blocks * block_bytes].view(self._dtype).view(num_blocks, *shape)
+        order = torch.randperm(num_blocks)
+        calls = [self._call(kv, lengths, order.roll(n * num_blocks // _CALLS)) for n in range(_CALLS)]
+
+        def pause() -> None:
+            before()
+            time.sleep(self._effort.pause_s)
+
+        return median_seconds(lambda turn: calls[turn % _CALLS](), self._effort.point_s, pause)
+
+    def _call(self, kv: Tensor, lengths: Tensor, order: Tensor) -> Callable[[], None]:
+        """Attention of a micro-batch whose blocks are the first ones of an order; its rows are its own."""
+        num_seqs, tables = len(lengths), block_tables(lengths, order)
         heads = (self._num_heads, self._num_kv_heads, self._num_kv_heads)
         qkv = torch.randn(num_seqs, sum(heads) * self._head_dim).to(self._dtype)
         q, k, v = qkv.view(num_seqs, -1, self._head_dim).split(heads, dim=1)
         out = torch.empty(num_seqs, self._num_heads * self._head_dim, dtype=self._dtype)
-        tables = torch.randperm(num_seqs * blocks).view(num_seqs, -1)
-        lengths = torch.full((num_seqs,), context)
+        return lambda: self._kernel.attend(out, q, k, v, kv, tables, lengths)
 
-        def attend(turn: int) -> None:
-            self._kernel.attend(out, q, k, v, layers[turn % num_layers], tables, lengths)
 
-        return median_seconds(attend, self._effort.point_s, before)
+def spread_lengths(num_seqs: int, mean: int) -> Tensor:
+    """[num_seqs] int64, what sequences hold: prompts spread as an exponential distribution, answers of all ages.
+
+    A call of equal lengths ends on all threads at once, and one of whole blocks reads nothing in vain.
+    """
+    at = (torch.arange(num_seqs, dtype=torch.float64) + 0.5) / num_seqs
+    prompts, answers = -torch.log1p(-at) * mean / 2, at[torch.randperm(num_seqs)] * mean
+    return (prompts + answers).round().long().clamp(min=1)[torch.randperm(num_seqs)]
+
+
+def block_tables(lengths: Tensor, order: Tensor) -> Tensor:
+    """[sequences, blocks] int64: the next blocks of an order [blocks] for each; 0 where it has none."""
+    counts = -(-lengths // _BLOCK_SIZE)
+    has = torch.arange(int(counts.max())) < counts[:, None]
+    tables = torch.zeros(has.shape, dtype=torch.int64)
+    tables[has] = order[: int(counts.sum())]
+    return tables

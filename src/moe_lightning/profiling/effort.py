@@ -14,10 +14,11 @@ class Effort:
     Attributes:
         point_s: seconds of repeating one measurement of the host or the link.
         gpu_point_s: the same of the GPU, which varies less.
-        host_bytes: memory that K and V, copies and reads take, page-locked where there is a GPU; half of it is
-            enough where nothing is copied.
+        host_bytes: memory that K and V, copies and reads take, page-locked where there is a GPU: more than the
+            processor knows the pages of (4 GiB). An eighth of it is enough where nothing is copied.
         gpu_bytes: GPU memory that tensors take at most.
         call_bytes: K and V that one call of attention reads; far more than caches hold.
+        pause_s: seconds before each call of attention, as between micro-batches.
         pool_bytes: weights of experts; layers that are larger use frames again, which caches do not notice.
         copy_sizes: bytes of a copy.
         hop_sizes: bytes of hidden states on their way.
@@ -38,9 +39,10 @@ class Effort:
 
     point_s: float = 0.2
     gpu_point_s: float = 0.08
-    host_bytes: int = 2 * GIB
+    host_bytes: int = 8 * GIB
     gpu_bytes: int = 4 * GIB
     call_bytes: int = 256 * MIB
+    pause_s: float = 2e-3
     pool_bytes: int = GIB
     copy_sizes: tuple[int, ...] = (64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
     hop_sizes: tuple[int, ...] = (64 * KIB, 256 * KIB, MIB)

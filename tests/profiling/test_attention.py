@@ -1,0 +1,79 @@
+"""Attention is timed as passes call it: unequal lengths, blocks anywhere, one micro-batch after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from efforts import TINY
+
+from moe_lightning.hardware.curve import TimeCurve
+from moe_lightning.profiling import attention
+from moe_lightning.profiling.attention import AttentionBench, block_tables, spread_lengths
+
+
+@pytest.mark.parametrize("mean", [16, 140, 2048])
+def test_lengths_are_unequal_in_any_order_and_as_long_as_asked_on_average(mean):
+    lengths = spread_lengths(512, mean)
+    assert lengths.double().mean().item() == pytest.approx(mean, rel=0.02)
+    assert 1 <= lengths.min() < 0.5 * mean and lengths.max() > 2 * mean
+    assert not torch.equal(lengths, lengths.sort().values)
+
+
+def test_a_sequences_blocks_are_as_many_as_it_needs_and_nobody_elses():
+    lengths, order = torch.tensor([1, 16, 17, 40]), torch.randperm(20)
+    tables = block_tables(lengths, order)
+    assert tables.shape == (4, 3)
+    counts = (1, 1, 2, 3)
+    used = [block for row, count in zip(tables.tolist(), counts, strict=True) for block in row[:count]]
+    assert used == order[:7].tolist()
+    assert all(not any(row[count:]) for row, count in zip(tables.tolist(), counts, strict=True))
+
+
+class Kernel:
+    """Notes what it is called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def attend(self, out, q, k, v, kv, tables, lengths):
+        self.calls.append((q, kv, tables, lengths))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Each call of attention takes 1 s; its pause none."""
+
+    def median_seconds(work, budget, before):
+        for turn in range(12):
+            before()
+            work(turn)
+        return 1.0
+
+    monkeypatch.setattr(attention, "median_seconds", median_seconds)
+
+
+def test_calls_are_of_several_micro_batches_all_over_the_memory(clock):
+    kernel, memory = Kernel(), torch.zeros(2**22, dtype=torch.uint8)
+    bench = AttentionBench(kernel, memory, (8, 2, 64), torch.bfloat16, TINY)
+    assert bench._seconds(spread_lengths(8, 33)) == 1.0
+    found = [(q.data_ptr(), kv.data_ptr(), tables) for q, kv, tables, _ in kernel.calls]
+    assert len({q for q, _, _ in found}) == 6 and len({kv for _, kv, _ in found}) == 1
+    assert found[0][0] == found[6][0]
+    num_blocks = kernel.calls[0][1].shape[0]
+    assert num_blocks == 2**22 // (16 * 2 * 2 * 64 * 2)
+    blocks = torch.cat([tables.flatten() for _, _, tables in found])
+    assert blocks.max() > 0.8 * num_blocks and not torch.equal(found[0][2], found[1][2])
+
+
+def test_copies_go_on_before_each_call_and_the_bytes_are_those_that_were_read(clock, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(attention.time, "sleep", pauses.append)
+    kernel, memory = Kernel(), torch.zeros(2**22, dtype=torch.uint8)
+    bench = AttentionBench(kernel, memory, (8, 2, 64), torch.bfloat16, TINY)
+    kept = []
+    call = TimeCurve((1, 1000), (0.1, 0.1))
+    rate = bench._rate(33, call, lambda: kept.append(1))
+    assert len(kept) == len(pauses) == 12
+    lengths = kernel.calls[0][3]
+    assert len(lengths) == 2**20 // (48 * 512)
+    assert rate == pytest.approx(int(lengths.sum()) * 2 * 2 * 64 * 2 / 0.9)
