@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_lightning.hardware.curve import RateCurve, TimeCurve
 from moe_lightning.hardware.profile import AttentionProfile
 from moe_lightning.kernels.cpu_attention import CpuAttention
+from moe_lightning.profiling.arena import fill
 from moe_lightning.profiling.effort import Effort
 from moe_lightning.profiling.link import Copies
 from moe_lightning.profiling.timing import median_seconds
@@ -83,7 +84,13 @@ class AttentionBench:
         num_blocks = self._memory.nbytes // block_bytes
         kv = self._memory[: num_blocks * block_bytes].view(self._dtype).view(num_blocks, *shape)
         order = torch.randperm(num_blocks)
-        calls = [self._call(kv, lengths, order.roll(n * num_blocks // _CALLS)) for n in range(_CALLS)]
+        rows = torch.empty(
+            len(lengths), (self._num_heads + 2 * self._num_kv_heads) * self._head_dim, dtype=self._dtype
+        )
+        fill(rows.flatten())
+        calls = [
+            self._call(kv, rows.clone(), lengths, order.roll(n * num_blocks // _CALLS)) for n in range(_CALLS)
+        ]
 
         def pause() -> None:
             before()
@@ -91,11 +98,10 @@ class AttentionBench:
 
         return median_seconds(lambda turn: calls[turn % _CALLS](), self._effort.point_s, pause)
 
-    def _call(self, kv: Tensor, lengths: Tensor, order: Tensor) -> Callable[[], None]:
-        """Attention of a micro-batch whose blocks are the first ones of an order; its rows are its own."""
+    def _call(self, kv: Tensor, qkv: Tensor, lengths: Tensor, order: Tensor) -> Callable[[], None]:
+        """Attention of a micro-batch's rows [sequences, q, k and v], its blocks the first ones of an order."""
         num_seqs, tables = len(lengths), block_tables(lengths, order)
         heads = (self._num_heads, self._num_kv_heads, self._num_kv_heads)
-        qkv = torch.randn(num_seqs, sum(heads) * self._head_dim).to(self._dtype)
         q, k, v = qkv.view(num_seqs, -1, self._head_dim).split(heads, dim=1)
         out = torch.empty(num_seqs, self._num_heads * self._head_dim, dtype=self._dtype)
         return lambda: self._kernel.attend(out, q, k, v, kv, tables, lengths)

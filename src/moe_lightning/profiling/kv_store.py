@@ -11,9 +11,11 @@ from torch import Tensor
 from moe_lightning.hardware.profile import ModelShape
 from moe_lightning.kernels import reference
 from moe_lightning.profiling.queued import recorded
+from moe_lightning.units import GIB
 
 CHUNK_TOKENS = 2048  # of prompts that a pass computes together
 BLOCK_SIZE = 16
+_LAYER_BYTES = 2 * GIB  # that a layer's blocks take at most
 _TURNS = 8
 
 
@@ -54,7 +56,7 @@ class KvStore:
 def store_rate(memory: Tensor, shape: ModelShape, dtype: torch.dtype, keep_up: Callable[[], object]) -> float:
     """Bytes/s of K and V that reach page-locked memory [bytes], seen by the GPU; `keep_up` lets copies go on."""
     qkv = torch.randn(CHUNK_TOKENS, shape.qkv_size, device="cuda", dtype=dtype)
-    kv = KvStore(memory, qkv, shape.num_heads, shape.num_kv_heads)
+    kv = KvStore(memory[:_LAYER_BYTES], qkv, shape.num_heads, shape.num_kv_heads)
     kv.store(0)
     found: list[float] = []
     for _ in range(3):
