@@ -5,21 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moe_lightning.hardware.curve import RateCurve, TimeCurve
+from moe_lightning.hardware.kernel_times import (
+    DenseProfile,
+    ExpertsProfile,
+    ModelShape,
+    PartTimes,
+    PrefillProfile,
+    SmallKernels,
+)
 from moe_lightning.hardware.machine import GpuIdentity, Machine
 from moe_lightning.hardware.profile import (
     AttentionProfile,
-    DenseProfile,
     DiskProfile,
-    ExpertsProfile,
     GpuProfile,
     HostProfile,
     LaneProfile,
     LinkProfile,
-    ModelShape,
-    PartTimes,
-    PrefillProfile,
     Profile,
-    SmallKernels,
 )
 
 GPU = GpuIdentity("A GPU", "GPU-1", 24 * 2**30, "550.1", "12.8", "3.6.0")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from moe_lightning.errors import NoFeasiblePolicyError
-from moe_lightning.hardware.profile import ModelShape, Profile
+from moe_lightning.hardware.kernel_times import ModelShape
+from moe_lightning.hardware.profile import Profile
 from moe_lightning.pipeline.task import Lane
 from moe_lightning.profiling.effort import Effort
 from moe_lightning.profiling.link import Copies, Link

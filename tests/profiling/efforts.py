@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_lightning.hardware.profile import ModelShape
+from moe_lightning.hardware.kernel_times import ModelShape
 from moe_lightning.profiling.effort import Effort
 from moe_lightning.units import KIB, MIB
 

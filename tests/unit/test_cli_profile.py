@@ -10,7 +10,8 @@ import pytest
 
 from moe_lightning.cli.main import main
 from moe_lightning.cli.profile_table import grids, to_text
-from moe_lightning.hardware.profile import DiskProfile, ExpertsProfile, ModelShape, Profile
+from moe_lightning.hardware.kernel_times import ExpertsProfile, ModelShape
+from moe_lightning.hardware.profile import DiskProfile, Profile
 from moe_lightning.hardware.profile_cache import cache_path, load_profile, save_profile
 from profiles import CPU_PROFILE, MACHINE, PROFILE
 

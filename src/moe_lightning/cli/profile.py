@@ -14,7 +14,8 @@ from moe_lightning.errors import ConfigError
 from moe_lightning.units import format_duration, parse_bytes
 
 if TYPE_CHECKING:
-    from moe_lightning.hardware.profile import ModelShape, Profile
+    from moe_lightning.hardware.kernel_times import ModelShape
+    from moe_lightning.hardware.profile import Profile
 
 SUMMARY = "measure this machine for planning, its lanes at work at once"
 DESCRIPTION = (

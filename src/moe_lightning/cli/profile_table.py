@@ -6,16 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moe_lightning.hardware.curve import TimeCurve
+from moe_lightning.hardware.kernel_times import ExpertsProfile, PrefillProfile, SmallKernels
 from moe_lightning.hardware.profile import (
     AttentionProfile,
-    ExpertsProfile,
     GpuProfile,
     HostProfile,
     LaneProfile,
     LinkProfile,
-    PrefillProfile,
     Profile,
-    SmallKernels,
 )
 from moe_lightning.units import format_bytes
 

@@ -122,7 +122,8 @@ class _Measured:
         # Pages come while the CPU attends; how fast small copies are beside it was measured with pages alone.
         link = gpu.link
         self._slowed = link.h2d.rate_at(link.h2d.sizes[-1]) / link.h2d_under_attention
-        self._d2h_slowed = link.d2h.rate_at(link.d2h.sizes[-1]) / link.d2h_beside_h2d
+        # Copies to the host run beside both: pages, as was measured, and attention, which slows all copies alike.
+        self._d2h_slowed = self._slowed * link.d2h.rate_at(link.d2h.sizes[-1]) / link.d2h_beside_h2d
 
     def of(self, task: Task) -> float:
         work = self._work
@@ -141,7 +142,7 @@ class _Measured:
         link = self._gpu.link
         if task.kind is TaskKind.STORE_KV:  # by kernels, to places that are apart
             return size / (link.kv_store or link.d2h_beside_h2d)
-        if task.lane is Lane.D2H:  # pages come meanwhile
+        if task.lane is Lane.D2H:
             return link.d2h.seconds_at(size) * self._d2h_slowed
         seconds = link.h2d.seconds_at(size) * self._slowed
         if task.kind is TaskKind.LOAD_PAGE:

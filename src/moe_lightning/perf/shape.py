@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_lightning.hardware.profile import ModelShape
+from moe_lightning.hardware.kernel_times import ModelShape
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.default_policy import pages_per_expert
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from moe_lightning.engine.worker import attention_threads
-from moe_lightning.hardware.profile import AttentionProfile, ExpertsProfile, HostProfile, ModelShape
+from moe_lightning.hardware.kernel_times import ExpertsProfile, ModelShape
+from moe_lightning.hardware.profile import AttentionProfile, HostProfile
 from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.profiling import host
 from moe_lightning.profiling.arena import HostMemory

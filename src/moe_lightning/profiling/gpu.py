@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lightning.bench.shapes import LayerShape, Routing
 from moe_lightning.bench.timing import seconds_of
 from moe_lightning.hardware.curve import TimeCurve
-from moe_lightning.hardware.profile import DenseProfile, ExpertsProfile, ModelShape, PartTimes
+from moe_lightning.hardware.kernel_times import DenseProfile, ExpertsProfile, ModelShape, PartTimes
 from moe_lightning.kernels import ops
 from moe_lightning.models.spec import AttentionSpec, RouterSpec
 from moe_lightning.pipeline.shape import experts_in

@@ -13,7 +13,8 @@ from moe_lightning.bench.machine import require_gpu
 from moe_lightning.engine.gpu_budget import cap_gpu_memory
 from moe_lightning.engine.worker import attention_threads
 from moe_lightning.errors import ConfigError
-from moe_lightning.hardware.profile import GpuProfile, HostProfile, LaneProfile, LinkProfile, ModelShape
+from moe_lightning.hardware.kernel_times import ModelShape
+from moe_lightning.hardware.profile import GpuProfile, HostProfile, LaneProfile, LinkProfile
 from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.memory.arena import HostArena
 from moe_lightning.memory.mapped import device_view

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_lightning.hardware.curve import TimeCurve
-from moe_lightning.hardware.profile import ExpertsProfile, ModelShape
+from moe_lightning.hardware.kernel_times import ExpertsProfile, ModelShape
 from moe_lightning.kernels import reference
 from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.profiling.arena import fill

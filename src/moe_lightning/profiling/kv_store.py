@@ -8,7 +8,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from moe_lightning.hardware.profile import ModelShape
+from moe_lightning.hardware.kernel_times import ModelShape
 from moe_lightning.kernels import reference
 from moe_lightning.profiling.queued import recorded
 from moe_lightning.units import GIB

@@ -13,7 +13,8 @@ import torch
 from moe_lightning.engine.identity import this_machine
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.inspection import disk_read_rate
-from moe_lightning.hardware.profile import DiskProfile, ModelShape, Profile
+from moe_lightning.hardware.kernel_times import ModelShape
+from moe_lightning.hardware.profile import DiskProfile, Profile
 from moe_lightning.profiling.cpu_machine import measure_cpu_machine
 from moe_lightning.profiling.effort import Effort
 from moe_lightning.profiling.steps import Report

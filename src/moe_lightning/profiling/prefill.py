@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_lightning.hardware.curve import RateCurve
-from moe_lightning.hardware.profile import ModelShape, PrefillProfile
+from moe_lightning.hardware.kernel_times import ModelShape, PrefillProfile
 from moe_lightning.kernels import ops
 from moe_lightning.kernels.prefill_plan import PrefillPlan
 from moe_lightning.kernels.reference import Segment

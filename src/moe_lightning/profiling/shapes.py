@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_lightning.hardware.profile import ModelShape
+from moe_lightning.hardware.kernel_times import ModelShape
 from moe_lightning.models.registry import resolve
 from moe_lightning.perf.shape import shape_of
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from moe_lightning.hardware.curve import TimeCurve
-from moe_lightning.hardware.profile import ModelShape, SmallKernels
+from moe_lightning.hardware.kernel_times import ModelShape, SmallKernels
 from moe_lightning.kernels import ops, reference
 from moe_lightning.models.spec import RouterSpec
 from moe_lightning.profiling.effort import Effort
