@@ -1,0 +1,61 @@
+"""Sweeps over a share of the experts, timed by a clock that counts their work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from efforts import SHAPE, TINY
+from torch.overrides import TorchFunctionMode
+
+from moe_lightning.kernels import ops
+from moe_lightning.profiling import gpu
+
+
+class OnCpu(TorchFunctionMode):
+    """Tensors that are asked for on a GPU come on the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def swept(monkeypatch):
+    """The experts that each call swept, with its tokens."""
+    calls = []
+
+    def experts_(hidden, x, ids, weights, frames, table, pages_per_expert, workspace, only=None):
+        calls.append((len(x), only))
+
+    def seconds_of(works, budget):
+        for work in works:
+            work()
+        return 1e-3
+
+    monkeypatch.setattr(ops, "experts_", experts_)
+    monkeypatch.setattr(ops, "experts_workspace", lambda *_: None)
+    monkeypatch.setattr(gpu, "seconds_of", seconds_of)
+    return calls
+
+
+def test_shares_of_the_experts_are_swept_as_passes_do_each_time_others(swept):
+    effort = replace(TINY, tokens=(1, 16, 100), part_tokens=(16, 100, 1000), expert_parts=(2, 4, 3))
+    with OnCpu():
+        found = gpu.ExpertsBench(SHAPE, torch.float32, effort).measure()
+    assert [part.share for part in found.parts] == [1 / 4, 1 / 2], "3 does not divide 4 experts"
+    assert all(part.times.sizes == (16, 100) for part in found.parts), "1,000 tokens were not swept whole"
+    assert [only for tokens, only in swept if tokens == 1] == [None] * 4
+    quarters = [only for tokens, only in swept if tokens == 16 and only is not None and len(only) == 1]
+    assert quarters == [range(n, n + 1) for n in range(4)]
+    halves = {only for tokens, only in swept if only is not None and len(only) == 2}
+    assert halves == {range(2), range(2, 4)}
+
+
+def test_one_expert_has_no_parts(swept):
+    with OnCpu():
+        found = gpu.ExpertsBench(replace(SHAPE, num_experts=1, top_k=1), torch.float32, TINY).measure()
+    assert found.parts == ()
