@@ -29,6 +29,7 @@ from moe_lightning.engine.request import Request, RequestOutput, SamplingParams
 from moe_lightning.engine.runs import OnPass, Runs
 from moe_lightning.engine.structured import StructuredOutputsParams
 from moe_lightning.engine.tokenizer import dummy_tokenizer, load_tokenizer
+from moe_lightning.engine.waiting import Turns
 from moe_lightning.engine.watch import Begin, Watch
 from moe_lightning.engine.worker import Worker
 from moe_lightning.errors import ConfigError
@@ -97,8 +98,9 @@ class LLM:
         tensors = None if directory is None else checkpoint.open_model(directory, self.spec)
         self._worker = self._build(tensors)
         self.engine = Engine(
-            self._worker, self.policy, self.tokenizer, self.spec.eos_token_ids, self.max_model_len
-        )
+            self._worker, self.policy, self.tokenizer, self.spec.eos_token_ids, self.max_model_len,
+            turns=Turns.of_job(self.policy.max_num_seqs),
+        )  # fmt: skip
         self._runs = Runs(self.engine, _QUEUE * self.policy.max_num_seqs)
         self._num_requests = 0
 

@@ -17,6 +17,7 @@ from moe_lightning.engine.garbage import collect_rarely
 from moe_lightning.engine.gpu_budget import cap_gpu_memory
 from moe_lightning.engine.plan import Plan, checkpoint_directory, make_plan, usable_host_memory
 from moe_lightning.engine.tokenizer import dummy_tokenizer, load_tokenizer
+from moe_lightning.engine.waiting import Turns
 from moe_lightning.engine.worker import Worker
 from moe_lightning.hardware.host import available_memory
 from moe_lightning.memory import checkpoint
@@ -47,7 +48,7 @@ class Loaded:
         plan = self.plan
         return Engine(
             self.worker, plan.policy, self.tokenizer, plan.spec.eos_token_ids, plan.max_model_len,
-            in_batches=in_batches,
+            turns=Turns() if in_batches else Turns.of_job(plan.policy.max_num_seqs), in_batches=in_batches,
         )  # fmt: skip
 
 

@@ -6,18 +6,21 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from itertools import islice
 
 from moe_lightning.engine.balance import spread
 from moe_lightning.engine.forecast import AnswerLengths, Forecast
 from moe_lightning.engine.sequence import Sequence
-from moe_lightning.engine.waiting import Waiting
+from moe_lightning.engine.waiting import Turns, Waiting
 from moe_lightning.memory.blocks import BlockAllocator, num_blocks_for
 from moe_lightning.perf.memory import HEAD_ROWS
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step
 
 _UNLIMITED = 512
+# In a job whose prompts are no longer than so many times their answers, sequences are admitted while there is memory:
+# computing some anew costs less than memory that is left for them to grow into.
+_CHEAP, _MANY = 4, 256
+_IN_ORDER = Turns()
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,26 @@ class Batcher:
     Background work counts as younger than all other: it waits behind it, is the first to be put back, and gives its
     places and blocks to what somebody waits for.
 
+    In a job the sequences that have most left to do keep their blocks instead, and are not foreseen if computing
+    them anew is cheap; see `Turns`.
+
     Args:
         policy: what fits.
         eos_token_ids: that end an answer.
+        turns: who goes first.
         in_batches: admit as other systems do, for comparison: when memory is full nobody is admitted until all that
             run have ended.
     """
 
-    def __init__(self, policy: Policy, eos_token_ids: Collection[int], *, in_batches: bool = False) -> None:
-        self.waiting = Waiting()
+    def __init__(
+        self,
+        policy: Policy,
+        eos_token_ids: Collection[int],
+        turns: Turns = _IN_ORDER,
+        *,
+        in_batches: bool = False,
+    ) -> None:
+        self._turns, self.waiting = turns, Waiting(turns)
         self.running: list[Sequence] = []  # in the order of their ranks
         self.num_preemptions = 0
         self.keep_to(policy)
@@ -147,7 +161,7 @@ class Batcher:
     def _reserve(self) -> bool:
         """Give every running sequence a slot for its next token; whether some had to be put back."""
         kept: list[Sequence] = []
-        pending = deque(self.running)
+        pending = deque(sorted(self.running, key=self._turns.to_keep))
         victims: list[Sequence] = []
         while pending:
             sequence = pending.popleft()
@@ -165,14 +179,14 @@ class Batcher:
                 continue
             sequence.blocks += self.allocator.allocate(missing)
             kept.append(sequence)
-        self.running = kept
+        self.running = sorted(kept, key=lambda s: s.rank)
         self._preempt(victims)
         return bool(victims)
 
     def _preempt(self, victims: Iterable[Sequence]) -> None:
-        for victim in sorted(victims, key=lambda s: s.order, reverse=True):
+        for victim in victims:
             self._release(victim)
-            self.waiting.put_back(victim)
+            self.waiting.add(victim)
             self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
@@ -214,7 +228,7 @@ class Batcher:
         return admitted
 
     def _takes(
-        self, sequence: Sequence, num_running: int, num_free: int, forecast: Forecast, share: float
+        self, sequence: Sequence, num_running: int, num_free: int, forecast: Forecast | None, share: float
     ) -> bool:
         """Whether a sequence may run beside so many, with so many free blocks; the forecast counts it then."""
         if num_running >= self._max_num_seqs:
@@ -224,7 +238,8 @@ class Batcher:
         reserve = num_blocks_for(num_running, self._policy.block_size)
         if self._num_blocks(sequence.num_tokens) + reserve > num_free:
             return False
-        return forecast.take(sequence.num_tokens, _remaining(sequence, share)) or not num_running
+        fits = forecast is None or forecast.take(sequence.num_tokens, _remaining(sequence, share))
+        return fits or not num_running
 
     @property
     def _may_yield(self) -> bool:
@@ -255,9 +270,14 @@ class Batcher:
         self.running = self.running[: len(self.running) - count]
         self._preempt(going)
 
-    def _forecast(self, running: list[Sequence], share: float) -> Forecast:
+    def _forecast(self, running: list[Sequence], share: float) -> Forecast | None:
+        """None in a job whose sequences may be put back: it costs little beside what they generate."""
+        if self._turns.together > 1:
+            known = [*running, *self.waiting.some(_MANY)]
+            if sum(s.num_prompt_tokens for s in known) <= _CHEAP * share * sum(map(_allowed, known)):
+                return None
         remaining = [_remaining(s, share) for s in running]
-        candidates = islice(self.waiting, max(1, self._max_num_seqs - len(running)))
+        candidates = self.waiting.some(max(1, self._max_num_seqs - len(running)))
         return Forecast(
             self._policy.num_blocks, self._policy.block_size, [s.num_tokens for s in running], remaining,
             horizon=max([*remaining, *(_remaining(s, share) for s in candidates)]),

@@ -14,6 +14,7 @@ from moe_lightning.engine.batcher import Batch, Batcher
 from moe_lightning.engine.request import Logprob, Logprobs, Request, RequestOutput
 from moe_lightning.engine.sequence import Sequence
 from moe_lightning.engine.stopping import Finish
+from moe_lightning.engine.waiting import Turns
 from moe_lightning.engine.watch import Watch
 from moe_lightning.engine.worker import Worker
 from moe_lightning.errors import DeviceError
@@ -29,7 +30,8 @@ _log = logging.getLogger(__name__)
 class Engine:
     """Runs requests to their end. Every request that was added comes out of `step` exactly once.
 
-    `in_batches` is for comparison with systems that do not admit while others run; see `Batcher`.
+    `turns` says who goes first, by default whoever came first. `in_batches` is for comparison with systems that do
+    not admit while others run; see `Batcher`.
 
     Attributes:
         num_prompt_tokens: of all prompts computed so far, each counted once.
@@ -47,13 +49,14 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         max_model_len: int,
         *,
+        turns: Turns | None = None,
         in_batches: bool = False,
     ) -> None:
         self._worker = worker
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_model_len = max_model_len
-        self._batcher = Batcher(policy, self._eos_token_ids, in_batches=in_batches)
+        self._batcher = Batcher(policy, self._eos_token_ids, turns or Turns(), in_batches=in_batches)
         self._unfinished: dict[str, list[Sequence]] = {}
         self._prompt_logprobs: dict[str, list[Logprobs | None]] = {}
         self._num_arrived = self._num_too_large = 0
@@ -111,6 +114,11 @@ class Engine:
         self._unfinished[request.request_id] = sequences
         for sequence in sequences:
             self._batcher.add(sequence)
+
+    def answer_in_order(self) -> None:
+        """Whoever comes first goes first, as somebody waits for each answer; before the first request."""
+        assert not self._batcher.has_work, "the order is settled before requests come"
+        self._batcher = Batcher(self._batcher.policy, self._eos_token_ids)
 
     def adopt(self, request: Request, output_ids: list[int]) -> bool:
         """Take in a request as if it had been running: its KV is taken for computed. For measurements.

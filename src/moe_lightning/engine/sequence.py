@@ -28,7 +28,7 @@ class Sequence:
         self.cumulative_logprob = 0.0
         self.finish: Finish | None = None
         self.max_new_tokens = max_new_tokens(request.params, len(request.prompt_token_ids), max_model_len)
-        self._num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_prompt_tokens = len(request.prompt_token_ids)
         self._form = request.form.begin() if request.form else None
         self._greedy: RowSampling | None = None  # the same for every token of most greedy answers
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=request.params.skip_special_tokens)
@@ -39,9 +39,14 @@ class Sequence:
         return self.request.is_background, self.order
 
     @property
+    def num_left(self) -> int:
+        """Tokens that its answer may still get."""
+        return self.max_new_tokens - len(self.output_ids)
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and answer so far."""
-        return self._num_prompt_tokens + len(self.output_ids)
+        return self.num_prompt_tokens + len(self.output_ids)
 
     @property
     def token_ids(self) -> list[int]:
