@@ -16,7 +16,6 @@ from moe_lightning.engine.waiting import Turns
 from moe_lightning.memory.blocks import num_blocks_for
 from moe_lightning.policy import Policy
 
-
 IN_ORDER = Turns()
 
 

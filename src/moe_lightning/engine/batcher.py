@@ -17,8 +17,8 @@ from moe_lightning.policy import Policy
 from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step
 
 _UNLIMITED = 512
-# In a job whose prompts are no longer than so many times their answers, sequences are admitted while there is memory:
-# computing some anew costs less than memory that is left for them to grow into.
+# In a job whose prompts are no longer than so many times their answers, sequences are admitted while there is
+# memory: computing some anew costs less than memory that is left for them to grow into.
 _CHEAP, _MANY = 4, 256
 _IN_ORDER = Turns()
 

@@ -19,9 +19,8 @@ class Turns:
     Where somebody waits for each answer (`together` 1) whoever came first does. In a job, nobody waits for single
     answers, and what counts is when the last one ends. Then of `together` requests that follow each other those
     begin first that have not begun, and those keep their memory that have most left to do: so memory is full while
-    sequences are young and short, and in the end none is left over that has just begun. Simulated with prompts of 77
-    tokens on average, answers of 128 and requests for two times the memory, 292 passes do what takes 399 one after
-    the other.
+    sequences are young and short, and in the end none is left over that has just begun. With prompts of 77 tokens
+    on average, answers of 128 and requests that fill memory twice, 294 passes do what takes 399 in order.
 
     Attributes:
         together: requests.
