@@ -148,26 +148,34 @@ class Desk:
     async def background_place(self) -> AsyncIterator[None]:
         """Wait until there is a place for background work, and keep it for the block, in which that is done.
 
+        Those that wait get places in the order in which they came.
+
         Raises:
             HttpError: the engine is out of order, or the server is closing.
         """
         held = self._background
-        while self._is_full(held):
-            place = asyncio.get_running_loop().create_future()
-            held.waiters.append(place)
-            try:
-                await place
-            except asyncio.CancelledError:
-                self._wake_next(held)  # the place may have been given to this task
-                raise
-        held.answers += 1
+        if held.waiters or self._is_full(held):
+            await self._given_place(held)
+        else:
+            held.answers += 1
         try:
-            self._wake_next(held)
             self._check_open()
             yield
         finally:
             held.answers -= 1
             self._wake_next(held)
+
+    async def _given_place(self, held: _Held) -> None:
+        """Wait for `_wake_next` to take a place for this task."""
+        place = asyncio.get_running_loop().create_future()
+        held.waiters.append(place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if not place.cancelled():  # it has been given all the same
+                held.answers -= 1
+            self._wake_next(held)
+            raise
 
     def _is_full(self, held: _Held) -> bool:
         # As many again as run: enough that memory never stays unused.
@@ -177,8 +185,8 @@ class Desk:
         while held.waiters and not self._is_full(held):
             place = held.waiters.popleft()
             if not place.done():  # its task may be cancelled
+                held.answers += 1  # at once: whoever comes before the task runs finds it taken
                 place.set_result(None)
-                return
 
     def _check_open(self) -> None:
         if self._engine.broken:
