@@ -132,6 +132,8 @@ class Live:
         while not condition():
             assert time.monotonic() < deadline, "it did not come about"
             time.sleep(0.005)
+        # Whatever the server's loop was in the middle of when that came about, it is through with it.
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop).result(seconds)
 
     def background(self, url: str, body: dict[str, Any], request_id: str = "b") -> Future[Any]:
         """A body answered as the batch service would have it answered."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
@@ -74,12 +75,18 @@ def test_answers_are_those_of_the_model_alone_and_failures_those_of_the_endpoint
 
 
 def test_a_request_that_somebody_waits_for_does_not_wait_for_a_batch(batching, client):
-    batch = begin(client, *(line(f"id-{i}", max_tokens=40, ignore_eos=True) for i in range(40)))
-    client.completions.create(model=client.models.list().data[0].id, prompt="the", max_tokens=2)
-    _, _, metrics = batching.send("GET", "/metrics")
-    assert re.search(rb'^moe_lightning:open_batches\{model_name="[^"]+"\} 1.0$', metrics, re.MULTILINE)
-    assert re.search(rb"^moe_lightning:batch_requests_in_flight\{[^}]+\} [1-9]", metrics, re.MULTILINE)
-    assert client.batches.retrieve(batch.id).status in ("validating", "in_progress")
+    model = client.models.list().data[0].id
+    with batching.held() as held, ThreadPoolExecutor(1) as threads:
+        batch = begin(client, *(line(f"id-{i}", max_tokens=40, ignore_eos=True) for i in range(40)))
+        batching.until(lambda: batching.desk.num_background == 4)  # as many as run, and as many again
+        asked = threads.submit(client.completions.create, model=model, prompt="the", max_tokens=2)
+        batching.until(lambda: batching.desk.num_interactive == 1)
+        held.let_pass(100)  # two of the batch's end, then this one
+        asked.result()
+        _, _, metrics = batching.send("GET", "/metrics")
+        assert re.search(rb'^moe_lightning:open_batches\{model_name="[^"]+"\} 1.0$', metrics, re.MULTILINE)
+        assert re.search(rb"^moe_lightning:batch_requests_in_flight\{[^}]+\} [1-9]", metrics, re.MULTILINE)
+        assert client.batches.retrieve(batch.id).status == "in_progress"
     client.batches.cancel(batch.id)
     batch = ended(client, batch)
     done, failed = rows(client, batch.output_file_id), rows(client, batch.error_file_id)
@@ -128,7 +135,9 @@ def test_a_killed_server_goes_on_with_its_batch_as_if_nothing_had_happened(serve
         wanted = draw.randrange(5) if kill else 5
         counts = client.batches.retrieve(batch.id).request_counts
         enough = counts.completed + wanted
-        while client.batches.retrieve(batch.id).request_counts.completed < enough:
+        while (found := client.batches.retrieve(batch.id)).request_counts.completed < enough:
+            if found.completed_at:  # before anybody looked
+                break
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()

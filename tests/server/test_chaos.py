@@ -8,7 +8,6 @@ import random
 import signal
 import threading
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -93,6 +92,29 @@ def server(mixtral, tmp_path):
     end(server.process)
 
 
+def begin(server, asked):
+    """Id of a new batch with these bodies."""
+    content = encode(*(line(f"id-{i}", **body) for i, body in enumerate(asked)))
+    file = server.client.files.create(file=("in.jsonl", content), purpose="batch")
+    return server.client.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h").id
+
+
+def ended(server, batch_id):
+    """The batch, once it has ended."""
+    while (batch := server.client.batches.retrieve(batch_id)).status not in ENDED:
+        time.sleep(0.01)
+    return batch
+
+
+def rows_of(server, batch):
+    """Lines of both files of a batch, by custom_id; none of them twice."""
+    files = filter(None, (batch.output_file_id, batch.error_file_id))
+    texts = [server.client.files.content(file_id).text for file_id in files]
+    rows = [json.loads(row) for text in texts for row in text.splitlines()]
+    assert len({row["custom_id"] for row in rows}) == len(rows)
+    return {row["custom_id"]: row for row in rows}
+
+
 def until_done(server, ids, count):
     """Wait until so many lines of the batches are answered; both batches."""
     deadline = time.monotonic() + 120
@@ -107,13 +129,9 @@ def until_done(server, ids, count):
 def test_batches_and_waiting_clients_survive_kills(server, alone):
     lines, waiting = [bodies(30, seed) for seed in (1, 2)], bodies(50, 3)
     want = [texts_alone(alone, asked) for asked in (*lines, waiting)]
-    ids = []
-    for asked in lines:
-        content = encode(*(line(f"id-{i}", **body) for i, body in enumerate(asked)))
-        file = server.client.files.create(file=("in.jsonl", content), purpose="batch")
-        ids.append(
-            server.client.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h").id
-        )
+    ids = [begin(server, asked) for asked in lines]
+    # Comes last and takes minutes, so that there is always something left to kill.
+    endless = begin(server, [{"prompt": "the", "max_tokens": 400, "ignore_eos": True}] * 1000)
     # Requests go before batches: as many at a time as leave half of the engine.
     with ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(server.ask, body) for body in waiting]
@@ -123,18 +141,16 @@ def test_batches_and_waiting_clients_survive_kills(server, alone):
                 os.kill(server.process.pid, signal.SIGSTOP)
                 os.kill(server.process.pid, signal.SIGCONT)
                 found = until_done(server, ids, 1 + sum(b.request_counts.completed for b in found))
-            assert any(batch.status not in ENDED for batch in found), "there was nothing left to kill"
             server.kill()
             server.start()
         assert server.num_asked_again, "no client noticed"
         assert [answer.result(120) for answer in answers] == want[2]
     for batch, texts in zip(until_done(server, ids, 60), want[:2], strict=True):
-        while batch.status not in ENDED:
-            batch = server.client.batches.retrieve(batch.id)
+        batch = ended(server, batch.id)
         assert (batch.status, batch.error_file_id) == ("completed", None)
-        rows = [
-            json.loads(row) for row in server.client.files.content(batch.output_file_id).text.splitlines()
-        ]
-        assert set(Counter(row["custom_id"] for row in rows).values()) == {1}
-        got = {row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in rows}
+        got = {i: row["response"]["body"]["choices"][0]["text"] for i, row in rows_of(server, batch).items()}
         assert got == {f"id-{i}": text for i, text in enumerate(texts)}
+    server.client.batches.cancel(endless)
+    batch = ended(server, endless)
+    assert batch.status == "cancelled"
+    assert len(rows_of(server, batch)) == 1000

@@ -104,20 +104,39 @@ class TestQueue:
     def test_background_work_goes_behind_interactive_requests_and_waits_for_places(self, mixtral):
         order = []
         with server_of(mixtral) as server, ThreadPoolExecutor(1) as threads:
+            step = server.engine.step
+
+            def noted():
+                outputs = step()
+                order.extend(output.prompt for output in outputs)
+                return outputs
+
+            server.engine.step = noted
             with server.held() as held:
                 jobs = [server.background(COMPLETIONS, {**SHORT, "max_tokens": 9}, str(i)) for i in range(9)]
-                for i, job in enumerate(jobs):
-                    job.add_done_callback(lambda _, i=i: order.append(i))
                 server.until(lambda: server.desk.num_background == 4)  # twice what runs at once
                 held.let_pass(1)
-                asked = threads.submit(server.post, COMPLETIONS, SHORT)
-                asked.add_done_callback(lambda _: order.append("interactive"))
+                asked = threads.submit(server.post, COMPLETIONS, {**SHORT, "prompt": "a dog"})
                 server.until(lambda: server.desk.num_interactive == 1)
             assert asked.result()[0] == 200
             answers = [job.result(30) for job in jobs]
         assert [status for status, _ in answers] == [200] * 9
         assert len({body["choices"][0]["text"] for _, body in answers}) == 1
-        assert order.index("interactive") <= 2, "two may have been running before it came"
+        assert order.index("a dog") <= 2, "two may have been running before it came"
+
+    def test_background_work_is_taken_up_in_the_order_in_which_it_came(self, mixtral, monkeypatch):
+        with server_of(mixtral) as server:
+            service, seen = server.app.state.service, []
+            work = service.work
+
+            def noted(url, body, request_id, **more):
+                seen.append(request_id)
+                return work(url, body, request_id, **more)
+
+            monkeypatch.setattr(service, "work", noted)
+            jobs = [server.background(COMPLETIONS, SHORT, str(i)) for i in range(30)]
+            assert [job.result(60)[0] for job in jobs] == [200] * 30
+        assert seen == [str(i) for i in range(30)]
 
     def test_background_work_that_is_cancelled_leaves_waiting_or_running(self, mixtral):
         with server_of(mixtral) as server:
