@@ -27,7 +27,7 @@ async def send(app: Any, path: str, body: bytes, method: str = "POST") -> tuple[
         "headers": [(b"content-type", b"application/json")], "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 2),
     }  # fmt: skip
-    await asyncio.wait_for(app(scope, receive, collect), 10)
+    await asyncio.wait_for(app(scope, receive, collect), 120)
     headers = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
     return sent[0]["status"], headers, b"".join(m.get("body", b"") for m in sent[1:])
 

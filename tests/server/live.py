@@ -53,7 +53,7 @@ class Stream:
         self.socket = socket.socket()
         if receive_buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.socket.settimeout(60)
+        self.socket.settimeout(120)
         self.socket.connect(("127.0.0.1", port))
         data = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
@@ -126,7 +126,7 @@ class Live:
         finally:
             held.free()
 
-    def until(self, condition: Callable[[], bool], seconds: float = 30) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
         """Wait for what another thread brings about."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -147,7 +147,7 @@ class Live:
     def send(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], bytes]:
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=120)
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         own = {"Content-Type": "application/json"} if data is not None else {}
         connection.request(method, path, data, own | (headers or {}))

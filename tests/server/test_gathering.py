@@ -45,9 +45,9 @@ async def answered(engine, count):
         for i in range(count):
             engine.was_asked.clear()
             thread.submit([Ticket(Request(str(i), (1,), SamplingParams()), inbox.put_nowait)])
-            assert await asyncio.to_thread(engine.was_asked.wait, 30)
+            assert await asyncio.to_thread(engine.was_asked.wait, 120)
         for _ in range(count):
-            await asyncio.wait_for(inbox.get(), 30)
+            await asyncio.wait_for(inbox.get(), 120)
     finally:
         await asyncio.to_thread(thread.stop)
 

@@ -99,7 +99,6 @@ def drip(port: int, start: bytes) -> None:
                     return
 
 
-@pytest.mark.timeout(60)
 def test_clients_that_send_nothing_or_drip_bytes_are_cut_off_and_others_are_answered(hasty):
     head = b"GET /health HTTP/1.1\r\nHost: x\r\nDripping: "
     refused = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: a/b\r\nContent-Length: 1000000\r\n\r\n"

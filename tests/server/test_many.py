@@ -95,6 +95,6 @@ def test_whole_answers_and_background_work_among_them(live, outputs):
     asked = bodies()[:60]
     jobs = [live.background("/v1/completions", body, str(i)) for i, body in enumerate(asked)]
     for job, output in zip(jobs, outputs[:60], strict=True):
-        status, body = job.result(60)
+        status, body = job.result(120)
         assert status == 200
         assert [c["text"] for c in body["choices"]] == [c.text for c in output.outputs]

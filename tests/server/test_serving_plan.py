@@ -111,7 +111,7 @@ def test_when_passes_drift_the_search_runs_beside_them_and_no_request_is_lost(mi
             assert status == 200
             assert [choice["text"] for choice in answer["choices"]] == right
             assert machine.num_passes > WINDOW
-            searches[0].result(60)  # taken in the passes that follow, if not before
+            searches[0].result(120)  # taken in the passes that follow, if not before
     assert len(searches) == llm.engine.watch.num_revisions == 1
     assert any("attention 3.00 times" in message for message in caplog.messages)
     assert llm.engine._batcher.policy == llm._worker._policy != llm.policy

@@ -119,7 +119,7 @@ class TestQueue:
                 asked = threads.submit(server.post, COMPLETIONS, {**SHORT, "prompt": "a dog"})
                 server.until(lambda: server.desk.num_interactive == 1)
             assert asked.result()[0] == 200
-            answers = [job.result(30) for job in jobs]
+            answers = [job.result(120) for job in jobs]
         assert [status for status, _ in answers] == [200] * 9
         assert len({body["choices"][0]["text"] for _, body in answers}) == 1
         assert order.index("a dog") <= 2, "two may have been running before it came"
@@ -135,7 +135,7 @@ class TestQueue:
 
             monkeypatch.setattr(service, "work", noted)
             jobs = [server.background(COMPLETIONS, SHORT, str(i)) for i in range(30)]
-            assert [job.result(60)[0] for job in jobs] == [200] * 30
+            assert [job.result(120)[0] for job in jobs] == [200] * 30
         assert seen == [str(i) for i in range(30)]
 
     def test_background_work_that_is_cancelled_leaves_waiting_or_running(self, mixtral):
@@ -157,9 +157,9 @@ class TestQueue:
                 server.until(lambda: server.desk.num_background == 4)
                 bad = [server.background(COMPLETIONS, {"prompt": ""}, str(i)) for i in range(9)]
                 last = server.background(COMPLETIONS, SHORT, "last")
-            assert [job.result(30)[0] for job in running] == [200] * 4
-            assert [job.result(30)[0] for job in bad] == [400] * 9
-            assert last.result(30)[0] == 200
+            assert [job.result(120)[0] for job in running] == [200] * 4
+            assert [job.result(120)[0] for job in bad] == [400] * 9
+            assert last.result(120)[0] == 200
 
     def test_no_more_background_bodies_are_tokenized_than_have_a_place(self, mixtral, monkeypatch):
         with server_of(mixtral) as server:
@@ -176,7 +176,7 @@ class TestQueue:
                 server.until(lambda: len(seen) >= 4)
                 assert server.post("/tokenize", {"prompt": "x" * 2**17})[0] == 200  # behind what is tokenized
                 assert len(seen) == server.desk.num_background == 4
-            assert [job.result(30)[0] for job in jobs] == [200] * 9
+            assert [job.result(120)[0] for job in jobs] == [200] * 9
             server.until(lambda: server.desk.num_background == 0)
 
     def test_a_background_body_gets_the_status_and_body_that_the_endpoint_gives(self, live):
@@ -187,13 +187,13 @@ class TestQueue:
             ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "temperature": 0}),
         ):
             status, direct = live.post(url, body)
-            got = live.background(url, body).result(30)
+            got = live.background(url, body).result(120)
             assert got[0] == status
             for answer in (direct, got[1]):
                 answer.pop("id", None)
                 answer.pop("created", None)
             assert got[1] == direct
-        assert live.background(COMPLETIONS, {**SHORT, "stream": True}).result(30)[0] == 400
+        assert live.background(COMPLETIONS, {**SHORT, "stream": True}).result(120)[0] == 400
 
 
 class TestConnections:
@@ -252,7 +252,7 @@ class TestConnections:
             assert desk.num_interactive == 0, "the reader has not come back"
             await stream.aclose()
 
-        asyncio.run(asyncio.wait_for(read_once(), 20))
+        asyncio.run(asyncio.wait_for(read_once(), 120))
         assert (desk.num_interactive, aborted) == (0, [])
 
     def test_a_reader_who_takes_nothing_loses_its_stream(self):
@@ -273,7 +273,7 @@ class TestConnections:
                 await for_ever()
 
         async def respond():
-            await asyncio.wait_for(EventStream(events(), 0.01)({"type": "http"}, for_ever, send), 20)
+            await asyncio.wait_for(EventStream(events(), 0.01)({"type": "http"}, for_ever, send), 120)
 
         asyncio.run(respond())
         assert ended
@@ -301,7 +301,7 @@ class TestConnections:
     def test_a_body_that_does_not_come_is_not_waited_for_forever(self, mixtral):
         with (
             server_of(mixtral, Limits(body_seconds=0.05)) as server,
-            socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection,
+            socket.create_connection(("127.0.0.1", server.port), timeout=120) as connection,
         ):
             head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
@@ -311,7 +311,7 @@ class TestConnections:
     def test_a_body_that_is_too_large_is_refused(self, mixtral, is_declared):
         with server_of(mixtral, Limits(max_body_bytes=1000)) as server:
             body = json.dumps({"prompt": "x" * 1000}).encode()
-            with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            with socket.create_connection(("127.0.0.1", server.port), timeout=120) as connection:
                 length = f"Content-Length: {len(body)}" if is_declared else "Transfer-Encoding: chunked"
                 head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{length}"
                 data = body if is_declared else f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
@@ -354,7 +354,7 @@ class TestFailures:
         with server_of(mixtral) as server, server.held() as held, ThreadPoolExecutor(1) as threads:
             thread = server.app.state.engine
             stream = server.open_stream(COMPLETIONS, {**LONG, "stream": True})
-            assert held.has_begun.wait(30), "the stream is in the pass"
+            assert held.has_begun.wait(120), "the stream is in the pass"
             whole = threads.submit(server.send, "POST", COMPLETIONS, LONG)
             server.until(lambda: server.desk.num_interactive == 2)
             if what == "on_change":
@@ -403,7 +403,7 @@ class TestEnd:
                 server.until(lambda: server.desk.num_interactive == 1)
                 server.server.handle_exit(signal.SIGTERM, None)
                 server.until(lambda: server.desk.is_closing)
-                assert server.background(COMPLETIONS, SHORT).result(30)[0] == 503
+                assert server.background(COMPLETIONS, SHORT).result(120)[0] == 503
             text = "".join(event["choices"][0]["text"] for event in stream.events())
             (want,) = alone.generate(["the fox"], _params(3), use_tqdm=False)
             assert text == want.outputs[0].text
