@@ -48,7 +48,9 @@ def small(mixtral, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def document(small):
-    return schemathesis.openapi.from_url(f"{small.url}/openapi.json")
+    found = schemathesis.openapi.from_url(f"{small.url}/openapi.json")
+    found.config.update(request_timeout=120)  # of a machine that is busy; its own is ten seconds
+    return found
 
 
 @pytest.fixture(scope="module")
