@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Triton decides when it is first imported, by whomever, whether kernels are interpreted. With a GPU there the
 # compiled kernels are the ones to test; without one the interpreter is.
@@ -14,14 +15,24 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"
 
 # The same examples in every run, so that a change is judged by itself: look for new ones with
-# `pytest --hypothesis-profile=default`, and keep what is found as an `@example`.
-settings.register_profile("repeatable", derandomize=True)
+# `pytest --hypothesis-profile=default`, and keep what is found as an `@example`. How long an example takes, or
+# drawing it, says how busy the machine is.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items):
     """Begin with the tests that take longest, so that no process is left alone with them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("demo") is None)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Each test draws the same numbers in every run; which tests its process ran before is chance."""
+    if "torch" in sys.modules:  # planning does without it
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")
