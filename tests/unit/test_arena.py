@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import threading
-import time
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from moe_lightning.memory import arena as arenas
 from moe_lightning.memory import pinning
 from moe_lightning.memory.arena import HostArena
+from stopped_pool import stopped
 
 
 def test_an_arena_has_exactly_the_bytes_of_its_rows():
@@ -52,18 +52,19 @@ def test_preparing_keeps_what_is_there_and_reports_each_row_once(small_slices):
     assert arena.tensor.sum() == 9 * 4096
 
 
-def test_an_error_of_one_thread_stops_the_others_and_is_raised(small_slices):
-    arena = HostArena((400, 4096), torch.uint8)
+def test_an_error_of_one_thread_stops_the_others_and_is_raised(small_slices, monkeypatch):
+    arena, is_stopped = HostArena((400, 4096), torch.uint8), stopped(arenas, monkeypatch)
     seen = []
 
     def fail(start, stop):
         seen.append(start)
-        time.sleep(0.01)  # long enough for the error to be noticed elsewhere
+        if len(seen) > 1:  # begun before the first error was heard of
+            is_stopped.wait()
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
         arena.prepare(pin=False, num_threads=1, on_rows=fail)
-    assert len(seen) < len(arena.slices())
+    assert len(seen) <= 2 < len(arena.slices())
 
 
 def test_memory_that_is_locked_is_unlocked_before_it_is_gone(small_slices, monkeypatch):
