@@ -98,8 +98,13 @@ def test_a_job_killed_at_random_moments_ends_with_each_answer_once(model, reques
     assert len(expected) == NUM_REQUESTS
 
     draw, output = random.Random(11), tmp_path / "killed.jsonl"
-    kills = sum(_kill_at_random(_start(model, requests, output), output, draw) for _ in range(NUM_KILLS))
-    assert kills >= NUM_KILLS - 2, "the job is too short to be killed so often"
+    kills = 0
+    while kills < NUM_KILLS:
+        if _kill_at_random(_start(model, requests, output), output, draw):
+            kills += 1
+        else:  # it was the faster one: the next kills strike a new job
+            assert _answers(output) == expected
+            output.unlink()
     process = _start(model, requests, output)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors

@@ -193,7 +193,7 @@ import sys, time
 from moe_lightning.jobs import BatchJob, JobFiles
 from fake_llm import FakeLLM
 with BatchJob(JobFiles.at(sys.argv[1], sys.argv[2])) as job:
-    job.run(FakeLLM, lambda status: time.sleep(0.02))
+    job.run(FakeLLM, lambda status: time.sleep(600 if status.num_done == 20 else 0.02))  # it never gets further
 """
 
 
@@ -208,7 +208,7 @@ def test_a_job_resumes_after_sigkill(tmp_path: Path) -> None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     num_answered = desk.output.read_bytes().count(b"\n")
-    assert 3 <= num_answered < 60
+    assert 3 <= num_answered <= 21
     status = desk.run()
     assert (status.num_resumed, len(desk.answers())) == (num_answered, 60)
 
