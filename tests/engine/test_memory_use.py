@@ -64,12 +64,15 @@ def policy_of(spec, values, **changes):
 
 
 def storages():
-    """Bytes of each tensor's memory that is alive, by address; views share theirs."""
+    """Each tensor's memory that is alive, by address; views share theirs. Kept, no address comes again."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-    return {
-        (t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors if t.numel()
-    }
+    return {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage() for t in tensors if t.numel()}
+
+
+def held_beside(before):
+    """Bytes of tensors that have come since."""
+    return sum(storage.nbytes() for key, storage in storages().items() if key not in before)
 
 
 def device_parts(worker, has_gpu):
@@ -120,7 +123,7 @@ def test_each_part_is_what_a_worker_holds_and_there_is_no_other(architecture, dt
     policy = policy_of(spec, values, schedule=schedule)
     before = storages()
     worker = build_worker(spec, policy, dtype, torch.device("cpu"), tensors=None, executor="serial")
-    held = sum(size for key, size in storages().items() if key not in before)
+    held = held_beside(before)
     use = memory_use(spec, dtype.itemsize, policy, has_gpu=False)
     assert device_parts(worker, False) == vars(use.device)
     assert host_parts(worker, False) == vars(use.host)
@@ -139,8 +142,7 @@ def test_on_a_gpu_each_part_is_what_a_worker_holds_and_there_is_no_other(archite
     policy = policy_of(spec, values)
     before, device = storages(), torch.device("cuda", 0)
     worker = build_worker(spec, policy, torch.bfloat16, device, tensors=None)
-    now = storages()
-    held = sum(size for key, size in now.items() if key not in before)
+    held = held_beside(before)
     use = memory_use(spec, 2, policy)
     assert device_parts(worker, True) == vars(use.device)
     assert host_parts(worker, True) == vars(use.host)

@@ -109,6 +109,15 @@ def test_flags_reach_the_job_and_the_engine(job: list[str], tmp_path: Path, llm:
     assert len(ids(tmp_path / "out.jsonl")) == 10 and errors.exists()
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C interrupts, also where a shell that runs the tests in the background had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_job_with_whole_lines_and_says_how_to_resume(
     job: list[str], tmp_path: Path, llm: type[CommandLLM], capsys: pytest.CaptureFixture[str],

@@ -250,11 +250,14 @@ def test_works_in_the_child_of_a_fork() -> None:
     before = case.out.clone()
     child = os.fork()
     if child == 0:
-        case.out.zero_()
-        attention.attend(*case.tensors)
-        same = torch.equal(case.out, before)
-        del attention
-        os._exit(0 if same else 1)
+        same = False
+        try:
+            case.out.zero_()
+            attention.attend(*case.tensors)
+            same = torch.equal(case.out, before)
+            del attention
+        finally:  # whatever happens, the child runs no further test
+            os._exit(0 if same else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

@@ -71,7 +71,7 @@ def test_rates_are_those_of_a_computer(profile):
     for a in profile.host.attention:
         assert all(1e5 < rate < 1e13 for rate in a.rate.rates)
         assert 1e-7 < a.call.seconds_at(8) < 1
-    assert profile.took_s < 60
+    assert profile.took_s < 300, "no test takes longer"
 
 
 def test_attention_reads_memory_that_holds_numbers(monkeypatch):
