@@ -13,10 +13,16 @@ def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGRO
     available = _meminfo(meminfo, "MemAvailable")
     try:
         limit = (cgroup / "memory.max").read_text().strip()
-        used = int((cgroup / "memory.current").read_text())
+        used = int((cgroup / "memory.current").read_text()) - _cached_files(cgroup)
     except (OSError, ValueError):  # no container, or none of this kind
         return available
     return available if limit == "max" else max(0, min(available, int(limit) - used))
+
+
+def _cached_files(cgroup: Path) -> int:
+    """Of what a container holds, bytes that the system takes back when others need them: as the read checkpoint."""
+    values = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    return int(values.get("active_file", 0)) + int(values.get("inactive_file", 0))
 
 
 def total_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> int:
