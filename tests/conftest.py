@@ -14,6 +14,11 @@ from hypothesis import HealthCheck, settings
 if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Texts are as wide and as plain as they are in a file, whatever terminal the tests run in.
+os.environ["COLUMNS"] = "100"
+for name in ("FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)
+
 # The same examples in every run, so that a change is judged by itself: look for new ones with
 # `pytest --hypothesis-profile=default`, and keep what is found as an `@example`. How long an example takes, or
 # drawing it, says how busy the machine is.
