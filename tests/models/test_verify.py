@@ -81,7 +81,9 @@ def test_a_sequence_recomputed_beside_others_has_the_logits_that_it_has_alone(mi
     spec = registry.resolve(str(mixtral))
     model = PlainModel(spec, from_checkpoint(spec, mixtral), torch.float32)
     for found, tokens in zip(model.last_logits(PROMPTS, [1, 3, 25, 0]), PROMPTS, strict=True):
-        torch.testing.assert_close(found, model.logits(tokens)[len(tokens) - len(found) :])
+        wanted = model.logits(tokens)[len(tokens) - len(found) :]
+        # Logits of 30 at most; products of other shapes add in another order, by 1.1e-5 with the AVX2 of MKL.
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
 def test_one_page_that_is_not_there_is_noticed_in_float32(mixtral):
