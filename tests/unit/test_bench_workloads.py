@@ -80,10 +80,11 @@ def test_layers_that_are_not_there_or_hold_real_weights_are_errors_with_a_remedy
 
 def test_the_peak_is_the_most_that_was_held_since():
     watch = PeakWatch()
-    with mmap.mmap(-1, 48 * 2**20) as held:  # new pages; an allocator may hand out what it had already
+    # New pages, as an allocator may hand out old ones; many, as the system counts a few of each CPU late.
+    with mmap.mmap(-1, 160 * 2**20) as held:
         held[:: mmap.PAGESIZE] = b"x" * (len(held) // mmap.PAGESIZE)
     peaks = watch.peaks(None, 0)
-    assert peaks.host - peaks.host_before > 40 * 2**20
+    assert peaks.host - peaks.host_before > 100 * 2**20
     assert PeakWatch().peaks(None, 0).host < peaks.host, "each watch begins anew"
 
 
