@@ -37,7 +37,7 @@ def session(mixtral, monkeypatch):
     )  # fmt: skip
     gpu_memory = memory_use(spec, 4, empty).gpu_bytes + 13 * PAGE
     config = EngineConfig(
-        str(mixtral), device="cpu", load_format="dummy", dtype="float32", host_memory=984 * 2**20,
+        str(mixtral), device="cpu", load_format="dummy", dtype="float32", host_memory=1240 * 2**20,
         gpu_memory=gpu_memory, executor="threads",
     )  # fmt: skip
     found = paper_plan(registry.resolve("mixtral-8x7b"), PaperMachine.of(L4), WORK)

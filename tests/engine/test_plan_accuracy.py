@@ -73,7 +73,7 @@ def command(mixtral, monkeypatch, tmp_path):
     def run(*more):
         arguments = [
             "--model", str(mixtral), "--device", "cpu", "--executor", "threads", "--dtype", "float32",
-            "--host-memory", "984MiB", "--cell", f"{69 * MIB // 1024}KiB,12,steady,seqs=6", "--steady-passes", "2",
+            "--host-memory", "1240MiB", "--cell", f"{69 * MIB // 1024}KiB,12,steady,seqs=6", "--steady-passes", "2",
             "--out", str(tmp_path), "--time-limit", "1e9",
         ]  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["plan_accuracy.py", *arguments, *more])

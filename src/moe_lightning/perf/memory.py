@@ -21,7 +21,7 @@ _ROW_ARRAY_BYTES = 128  # of a row: ids, places, lengths, how it is sampled
 # Python's objects for requests, bits of tokens that forms allow, readers of a checkpoint.
 ENGINE_BYTES = 512 * MIB
 # Host memory of libraries that compile kernels and of code that is loaded as a GPU's first passes run.
-GPU_CODE_BYTES = 384 * MIB
+GPU_CODE_BYTES = 640 * MIB
 _LIBRARIES = 64 * MIB  # cuBLAS' workspaces, what the allocator rounds up
 _UNEVEN = 1.5  # KV of a micro-batch, as a multiple of an even share: few sequences may be long ones
 _INT32, _INT64, _FLOAT32 = 4, 8, 4
