@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from accuracy_tables import sequences
 from make_tables import Values, read
 
 from moe_lightning.bench.models import spec_of
@@ -85,7 +86,7 @@ def measured(results: Iterable[Values], model: str) -> list[tuple[Point, float, 
         point = Point(values["gpu_memory"], host, work["gen_len"], settings["max_num_seqs"])
         for m in values["measured"]:
             if m["kind"] == "steady state":
-                found.append((point, m["tokens_per_s"], values["policy"]["max_num_seqs"]))
+                found.append((point, m["tokens_per_s"], sequences(values)))
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moe_lightning.perf.choices import changed, values_of
 from moe_lightning.perf.sizing import Problem, largest_policy, sized
 from moe_lightning.perf.trials import Planned
@@ -28,8 +30,9 @@ def neighbours(problem: Problem, planned: Planned) -> dict[str, Policy]:
                 if add(f"{name} {value:g}", largest_policy(problem, changed(planned.choice, name, value))):
                     break
     for share in _FEWER:
-        num_seqs = int(share * planned.policy.max_num_seqs)
-        add(f"seqs {num_seqs}", sized(problem, planned.choice, num_seqs) if num_seqs else None)
+        num_seqs = int(share * planned.prediction.num_seqs)
+        fewer = replace(problem, most_seqs=num_seqs)
+        add(f"seqs {num_seqs}", sized(fewer, planned.choice, num_seqs) if num_seqs else None)
     return found
 
 

@@ -23,7 +23,7 @@ from moe_lightning.perf.paper_model import PaperMachine
 from moe_lightning.perf.passes import Passes
 from moe_lightning.perf.planner import problem_of, search
 from moe_lightning.perf.rates import DatasheetRates, MeasuredRates, Rates
-from moe_lightning.perf.workload import Workload
+from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.policy import Policy
 from moe_lightning.units import GIB, parse_bytes
 
@@ -34,7 +34,7 @@ def predicted(
     variant: Variant, policy: Policy, spec: ModelSpec, rates: Rates, work: Workload
 ) -> tuple[float, float]:
     """Seconds of a full pass, and generated tokens/s."""
-    n = policy.max_num_seqs
+    n = num_decoding(policy, work)
 
     def seconds(decode: int, prefill: int, context: float) -> float:
         passes = Passes(
@@ -74,7 +74,7 @@ def main() -> None:
         resident = sum(policy.resident_pages) / (
             spec.num_layers * spec.experts.num_experts * policy.pages_per_expert
         )
-        sizes = f"{policy.max_num_seqs:,} | {policy.micro_batch_size} | {resident:.0%}"
+        sizes = f"{num_decoding(policy, work):,} | {policy.micro_batch_size} | {resident:.0%}"
         print(f"| {variant.what} | {sizes} | {pass_s:.2f} | {rate:,.0f} | {rate / first:.2f} |")
 
 

@@ -28,7 +28,7 @@ from moe_lightning.bench.throughput import measure
 from moe_lightning.bench.workloads import workload
 from moe_lightning.config import EngineConfig
 from moe_lightning.errors import MoELightningError
-from moe_lightning.perf.workload import Workload
+from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.units import parse_bytes
 
 _LOAD_S, _NEXT_LOAD_S, _CHECK_S = 90.0, 20.0, 40.0  # guesses, for what fits into the time that is left
@@ -120,8 +120,9 @@ def _seconds(
     if cell.kind != "job":
         seconds += _SLOWER * pass_s * (args.steady_passes + _OTHER_PASSES) + (_CHECK_S if num_checked else 0)
     if cell.kind != "steady":
-        n = work.num_requests or 2 * plan.policy.max_num_seqs
-        rate = plan.prediction.job_tokens_per_s if plan.prediction else plan.policy.max_num_seqs / pass_s
+        num_seqs = num_decoding(plan.policy, work)
+        n = work.num_requests or 2 * num_seqs
+        rate = plan.prediction.job_tokens_per_s if plan.prediction else num_seqs / pass_s
         seconds += _SLOWER * n * work.gen_len / rate + (_CHECK_S if num_checked else 0)
     return seconds
 

@@ -10,12 +10,13 @@ class Policy:
     """One way to run a model: the paper's (N, mu, A_g, F_g, r_w, r_c) in the units the runtime works with.
 
     Attributes:
-        max_num_seqs: sequences decoding at once (N).
+        max_num_seqs: sequences that run at once (N), at most. KV memory may hold as many only while they are short:
+            how many decode while it is full follows from the workload (`perf.workload.num_decoding`).
         micro_batch_size: sequences in a decode micro-batch (mu).
         group_size: micro-batches that share one sweep over a layer's experts.
         look_ahead: decode micro-batches whose attention is launched ahead of the one in post-attention.
         prefill_tokens: prompt tokens that a pass has room for beside `max_num_seqs` decoding sequences; at least
-            the longest prompt. While fewer decode, more prompts are admitted.
+            the longest prompt. While fewer decode, as they do while KV memory is full, more prompts are admitted.
         chunk_tokens: prompt tokens in one prefill micro-batch.
         pages_per_expert: slices of an expert's intermediate dimension; divides it.
         resident_pages: pages of each layer that stay on the GPU (r_w, in pages).

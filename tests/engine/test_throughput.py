@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from math import ceil
 
 import pytest
 
 from checkpoints import tiny_policy
 from moe_lightning.bench import report, throughput
 from moe_lightning.bench.cell import Effort
-from moe_lightning.bench.passes import Source, begin_midway, run_passes
+from moe_lightning.bench.passes import PassRecord, Source, begin_midway, run_passes
 from moe_lightning.bench.peaks import Peaks
 from moe_lightning.bench.session import Session
 from moe_lightning.bench.workloads import WORKLOADS, prompts, workload
@@ -86,6 +87,18 @@ def test_one_command_measures_steady_state_and_job_and_checks_answers_of_both(se
     assert values["measured"][0]["lanes"]["use"]["h2d"]["predicted_s"] == 1.0
     assert values["memory"]["gpu"] is None and values["memory"]["host"] > 0
     assert set(values["measured"][0]["lanes"]["seconds_by_kind"]) >= {"experts", "attention", "load_page"}
+
+
+def test_where_more_may_run_than_fill_memory_a_steady_state_is_of_those_that_do(session):
+    """Three at their mean length; the six that may run do so while they are short."""
+    plan = session.plan(WORK)
+    policy = replace(plan.policy, num_blocks=ceil(3 * WORK.mean_blocks(plan.policy.block_size)))
+    session.plan = lambda work, config=None: replace(plan, policy=policy)
+    steady, job = measured(session, steady_passes=5).measured
+    assert steady.num_seqs == job.num_seqs == 3
+    assert sum(p.generated for p in job.passes) == 2 * 3 * 6
+    job = replace(job, passes=tuple(PassRecord(1.0, n, n, 0) for n in (2, 5, 4, 3, 1)))
+    assert job.full_tokens_per_s == 4, "of those that had three or more"
 
 
 def test_a_wrong_engine_fails_the_check(session, monkeypatch):

@@ -6,6 +6,7 @@ import random
 import re
 from concurrent.futures import Future
 from dataclasses import replace
+from math import ceil
 
 import pytest
 import torch
@@ -137,9 +138,9 @@ def test_what_drifts_on_and_on_is_followed_a_few_times_only(mixtral, prompts, an
 class Watched:
     """A watch over passes of one kind, which take so many times what was predicted."""
 
-    def __init__(self):
-        self.watch = Watch(SPEC, "float32", POLICY, RATES, WORK, 64)
-        passes = Passes(SPEC, "float32", POLICY, RATES, 64.0, WORK.mean_prompt)
+    def __init__(self, policy=POLICY):
+        self.watch = Watch(SPEC, "float32", policy, RATES, WORK, 64)
+        passes = Passes(SPEC, "float32", policy, RATES, 64.0, WORK.mean_prompt)
         self.predicted, _ = passes.steady(8, 0)
         row = DecodeRow(1, 63, (0,), None)
         self.step = Step(decode=((row,) * 4, (row,) * 4))
@@ -150,6 +151,15 @@ class Watched:
         timeline = self.facts.predict(Refitted(RATES, dict.fromkeys(TaskKind, factor)))
         example = RecordedPass(self.facts, lambda: timeline) if recorded else None
         return self.watch.note(self.step, factor * self.predicted, example)
+
+
+@pytest.mark.parametrize(("held", "is_full"), [(8, True), (20, False)])
+def test_passes_are_compared_that_have_half_the_sequences_of_full_memory_however_many_may_run(held, is_full):
+    blocks = ceil(held * WORK.mean_blocks(POLICY.block_size))
+    watched = Watched(replace(POLICY, max_num_seqs=40, num_blocks=blocks))
+    for _ in range(WINDOW):
+        watched.note(2.0)
+    assert watched.watch.wants_recording == is_full
 
 
 def test_passes_go_on_while_another_plan_is_searched_for_and_the_first_one_after_it_brings_it():

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,8 @@ from moe_lightning.perf.planner import problem_of, search
 from moe_lightning.perf.predict import pass_work
 from moe_lightning.perf.rates import DatasheetRates, LighterPages, MeasuredRates
 from moe_lightning.perf.refit import Refitted
-from moe_lightning.perf.sizing import sized
-from moe_lightning.perf.workload import Workload
+from moe_lightning.perf.sizing import ROOM, sized
+from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.pipeline import cgopipe
 from moe_lightning.pipeline.baselines import SCHEDULES
 from moe_lightning.pipeline.shape import check_ring
@@ -58,9 +59,27 @@ def test_the_plan_fits_both_memories_and_leaves_little_of_them(gpu, host):
     assert 0.99 * gpu * GIB < use.gpu_bytes <= gpu * GIB
     assert 0.99 * host * GIB < use.host_bytes <= host * GIB
     check_ring(policy, num_experts=8)
-    blocks = policy.max_num_seqs * WORK.mean_blocks(16)
-    assert blocks <= policy.num_blocks, "all sequences fit at their mean length"
-    assert planned(gpu, host).prediction.num_seqs == policy.max_num_seqs
+
+
+@pytest.mark.parametrize("gpu", [10, 24])
+def test_as_many_sequences_as_fill_memory_at_their_mean_length_decode_and_a_quarter_more_may_run(gpu):
+    plan = planned(gpu, 120)
+    policy, n = plan.policy, plan.prediction.num_seqs
+    assert n * WORK.mean_blocks(16) <= policy.num_blocks < (n + 1) * WORK.mean_blocks(16)
+    assert policy.max_num_seqs == pytest.approx(ROOM * n, rel=0.005)
+    fewer = outlook(MIXTRAL, "bfloat16", replace(policy, max_num_seqs=n), DatasheetRates(H100), WORK)
+    assert fewer == plan.prediction, "what may run while all are short is no part of a steady pass"
+
+
+def test_where_a_limit_and_not_memory_binds_as_many_decode_as_may_run():
+    plan = planned(num_requests=40)
+    assert plan.policy.max_num_seqs == plan.prediction.num_seqs == 40
+    blocks = 10 * WORK.mean_blocks(16)
+    for policy, n in (
+        (replace(plan.policy, num_blocks=ceil(blocks)), 10),
+        (replace(plan.policy, num_blocks=1), 1),
+    ):
+        assert num_decoding(policy, WORK) == n
 
 
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))

@@ -13,7 +13,7 @@ from moe_lightning.perf.workload import Workload
 from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.verify import Verification
 
-_FULL = 0.97  # of the most sequences: a pass of a job that counts as one of its steady state
+_FULL = 0.97  # of the sequences that fill KV memory: a pass of a job that counts as one of its steady state
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Measured:
     Attributes:
         kind: `steady state` or `job`.
         passes: that count.
+        num_seqs: that decode while KV memory is full.
         predicted_tokens_per_s: what the plan says; None if it says nothing.
         lanes: in recorded passes; None if none was.
         num_preemptions: how often a sequence had to start again.
@@ -50,6 +51,7 @@ class Measured:
 
     kind: str
     passes: tuple[PassRecord, ...]
+    num_seqs: int
     predicted_tokens_per_s: float | None
     lanes: Lanes | None
     num_preemptions: int
@@ -64,8 +66,8 @@ class Measured:
 
     @property
     def full_tokens_per_s(self) -> float:
-        """While as many sequences run as ever: of a job, what its steady state should reach."""
-        most = max(p.num_running for p in self.passes)
+        """While as many sequences run as fill memory, or as ever: of a job, what its steady state should reach."""
+        most = min(self.num_seqs, max(p.num_running for p in self.passes))
         return _rate(tuple(p for p in self.passes if p.num_running >= _FULL * most))
 
 

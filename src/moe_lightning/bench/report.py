@@ -34,7 +34,8 @@ def to_json(cell: Cell, config: EngineConfig) -> dict[str, Any]:
 def _measured(cell: Cell, m: Measured) -> dict[str, Any]:
     lanes = m.lanes
     return {
-        "kind": m.kind, "tokens_per_s": m.tokens_per_s, "full_tokens_per_s": m.full_tokens_per_s,
+        "kind": m.kind, "num_seqs": m.num_seqs, "tokens_per_s": m.tokens_per_s,
+        "full_tokens_per_s": m.full_tokens_per_s,
         "predicted_tokens_per_s": m.predicted_tokens_per_s,
         "share_of_limit": m.tokens_per_s / cell.limit.tokens_per_s if cell.limit else None,
         "lanes": asdict(lanes) if lanes else None, "share_of_plain_copy": link_share(cell, m),

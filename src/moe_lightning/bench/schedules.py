@@ -20,7 +20,7 @@ from moe_lightning.perf.paper_model import PaperMachine
 from moe_lightning.perf.passes import Passes
 from moe_lightning.perf.planner import problem_of
 from moe_lightning.perf.rates import Rates
-from moe_lightning.perf.workload import Workload
+from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.policy import Policy
 
 _WARM_UP = 2
@@ -109,7 +109,7 @@ def measure(
     for variant in variants:
         try:
             policy = policy_of(variant, plan.policy, problem, paper)
-            show(f"{variant.name}: {variant.what}; {policy.max_num_seqs} sequences, {policy.schedule}")
+            show(f"{variant.name}: {variant.what}; {num_decoding(policy, work)} sequences, {policy.schedule}")
             row = _row(session, replace(plan, policy=policy), variant, work, rates, num_passes, show)
         except MoELightningError as error:  # it stops no other
             show(f"{variant.name}: {error}")
@@ -165,13 +165,13 @@ class _Run:
 
     def _beginning(self, num_passes: int) -> list[PassRecord]:
         plan, engine = self.loaded.plan, self.loaded.engine(in_batches=True)
-        source, queue = Source(self.work, plan.spec.vocab_size), 2 * plan.policy.max_num_seqs
+        source, queue = Source(self.work, plan.spec.vocab_size), 2 * num_decoding(plan.policy, self.work)
         return list(run_passes(engine, iter(source), source, queue, num_passes=num_passes, show=self.show))
 
     def full(self) -> tuple[tuple[PassRecord, ...], int, Lanes | None]:
         """Passes of a whole batch, or of all ages with prompts that take the place of those that end."""
         loaded, plan = self.loaded, self.loaded.plan
-        n, vocab = plan.policy.max_num_seqs, plan.spec.vocab_size
+        n, vocab = num_decoding(plan.policy, self.work), plan.spec.vocab_size
         engine = loaded.engine(in_batches=self.variant.in_batches)
         source = Source(self.work, vocab)
         requests = iter(source)

@@ -27,7 +27,7 @@ from moe_lightning.engine.plan import Plan
 from moe_lightning.engine.worker import RecordedPass
 from moe_lightning.errors import ConfigError, DeviceError, NoFeasiblePolicyError
 from moe_lightning.perf.limit import HardwareLimit, hardware_limit
-from moe_lightning.perf.workload import Workload
+from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.verify import Verification, check, from_memory
 
 _WARM_UP = 4  # passes: kernels are compiled, clocks rise
@@ -74,8 +74,8 @@ def measure_plan(
     """
     watch = session.watch()
     loaded = session.load(plan, config.gpu_memory)
-    policy = plan.policy
-    show(f"ready after {loaded.ready_s:.0f} s; {policy.max_num_seqs} sequences, {policy.num_blocks} blocks")
+    num_seqs, blocks = num_decoding(plan.policy, workload), plan.policy.num_blocks
+    show(f"ready after {loaded.ready_s:.0f} s; {num_seqs} sequences, {blocks} blocks")
     runs = []
     if effort.steady_passes:
         session.fill_kv(loaded)
@@ -99,7 +99,7 @@ def _steady(
     loaded: Loaded, workload: Workload, effort: Effort, watch: PeakWatch, show: Show
 ) -> tuple[Measured, Source]:
     plan, engine = loaded.plan, loaded.engine()
-    n = plan.policy.max_num_seqs
+    n = num_decoding(plan.policy, workload)
     # Of the requests that come in during the first passes, some are checked.
     new = range(n, n + max(2 * n // workload.gen_len, effort.num_checked))
     source = Source(workload, plan.spec.vocab_size, _sample(new, effort))
@@ -124,7 +124,7 @@ def _steady(
     source.keep([output for number in source.scored if (output := engine.abort(str(number)))])
     prediction = plan.prediction
     measured = Measured(
-        "steady state", tuple(passes), prediction.tokens_per_s if prediction else None,
+        "steady state", tuple(passes), n, prediction.tokens_per_s if prediction else None,
         summarize(recorded, page_bytes(loaded), prediction.lane_s if prediction else None),
         engine.num_preemptions, started, timelines=tuple(one.timeline() for one in recorded),
     )  # fmt: skip
@@ -133,24 +133,28 @@ def _steady(
 
 def _job(loaded: Loaded, workload: Workload, effort: Effort, show: Show) -> tuple[Measured, Source]:
     plan, engine = loaded.plan, loaded.engine()
-    n = plan.policy.max_num_seqs
+    n = num_decoding(plan.policy, workload)
     count = workload.num_requests or 2 * n
     source = Source(workload, plan.spec.vocab_size, _sample(range(count), effort))
     started = seconds_since_start()
     loaded.worker.records_fullest = False
-    passes, fullest = list[PassRecord](), list[RecordedPass]()
+    passes, typical = list[PassRecord](), list[RecordedPass]()
+
+    def off(recorded: RecordedPass) -> int:
+        return abs(recorded.facts.num_decode - n)
+
     for record in run_passes(engine, iter(source), source, 2 * n, count=count, show=show):
         passes.append(record)
         found = loaded.worker.recorded
-        if found and (not fullest or found.facts.num_decode >= fullest[0].facts.num_decode):
-            fullest = [found]
+        if found and (not typical or off(found) <= off(typical[0])):
+            typical = [found]
         loaded.worker.record_next = len(passes) % _RECORD_EVERY == 1
     check_all_fitted(engine)
     prediction = plan.prediction
     measured = Measured(
-        "job", tuple(passes), prediction.job_tokens_per_s if prediction else None,
-        summarize(fullest, page_bytes(loaded), prediction.lane_s if prediction else None),
-        engine.num_preemptions, started, timelines=tuple(one.timeline() for one in fullest),
+        "job", tuple(passes), n, prediction.job_tokens_per_s if prediction else None,
+        summarize(typical, page_bytes(loaded), prediction.lane_s if prediction else None),
+        engine.num_preemptions, started, timelines=tuple(one.timeline() for one in typical),
     )  # fmt: skip
     return measured, source
 

@@ -144,7 +144,9 @@ def _policy(report: Report) -> str:
     policy, spec = report.planned.policy, report.spec
     pages = spec.experts.num_experts * policy.pages_per_expert * spec.num_layers
     resident = sum(policy.resident_pages) / pages
-    micro_batches = -(-policy.max_num_seqs // policy.micro_batch_size)
+    num_seqs = report.planned.prediction.num_seqs
+    micro_batches = -(-num_seqs // policy.micro_batch_size)
+    more = f", {policy.max_num_seqs:,} while they are short" if policy.max_num_seqs > num_seqs else ""
     rest = (
         f"; the rest comes through {policy.num_frames} frames, "
         f"{'a part' if policy.expert_parts > 1 else 'a layer'} at a time"
@@ -152,7 +154,7 @@ def _policy(report: Report) -> str:
         else ""
     )
     return (
-        f"{policy.max_num_seqs:,} sequences in {micro_batches} micro-batches of {policy.micro_batch_size}, prompts "
+        f"{num_seqs:,} sequences in {micro_batches} micro-batches of {policy.micro_batch_size}{more}; prompts "
         f"in chunks of {policy.chunk_tokens:,} tokens, up to {policy.max_num_seqs + policy.prefill_tokens:,} rows "
         f"a pass; {resident:.0%} of the experts resident{rest}; {policy.num_blocks:,} KV blocks of "
         f"{policy.block_size} tokens"

@@ -19,14 +19,14 @@ from moe_lightning.perf.passes import Passes
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.refit import Refitted, fit, kind_seconds
 from moe_lightning.perf.replan import Bounds, changes, replan
-from moe_lightning.perf.workload import Workload
+from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.pipeline.task import TaskKind
 from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.micro_batch import Step
 
 MOST_REVISIONS = 3  # of a job: what drifts on and on is nothing that a plan follows
-_FULL = 0.5  # of the sequences that the policy has room for: smaller passes tell little of the plan
+_FULL = 0.5  # of the sequences that fill KV memory: smaller passes tell little of the plan
 _STEPS = 32  # in an octave of contexts, in the room for sequences and for prompts: those between share a prediction
 _CAUSES = 3  # that are named
 
@@ -90,7 +90,7 @@ class Watch:
         # Memory is set aside for this many rows of logits, whatever the plan.
         size = max(policy.micro_batch_size, min(HEAD_ROWS, policy.max_num_seqs))
         self._bounds = Bounds(replace(policy, micro_batch_size=size), max_model_len)
-        self._policy = policy
+        self._policy, self._num_seqs = policy, num_decoding(policy, workload)
         self._planned_rates = self._rates = rates
         self._rest = 1.0  # what a pass takes beyond what its tasks explain
         self._drift = Drift()
@@ -114,7 +114,7 @@ class Watch:
         if self._search:  # which makes passes slower
             return self._take()
         decode = sum(map(len, step.decode))
-        if decode < _FULL * self._policy.max_num_seqs or self.num_revisions >= MOST_REVISIONS:
+        if decode < _FULL * self._num_seqs or self.num_revisions >= MOST_REVISIONS:
             return None
         ratio = seconds / (self._rest * self._seconds(step))
         self._drift.note(ratio)
@@ -184,7 +184,7 @@ class Watch:
 
     def _go_over_to(self, policy: Policy) -> None:
         """What was seen under another policy says nothing of this one."""
-        self._policy = policy
+        self._policy, self._num_seqs = policy, num_decoding(policy, self._workload)
         self._expected.clear()
         self._drift.forget()
 

@@ -92,7 +92,7 @@ def _room_for_kv(problem: Problem, planned: Planned) -> float:
     """More sequences that the GPU's unused memory would hold, as a share of those in host memory."""
     use = problem.use(planned.policy)
     assert problem.memory.gpu is not None
-    is_full = planned.policy.max_num_seqs < problem.most_seqs
+    is_full = planned.prediction.num_seqs < problem.most_seqs
     return max(0, problem.memory.gpu - use.gpu_bytes) / max(use.host.kv, 1) if is_full else 0.0
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.passes import ALL_PAGES, Passes
 from moe_lightning.perf.rates import Rates
-from moe_lightning.perf.workload import Workload
+from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.policy import Policy
 
 _LONG = 6  # layers simulated at least: a pass takes a constant and so much a layer
@@ -46,7 +46,7 @@ class Prediction:
 
 
 def outlook(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload: Workload) -> Prediction:
-    """Passes with as many sequences as the policy allows and the prompts that take the place of those that end.
+    """Passes with as many sequences as KV memory holds and the prompts that take the place of those that end.
 
     Raises:
         ScheduleError: the policy's ring cannot hold the pages of a layer.
@@ -74,7 +74,7 @@ def at_best(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload:
 
 @dataclass(frozen=True)
 class _Whole:
-    """A workload under a policy, with passes as full as the policy allows."""
+    """A workload under a policy, with passes as full as KV memory allows."""
 
     spec: ModelSpec
     dtype: str
@@ -99,10 +99,10 @@ class _Whole:
             work.token_prompt,
         )
 
-    @property
+    @cached_property
     def num_seqs(self) -> int:
         """Sequences that decode in a pass."""
-        return self.policy.max_num_seqs
+        return num_decoding(self.policy, self.workload)
 
     @cached_property
     def steady_prompts(self) -> int:

@@ -13,7 +13,7 @@ from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.outlook import at_best
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.shortfall import no_feasible_policy
-from moe_lightning.perf.sizing import MOST_PREFILL, MOST_SEQS, Problem, largest_policy, sized
+from moe_lightning.perf.sizing import MOST_PREFILL, MOST_SEQS, Problem, most_sequences, sized
 from moe_lightning.perf.slack import with_slack
 from moe_lightning.perf.trials import Planned, Trials
 from moe_lightning.perf.workload import Workload
@@ -46,7 +46,7 @@ def search(
         rates: of the machine.
         workload: what is to be computed.
         max_model_len: tokens of the longest sequence; default: the workload's.
-        max_num_seqs: sequences that may decode at once; default: as many as fit.
+        max_num_seqs: sequences that may run at once; default: as many as fit.
         expert_bytes: of a weight of an expert; default: the dtype's.
         near: a plan for a machine that differs a little: it is tried too, and each choice varied from there once.
 
@@ -113,16 +113,13 @@ def _with_enough(problem: Problem, rates: Rates) -> Problem:
     several times as many as the bound needs, so that lanes do not wait for each other either.
     """
     usual = starts(problem)[0]
-    policy = largest_policy(problem, usual)
-    if policy is None:
-        return problem
 
     @cache
     def bound(num_seqs: int) -> float:
-        fewer = sized(problem, usual, num_seqs)
+        fewer = sized(replace(problem, most_seqs=num_seqs), usual, num_seqs)
         return at_best(problem.spec, problem.dtype, fewer, rates, problem.workload) if fewer else 0.0
 
-    most = num_seqs = policy.max_num_seqs
+    most = num_seqs = most_sequences(problem, usual)
     while num_seqs > _SPARE and bound(num_seqs // _SPARE) > _ENOUGH * bound(num_seqs):
         num_seqs = ceil(num_seqs / 2)
     return problem if num_seqs == most else replace(problem, most_seqs=num_seqs)

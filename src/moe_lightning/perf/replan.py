@@ -10,7 +10,7 @@ from math import ceil
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.outlook import Prediction, outlook
 from moe_lightning.perf.rates import Rates
-from moe_lightning.perf.workload import Workload
+from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.policy import Policy
 
 # What no arena, ring or cache depends on, as long as it does not grow. Fewer sequences never finish sooner, and the
@@ -87,50 +87,51 @@ def replan(
     def predicted(policy: Policy) -> Prediction:
         return outlook(spec, dtype, policy, rates, workload)
 
-    best = now
+    best, num_seqs = now, num_decoding(now, workload)
     for _ in range(2):
         for variants in _AXES:
-            best = max((best, *variants(best, bounds)), key=lambda p: predicted(p).tokens_per_s)
+            best = max((best, *variants(best, bounds, num_seqs)), key=lambda p: predicted(p).tokens_per_s)
     if predicted(best).tokens_per_s < _GAIN * predicted(now).tokens_per_s:
         best = now
     return best, predicted(best)
 
 
-def _micro_batches(policy: Policy, bounds: Bounds) -> Iterator[Policy]:
+def _micro_batches(policy: Policy, bounds: Bounds, num_seqs: int) -> Iterator[Policy]:
     """Ever smaller ones; attention runs as far ahead as it did, counted in passes over the micro-batches."""
-    n, before = policy.max_num_seqs, _count(policy)
+    before = _count(policy, num_seqs)
     for count in _MICRO_BATCHES:
-        size = ceil(n / count)
+        size = ceil(num_seqs / count)
         if size <= bounds.most.micro_batch_size:
-            ahead = ceil(policy.look_ahead * ceil(n / size) / before)
+            ahead = ceil(policy.look_ahead * ceil(num_seqs / size) / before)
             yield replace(policy, micro_batch_size=size, look_ahead=ahead)
 
 
-def _look_aheads(policy: Policy, _: Bounds) -> Iterator[Policy]:
+def _look_aheads(policy: Policy, _: Bounds, num_seqs: int) -> Iterator[Policy]:
     for passes in (0.5, 1, 2):
-        yield replace(policy, look_ahead=ceil(passes * _count(policy)))
+        yield replace(policy, look_ahead=ceil(passes * _count(policy, num_seqs)))
 
 
-def _groups(policy: Policy, _: Bounds) -> Iterator[Policy]:
-    for size in (_ONE_SWEEP, ceil(_count(policy) / 2)):
+def _groups(policy: Policy, _: Bounds, num_seqs: int) -> Iterator[Policy]:
+    for size in (_ONE_SWEEP, ceil(_count(policy, num_seqs) / 2)):
         yield replace(policy, group_size=size)
 
 
-def _prefills(policy: Policy, bounds: Bounds) -> Iterator[Policy]:
+def _prefills(policy: Policy, bounds: Bounds, _: int) -> Iterator[Policy]:
     for share in _SHARES:
         tokens = max(bounds.least_prefill, int(share * bounds.most.prefill_tokens))
         yield replace(policy, prefill_tokens=min(tokens, bounds.most.prefill_tokens))
 
 
-def _chunks(policy: Policy, bounds: Bounds) -> Iterator[Policy]:
+def _chunks(policy: Policy, bounds: Bounds, _: int) -> Iterator[Policy]:
     for share in _SHARES:
         yield replace(policy, chunk_tokens=max(1, int(share * bounds.most.chunk_tokens)))
 
 
-def _count(policy: Policy) -> int:
-    return ceil(policy.max_num_seqs / policy.micro_batch_size)
+def _count(policy: Policy, num_seqs: int) -> int:
+    return ceil(num_seqs / policy.micro_batch_size)
 
 
-_AXES: tuple[Callable[[Policy, Bounds], Iterator[Policy]], ...] = (
+# Of a policy, within bounds, where so many sequences decode while memory is full.
+_AXES: tuple[Callable[[Policy, Bounds, int], Iterator[Policy]], ...] = (
     _micro_batches, _prefills, _chunks, _groups, _look_aheads,
 )  # fmt: skip

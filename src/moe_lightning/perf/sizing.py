@@ -17,6 +17,9 @@ BLOCK_SIZE = 16
 CHUNK_TOKENS = 2048
 MOST_PREFILL = 2**16  # more chunks make schedules that take seconds to build
 MOST_SEQS = 2**20
+# Sequences that may run, as a multiple of those that fill KV memory at their mean length. While all are young, and
+# with the short ones first, more fit. Simulated jobs gained 13 % with a fifth more, and 1 % more with a third.
+ROOM = 1.25
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Problem:
         memory: what may be used; there is a GPU.
         workload: what is to be computed.
         length: tokens of the longest sequence.
-        most_seqs: that may decode at once.
+        most_seqs: that may run at once.
         expert_bytes: of one weight of an expert; None for the dtype's.
     """
 
@@ -101,15 +104,24 @@ class Problem:
 
 def largest_policy(problem: Problem, choice: Choice) -> Policy | None:
     """The largest batch that the choice's way of using memory has room for; None if not even one sequence fits."""
+    most = most_sequences(problem, choice)
+    return sized(problem, choice, most) if most else None
+
+
+def most_sequences(problem: Problem, choice: Choice) -> int:
+    """How many KV memory holds at their mean length under the choice; 0 if not even one fits."""
     least, most = 0, problem.most_seqs
     while least < most:  # more sequences need more activations, and those push pages out to the host
         middle = (least + most + 1) // 2
         least, most = (middle, most) if sized(problem, choice, middle) else (least, middle - 1)
-    return sized(problem, choice, least) if least else None
+    return least
 
 
 def sized(problem: Problem, choice: Choice, num_seqs: int) -> Policy | None:
-    """The policy with a batch of that size, if memory holds it."""
+    """The policy whose KV memory holds so many sequences at their mean length, if memory holds it.
+
+    More may run while they are short: `ROOM` times as many, but no more than the problem allows.
+    """
     placed = _with_pages(problem, choice, _draft(problem, choice, num_seqs))
     if placed is None:
         return None
@@ -127,7 +139,7 @@ def _draft(problem: Problem, choice: Choice, num_seqs: int) -> Policy:
     steady = num_seqs * work.mean_prompt / work.gen_len
     prefill = max(problem.length, min(ceil(choice.prefill * steady), MOST_PREFILL))
     return Policy(
-        max_num_seqs=num_seqs, micro_batch_size=size,
+        max_num_seqs=min(ceil(ROOM * num_seqs), problem.most_seqs), micro_batch_size=size,
         group_size=2**16 if choice.groups == 1 else ceil(count / choice.groups),
         look_ahead=ceil(choice.ahead * count), prefill_tokens=prefill, chunk_tokens=min(CHUNK_TOKENS, prefill),
         pages_per_expert=choice.pages, resident_pages=(0,) * problem.spec.num_layers, num_frames=0, num_blocks=0,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import floor
 
 from moe_lightning.errors import ConfigError
+from moe_lightning.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,22 @@ class Workload:
     def mean_blocks(self, block_size: int) -> float:
         """KV blocks that it holds on average."""
         total = 0
-        for prompt in self.prompt_lens:
+        for prompt, count in self._counts.items():
             # The sum of ceil(n / size) for n up to m, as whole blocks and a rest.
-            total += _sum_of_blocks(prompt + self.gen_len, block_size) - _sum_of_blocks(prompt, block_size)
+            of_all = _sum_of_blocks(prompt + self.gen_len, block_size)
+            total += count * (of_all - _sum_of_blocks(prompt, block_size))
         return total / (len(self.prompt_lens) * self.gen_len)
+
+    @cached_property
+    def _counts(self) -> Counter[int]:
+        """How many prompts have each length: there are far fewer lengths than prompts."""
+        return Counter(self.prompt_lens)
+
+
+def num_decoding(policy: Policy, workload: Workload) -> int:
+    """Sequences of all ages that decode in a pass while KV memory is full; more may run while they are short."""
+    held = floor(policy.num_blocks / workload.mean_blocks(policy.block_size))
+    return min(policy.max_num_seqs, max(1, held))
 
 
 def _sum_of_blocks(most: int, block_size: int) -> int:

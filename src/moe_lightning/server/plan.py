@@ -64,9 +64,11 @@ def describe(plan: Plan, expected: Expected) -> str:
     shares = sum(policy.resident_pages) / max(
         1, plan.spec.num_layers * plan.spec.experts.num_experts * policy.pages_per_expert
     )
+    num_seqs = found.num_seqs if found else policy.max_num_seqs
+    more = f" ({policy.max_num_seqs:,} while they are short)" if policy.max_num_seqs > num_seqs else ""
     text = (
         f"the plan is for prompts of {expected.prompt} and answers of {expected.answer} tokens, up to "
-        f"{plan.max_model_len:,} together: {policy.max_num_seqs:,} sequences at once in micro-batches of "
+        f"{plan.max_model_len:,} together: {num_seqs:,} sequences at once{more} in micro-batches of "
         f"{policy.micro_batch_size}, {shares:.0%} of the experts on the GPU"
     )
     if found is None:
