@@ -80,6 +80,7 @@ def reference(logits, row):
     if row.temperature == 0:
         return int(values.argmax()), gap(logits, row)
     ids, probabilities, margin = kept_tokens(values, row)
+    ids, probabilities = zip(*sorted(zip(ids, probabilities, strict=True)), strict=True)
     bounds = np.cumsum(probabilities)
     position = min(int(np.searchsorted(bounds, row.uniform, side="right")), len(ids) - 1)
     return ids[position], min(margin, gap(logits, row), *abs(bounds[:-1] - row.uniform), 1.0)
@@ -184,12 +185,11 @@ def test_random_numbers_of_a_generator_give_each_token_its_probability():
 @settings(max_examples=100, deadline=None)
 @given(LOGITS, st.floats(0.01, 0.99))
 def test_top_p_keeps_the_smallest_prefix_that_reaches_p(logits, top_p):
-    probabilities = np.sort(np.exp(np.array(logits)) / np.exp(np.array(logits)).sum())[::-1]
+    logits = sorted(logits, reverse=True)
+    probabilities = np.exp(np.array(logits)) / np.exp(np.array(logits)).sum()
     assume(abs(np.cumsum(probabilities) - top_p).min() > 1e-5)
     # The largest random number draws the last token that is kept.
-    last = choose([logits], [RowSampling(top_p=top_p, uniform=1 - 2**-53)])[0]
-    order = sorted(range(VOCAB), key=lambda i: (-logits[i], i))
-    kept = order.index(last) + 1
+    kept = choose([logits], [RowSampling(top_p=top_p, uniform=1 - 2**-53)])[0] + 1
     assert probabilities[:kept].sum() >= top_p
     assert probabilities[: kept - 1].sum() < top_p
 
@@ -217,10 +217,18 @@ def test_a_random_number_at_the_bound_of_two_tokens_draws_the_second():
     assert choose([[0.0] * 4] * 4, [RowSampling(uniform=u) for u in (0.0, 0.25, 0.5, 0.75)]) == [0, 1, 2, 3]
 
 
-def test_the_largest_random_number_never_draws_a_token_of_probability_zero():
+def test_neither_the_largest_nor_the_least_random_number_draws_a_token_of_probability_zero():
     logits = [[0.0, -math.inf, 1.0, -math.inf, -200.0]]
-    assert choose(logits, [RowSampling(uniform=1 - 2**-53)]) == [0]
-    assert choose(logits, [RowSampling(uniform=0.0)]) == [2]
+    assert choose(logits, [RowSampling(uniform=1 - 2**-53)]) == [2]
+    assert choose([logits[0][1:]], [RowSampling(uniform=0.0)]) == [1]
+
+
+def test_two_unlikely_tokens_that_change_places_change_no_draw():
+    """As rounding may have it: in the order of likelihoods whoever stood there would be drawn."""
+    uniforms = [(i + 0.5) / 200 for i in range(200)]
+    before, after = [3.0, 1.0, 2.0, 1.000001, 0.0], [3.0, 1.000001, 2.0, 1.0, 0.0]
+    rows = [RowSampling(uniform=u, top_k=k) for u in uniforms for k in (0, 4)]
+    assert choose([before] * 400, rows) == choose([after] * 400, rows)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -189,23 +189,41 @@ def _penalize_(logits: Tensor, penalties: Penalties) -> None:
 
 
 def _draw(logits: Tensor, batch: SamplingBatch, rows: Tensor) -> Tensor:
-    """Token ids [r] of the given rows by the inverse distribution function, most likely token first.
+    """Token ids [r] of the given rows by the inverse distribution function, in the order of the ids.
 
-    Sorted by likelihood, each filter keeps a prefix of the row; so the filters only have to find its length.
+    In the order of likelihoods, two tokens that rounding swaps far down would change what is drawn.
     """
     assert batch.temperature is not None
     assert batch.uniforms is not None
     tempered = logits[rows] / batch.temperature[rows, None]
-    tempered, order = tempered.sort(dim=-1, descending=True, stable=True)
-    likelihoods = ((tempered - tempered[:, :1]).exp() * _LIKELIHOOD_ONE).to(torch.int64)
+    if batch.min_p is None and batch.top_k is None and batch.top_p is None:
+        likelihoods = _likelihoods(tempered, tempered.amax(dim=-1, keepdim=True))
+    else:
+        likelihoods = _filtered(tempered, batch, rows)
     cumulative = likelihoods.cumsum(dim=-1)
-    last = _num_kept(tempered, likelihoods, cumulative, batch, rows) - 1
-    total = cumulative.gather(1, last)
+    total = cumulative[:, -1:]
     drawn = (batch.uniforms[rows, None] * total).to(torch.int64)
     # total is rounded when it becomes a double, so the product may reach it.
     drawn = torch.minimum(drawn, total - 1)
     choice = torch.searchsorted(cumulative, drawn, right=True)
-    return order.gather(1, torch.minimum(choice, last))[:, 0]
+    return choice.clamp(max=logits.shape[1] - 1)[:, 0]  # where logits are not numbers nothing is likely
+
+
+def _likelihoods(tempered: Tensor, largest: Tensor) -> Tensor:
+    return ((tempered - largest).exp() * _LIKELIHOOD_ONE).to(torch.int64)
+
+
+def _filtered(tempered: Tensor, batch: SamplingBatch, rows: Tensor) -> Tensor:
+    """Likelihoods [r, V] in the order of the ids, 0 for what the filters leave out.
+
+    Sorted by likelihood, each filter keeps a prefix of the row; so the filters only have to find its length.
+    """
+    tempered, order = tempered.sort(dim=-1, descending=True, stable=True)
+    likelihoods = _likelihoods(tempered, tempered[:, :1])
+    kept = _num_kept(tempered, likelihoods, likelihoods.cumsum(dim=-1), batch, rows)
+    places = torch.arange(tempered.shape[1], device=tempered.device)
+    likelihoods.masked_fill_(places >= kept, 0)
+    return torch.zeros_like(likelihoods).scatter_(1, order, likelihoods)
 
 
 def _num_kept(
