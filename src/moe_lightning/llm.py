@@ -99,7 +99,7 @@ class LLM:
         self._worker = self._build(tensors)
         self.engine = Engine(
             self._worker, self.policy, self.tokenizer, self.spec.eos_token_ids, self.max_model_len,
-            turns=Turns.of_job(self.policy.max_num_seqs),
+            turns=Turns.of_job(self.policy),
         )  # fmt: skip
         self._runs = Runs(self.engine, _QUEUE * self.policy.max_num_seqs)
         self._num_requests = 0
@@ -113,6 +113,10 @@ class LLM:
     def fullest_facts(self) -> PassFacts | None:
         """What that pass was."""
         return self._worker.fullest.facts if self._worker.fullest else None
+
+    def answer_in_order(self) -> None:
+        """From now on whoever comes first goes first; else answers come as soon as the last of all can."""
+        self.engine.answer_in_order()
 
     def keep_to(self, plan: Plan, begin: Begin = in_thread) -> None:
         """Compare passes with what the plan predicts, and when they drift, go on as the measured rates suggest.

@@ -16,7 +16,7 @@ from moe_lightning.engine.waiting import Turns
 from moe_lightning.memory.blocks import num_blocks_for
 from moe_lightning.policy import Policy
 
-IN_ORDER = Turns()
+IN_ORDER, JOB = Turns(), Turns(together=800)
 
 
 def policy_of(**changes):
@@ -372,12 +372,12 @@ def passes_of_a_job(turns, num_prompt=4, num_new=16):
 def test_a_job_ends_sooner_where_those_with_most_to_do_keep_their_memory():
     in_order, num_put_back = passes_of_a_job(IN_ORDER)
     assert num_put_back == 0
-    together, num_put_back = passes_of_a_job(Turns.of_job(100))
+    together, num_put_back = passes_of_a_job(JOB)
     assert 0 < num_put_back < 160 and together < 0.85 * in_order
 
 
 def test_no_long_prompt_is_computed_again_to_end_a_job_sooner():
-    assert passes_of_a_job(Turns.of_job(100), num_prompt=40, num_new=8)[1] == 0
+    assert passes_of_a_job(JOB, num_prompt=40, num_new=8)[1] == 0
 
 
 def test_what_was_put_back_ends_before_those_begin_that_come_much_later():
@@ -387,3 +387,18 @@ def test_what_was_put_back_ends_before_those_begin_that_come_much_later():
         run.run_pass()
     assert run.batcher.num_preemptions > 0
     assert all(s.finish or s.blocks for s in sequences[:3])
+
+
+def test_where_no_weights_stream_nothing_is_computed_twice_for_a_job():
+    assert Turns.of_job(policy_of(num_frames=0)) == IN_ORDER
+    assert Turns.of_job(policy_of(num_frames=2, max_num_seqs=5)).together > 5
+
+
+def test_a_batcher_goes_by_other_turns_from_the_next_pass_on():
+    run = Run(policy_of(num_blocks=4, max_num_seqs=1), longest=16, turns=JOB)
+    first, second = run.arrive(4, 8), run.arrive(4, 8)
+    run.run_pass()
+    run.batcher.put_back()
+    assert list(run.batcher.waiting) == [second, first], "who has not begun goes first in a job"
+    run.batcher.change_turns(IN_ORDER)
+    assert list(run.batcher.waiting) == [first, second]

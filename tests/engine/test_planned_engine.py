@@ -27,10 +27,10 @@ def test_the_planners_policy_gives_the_same_tokens(streamed_share, mixtral, mixt
     rates, work = DatasheetRates(preset("l4")), Workload(tuple(sorted(LENGTHS)), NEW_TOKENS, len(LENGTHS))
     experts = 3 * spec.hidden_size * spec.experts.intermediate_size * spec.experts.num_experts * 4
     all_experts = experts * spec.num_layers
-    roomy = search(spec, "float32", Memory(GIB, 4 * GIB), rates, work).policy
+    roomy = search(spec, "float32", Memory(2 * GIB, 4 * GIB), rates, work).policy
     others = memory_use(spec, 4, roomy).gpu_bytes - all_experts
     room = max(all_experts * (1 - streamed_share), 1.1 * experts) if streamed_share else GIB
-    policy = search(spec, "float32", Memory(GIB, others + int(room)), rates, work).policy
+    policy = search(spec, "float32", Memory(2 * GIB, others + int(room)), rates, work).policy
     assert bool(policy.num_frames) == bool(streamed_share)
     llm = LLM(mixtral, dtype="float32", device="cpu", policy=policy, executor="threads")
     prompts = prompts_of(LENGTHS)

@@ -41,11 +41,15 @@ class CommandLLM(FakeLLM):
     fullest_pass = TIMELINE
     fullest_facts = FACTS
     kept_to: list[Any] = []
+    in_order: list[bool] = []
 
     def __init__(self, model: str, **settings: Any) -> None:
         self.loaded.append({"model": model} | settings)
         super().__init__(model, seed=settings["seed"])
         self.model_name = self.name
+
+    def answer_in_order(self) -> None:
+        self.in_order.append(True)
 
     def keep_to(self, plan: Any) -> None:
         self.kept_to.append(plan)
@@ -59,7 +63,7 @@ class CommandLLM(FakeLLM):
 @pytest.fixture(autouse=True)
 def llm(monkeypatch: pytest.MonkeyPatch) -> type[CommandLLM]:
     module = ModuleType("moe_lightning.llm")
-    module.LLM = type("LLM", (CommandLLM,), {"loaded": [], "kept_to": []})  # type: ignore[attr-defined]
+    module.LLM = type("LLM", (CommandLLM,), {"loaded": [], "kept_to": [], "in_order": []})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "moe_lightning.llm", module)
     return module.LLM  # type: ignore[attr-defined,no-any-return]
 
@@ -105,8 +109,10 @@ def test_flags_reach_the_job_and_the_engine(job: list[str], tmp_path: Path, llm:
     assert ids(tmp_path / "out.jsonl") == ["r0", "r1", "r2", "r3"] and not errors.exists()
     (settings,) = llm.loaded
     assert (settings["model"], settings["seed"], settings["max_model_len"]) == ("m", 3, 1024)
+    assert llm.in_order == [True], "answers that are written in order are worked on in order"
     assert main([*job, "--no-resume", "--error-file", str(errors)]) == 0
     assert len(ids(tmp_path / "out.jsonl")) == 10 and errors.exists()
+    assert llm.in_order == [True]
 
 
 @pytest.fixture

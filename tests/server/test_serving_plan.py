@@ -16,12 +16,14 @@ from moe_lightning.config import EngineConfig
 from moe_lightning.engine import plan as engine_plan
 from moe_lightning.engine.background import in_thread
 from moe_lightning.engine.plan import make_plan
+from moe_lightning.engine.waiting import Turns
 from moe_lightning.errors import NoFeasiblePolicyError
 from moe_lightning.perf.drift import WINDOW
 from moe_lightning.perf.outlook import Prediction
 from moe_lightning.perf.workload import Workload
 from moe_lightning.pipeline.task import TaskKind
 from moe_lightning.server import plan as planning
+from moe_lightning.server.app import create_app
 from moe_lightning.server.config import ServerConfig
 from moe_lightning.server.plan import Expected, describe, plan_to_serve
 from moe_lightning.units import GIB
@@ -125,3 +127,9 @@ def test_the_longest_request_that_users_name_bounds_a_searched_plan_too(mixtral,
     expected = Expected.of(None, None)
     assert plan_to_serve(config, expected).max_model_len > 2048
     assert plan_to_serve(replace(config, max_model_len=2048), expected).max_model_len == 2048
+
+
+def test_a_server_answers_in_order_whatever_made_its_engine(alone):
+    alone.engine._batcher.change_turns(Turns(together=100))
+    create_app(alone)
+    assert alone.engine._batcher._turns == Turns()

@@ -286,13 +286,13 @@ def test_a_drawing_that_cannot_be_written_is_refused(
 
 HALF = JobStatus(
     num_total=100, num_done=60, num_resumed=20, num_failed=10, num_failed_earlier=3, num_running=8, num_waiting=4,
-    prompt_tokens=500, generated_tokens=300, seconds=60.0,
+    prompt_tokens=500, generated_tokens=300, seconds=60.0, num_ended=30, ended_tokens=240,
 )  # fmt: skip
 
 
 def test_progress_says_rate_remaining_time_and_load() -> None:
-    # 30 answers took 60 s; 40 lines are left.
-    assert describe(HALF) == "5.0 tokens/s, ETA 1 min 20 s, 8 running, 4 waiting"
+    # Answers have 8 tokens: those of 70 lines have 560, of which 260 are missing.
+    assert describe(HALF) == "5.0 tokens/s, ETA 52.0 s, 8 running, 4 waiting"
     assert describe(JobStatus(5, 0, 0)) == "0.0 tokens/s, 0 running, 0 waiting"
 
 

@@ -60,11 +60,19 @@ def log_lines(seconds: float = _LOG_SECONDS) -> Update:
 def describe(status: JobStatus) -> str:
     """Rate, remaining time and load in a few words."""
     parts = [f"{tokens_per_second(status):.1f} tokens/s"]
-    num_answered = status.num_done - status.num_resumed - status.num_failed
-    if num_answered:
-        remaining = (status.num_total - status.num_done) * status.seconds / num_answered
+    remaining = _seconds_left(status)
+    if remaining is not None:
         parts.append(f"ETA {format_duration(remaining)}" if remaining >= 1 else "ETA 0 s")
     return ", ".join([*parts, f"{status.num_running} running", f"{status.num_waiting} waiting"])
+
+
+def _seconds_left(status: JobStatus) -> float | None:
+    """As tokens go: most answers of a job end near its end, and many are nearly done before."""
+    if not status.ended_tokens or not status.generated_tokens:
+        return None
+    num_lines = status.num_total - status.num_resumed - status.num_failed
+    expected = num_lines * status.ended_tokens / status.num_ended
+    return max(0.0, expected - status.generated_tokens) * status.seconds / status.generated_tokens
 
 
 def tokens_per_second(status: JobStatus) -> float:

@@ -137,6 +137,8 @@ def _run_job(config: EngineConfig, files: JobFiles, args: Namespace) -> int:
         nonlocal llm, plan
         plan = _plan(config, job.survey)
         llm = _load(config, job.survey, plan)
+        if args.ordered:  # else an answer may wait for one that is long put back
+            llm.answer_in_order()
         if others := sorted(job.earlier_models - {llm.model_name}):
             _note(
                 f"{files.output} has answers of {', '.join(others)}, and {llm.model_name} answers the rest; "

@@ -122,7 +122,6 @@ def _load(config: EngineConfig, server: ServerConfig) -> tuple[LLM, Plan | None]
     if plan:
         settings |= {"policy": plan.policy, "max_model_len": plan.max_model_len}
     llm = LLM(**settings)
-    llm.engine.answer_in_order()
     if plan:
         llm.keep_to(plan)
     if template is not None:

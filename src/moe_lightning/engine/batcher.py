@@ -99,6 +99,11 @@ class Batcher:
         self._micro_batch_size = policy.micro_batch_size
         self._prefill_tokens = policy.prefill_tokens
 
+    def change_turns(self, turns: Turns) -> None:
+        """Go by other turns from the next pass on."""
+        self._turns = turns
+        self.waiting.change_turns(turns)
+
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
         self.waiting.add(sequence)
@@ -271,13 +276,13 @@ class Batcher:
         self._preempt(going)
 
     def _forecast(self, running: list[Sequence], share: float) -> Forecast | None:
-        """None in a job whose sequences may be put back: it costs little beside what they generate."""
+        """None in a job whose sequences may be put back: their prompts cost little beside what they generate."""
         if self._turns.together > 1:
-            known = [*running, *self.waiting.some(_MANY)]
+            known = [*running, *self.waiting.next(_MANY)]
             if sum(s.num_prompt_tokens for s in known) <= _CHEAP * share * sum(map(_allowed, known)):
                 return None
         remaining = [_remaining(s, share) for s in running]
-        candidates = self.waiting.some(max(1, self._max_num_seqs - len(running)))
+        candidates = self.waiting.next(max(1, self._max_num_seqs - len(running)))
         return Forecast(
             self._policy.num_blocks, self._policy.block_size, [s.num_tokens for s in running], remaining,
             horizon=max([*remaining, *(_remaining(s, share) for s in candidates)]),

@@ -116,9 +116,8 @@ class Engine:
             self._batcher.add(sequence)
 
     def answer_in_order(self) -> None:
-        """Whoever comes first goes first, as somebody waits for each answer; before the first request."""
-        assert not self._batcher.has_work, "the order is settled before requests come"
-        self._batcher = Batcher(self._batcher.policy, self._eos_token_ids)
+        """From now on whoever comes first goes first, as somebody waits for each answer."""
+        self._batcher.change_turns(Turns())
 
     def adopt(self, request: Request, output_ids: list[int]) -> bool:
         """Take in a request as if it had been running: its KV is taken for computed. For measurements.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 from moe_lightning.engine.sequence import Sequence
+from moe_lightning.policy import Policy
 
 _ROUND = 8  # times the sequences that run at once: what is put back is done before others begin much later
 
@@ -29,9 +29,12 @@ class Turns:
     together: int = 1
 
     @classmethod
-    def of_job(cls, max_num_seqs: int) -> Turns:
-        """Those of a job on an engine that runs so many at once: answers come in any order, but within bounds."""
-        return cls(_ROUND * max_num_seqs)
+    def of_job(cls, policy: Policy) -> Turns:
+        """Those of a job: answers come in any order, but within bounds.
+
+        Where no weights stream, time goes with tokens, and none is to be computed twice: then in order.
+        """
+        return cls(_ROUND * policy.max_num_seqs if policy.num_frames else 1)
 
     def to_wait(self, sequence: Sequence) -> tuple[bool, int, bool, int, int]:
         """The least of those that wait is next."""
@@ -63,9 +66,15 @@ class Waiting:
     def __iter__(self) -> Iterator[Sequence]:
         return (sequence for _, sequence in sorted(self._heap, key=lambda entry: entry[0]))
 
-    def some(self, count: int) -> Iterator[Sequence]:
-        """So many, about those that are next."""
-        return (sequence for _, sequence in islice(self._heap, count))
+    def next(self, count: int) -> Iterator[Sequence]:
+        """The first so many."""
+        return (sequence for _, sequence in heapq.nsmallest(count, self._heap, key=lambda entry: entry[0]))
+
+    def change_turns(self, turns: Turns) -> None:
+        """Wait in another order from now on."""
+        self._turns = turns
+        self._heap = [(turns.to_wait(sequence), sequence) for _, sequence in self._heap]
+        heapq.heapify(self._heap)
 
     @property
     def first(self) -> Sequence:

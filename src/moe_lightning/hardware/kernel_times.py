@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.curve import RateCurve, TimeCurve
 
 
@@ -53,6 +54,10 @@ class PartTimes:
 
     share: float
     times: TimeCurve
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ConfigError(f"a part's share is {self.share}; it must lie between 0 and 1")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class JobStatus:
 
     Of `num_total` lines `num_done` are answered or refused, `num_resumed` of them by earlier runs and
     `num_failed` of them refused by this one; `num_failed_earlier` of those of earlier runs are refused. Tokens and
-    seconds are those of this run's passes.
+    seconds are those of this run's passes; `num_ended` answers of it have ended, with `ended_tokens`.
     """
 
     num_total: int
@@ -38,6 +38,8 @@ class JobStatus:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     seconds: float = 0.0
+    num_ended: int = 0
+    ended_tokens: int = 0
 
 
 class BatchJob:
@@ -201,6 +203,11 @@ class BatchJob:
             message = f"line {line.number}: {failure.message}"
             self._write(position, error_line(line, failure.code, message), is_error=True)
             return
+        tokens = sum(len(answer.token_ids) for answer in output.outputs)
+        status = self.status
+        self.status = replace(
+            status, num_ended=status.num_ended + 1, ended_tokens=status.ended_tokens + tokens
+        )
         self._write(position, answer_line(llm, line, output), is_error=False)
 
     def _write(self, position: int, record: dict[str, Any], *, is_error: bool) -> None:

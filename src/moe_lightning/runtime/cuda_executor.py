@@ -35,6 +35,8 @@ class CudaExecutor:
     waits for Python.
 
     What a pass loads for the next one is not waited for: the next pass's first reader of a frame does that.
+
+    Executors of a device share its streams: one of them runs at a time.
     """
 
     def __init__(self, device: torch.device, *, waits_in_stream: bool | None = None) -> None:
@@ -89,7 +91,7 @@ class CudaExecutor:
 
 @lru_cache
 def _streams(device: torch.device) -> dict[Lane, torch.cuda.Stream]:
-    """One for each lane, for all executors of a process: cuBLAS keeps 32 MiB for every stream that it has seen."""
+    """One for each lane, for all executors of a device: cuBLAS keeps 32 MiB for every stream that it has seen."""
     # What waits for attention is short, and much waits for it: it goes before what else the GPU computes.
     return {lane: torch.cuda.Stream(device, priority=-1 if lane is Lane.BACK else 0) for lane in _IN_FLIGHT}
 

@@ -54,6 +54,7 @@ def create_app(llm: LLM, settings: Settings | None = None) -> FastAPI:
     `app.state.service` is what the endpoints share, `app.state.engine` the engine's thread.
     """
     settings = settings or Settings()
+    llm.answer_in_order()
     watch = Watch(llm)
     engine = EngineThread(llm.engine, watch.on_change)
     desk = Desk(engine, settings.limits, llm.policy.max_num_seqs, lambda: watch.load.pass_seconds)
