@@ -85,8 +85,23 @@ def test_one_command_measures_steady_state_and_job_and_checks_answers_of_both(se
     values = json.loads(json.dumps(report.to_json(cell, session.config)))
     assert [m["kind"] for m in values["measured"]] == ["steady state", "job"]
     assert values["measured"][0]["lanes"]["use"]["h2d"]["predicted_s"] == 1.0
+    assert values["measured"][0]["lanes"]["num_passes"] == 3
     assert values["memory"]["gpu"] is None and values["memory"]["host"] > 0
     assert set(values["measured"][0]["lanes"]["seconds_by_kind"]) >= {"experts", "attention", "load_page"}
+
+
+def test_passes_are_recorded_all_over_the_time_in_which_others_are_measured(session, monkeypatch):
+    ran, run = [], throughput.run_passes
+
+    def noted(engine, *args, **more):
+        passes = list(run(engine, *args, **more))
+        ran.extend([False] * (len(passes) - 1) + [engine._worker.recorded is not None])
+        return passes
+
+    monkeypatch.setattr(throughput, "run_passes", noted)
+    steady, _ = measured(session, steady_passes=6).measured
+    assert len(steady.passes) == 6 and steady.lanes.num_passes == 3
+    assert "".join("r" if was else "." for was in ran[4:13]) == "..r..r..r"
 
 
 def test_where_more_may_run_than_fill_memory_a_steady_state_is_of_those_that_do(session):

@@ -32,7 +32,7 @@ from moe_lightning.verify import Verification, check, from_memory
 
 _WARM_UP = 4  # passes: kernels are compiled, clocks rise
 _RECORD_EVERY = 16  # passes of a job
-_RECORDED = 2  # passes after those that are measured: recording takes time
+_RECORDED = 3  # passes among those that are measured and none of them: recording takes time
 
 
 def measure(
@@ -115,8 +115,9 @@ def _steady(
     started = seconds_since_start()
     loaded.worker.records_fullest = False  # recording takes time
     run(_WARM_UP)
-    passes = run(effort.steady_passes)
-    for _ in range(_RECORDED):
+    passes = list[PassRecord]()
+    for number in range(_RECORDED):  # all over the time, as passes differ from one second to the next
+        passes += run((number + 1) * effort.steady_passes // _RECORDED - len(passes))
         loaded.worker.record_next = True
         run(1)
         recorded += [loaded.worker.recorded] if loaded.worker.recorded else []
