@@ -48,7 +48,7 @@ LANES = LaneProfile(
 LINK = LinkProfile(
     is_pinned=True, h2d=TimeCurve((2.0**20, 2.0**26), (2.3e-5, 1.22e-3)),
     d2h=TimeCurve((2.0**20, 2.0**26), (2.4e-5, 1.23e-3)),
-    h2d_beside_d2h=47e9, d2h_beside_h2d=46e9, h2d_under_attention=52e9, kv_store=21e9,
+    h2d_beside_d2h=47e9, d2h_beside_h2d=46e9, h2d_under_attention=52e9,
 )  # fmt: skip
 PROFILE = Profile(
     machine=MACHINE,
@@ -71,7 +71,12 @@ PROFILE = Profile(
             DenseProfile("qkv of mixtral-8x7b", 4096, 6144, "bfloat16", TimeCurve((1.0, 512.0), (2e-5, 5e-5))),
             DenseProfile("head of mixtral-8x7b", 4096, 32000, "bfloat16", TimeCurve((1.0, 512.0), (9e-5, 3e-4))),
         ),
-        prefill=(PrefillProfile(32, 8, 128, "bfloat16", RateCurve((64.0, 4096.0), (5e13, 4e14))),),
+        prefill=(
+            PrefillProfile(
+                32, 8, 128, "bfloat16", RateCurve((64.0, 4096.0), (5e13, 4e14)),
+                TimeCurve((2.0**20, 2.0**23), (1e-4, 3.7e-4)),
+            ),
+        ),
         link=LINK, lanes=LANES,
         small=(
             SmallKernels(

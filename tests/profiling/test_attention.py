@@ -43,37 +43,53 @@ class Kernel:
 def clock(monkeypatch):
     """Each call of attention takes 1 s; its pause none."""
 
-    def median_seconds(work, budget, before):
-        for turn in range(12):
+    def turn_seconds(work, budget, before):
+        for turn in range(2):
             before()
             work(turn)
-        return 1.0
+        return [3.0, 9.0]
 
-    monkeypatch.setattr(attention, "median_seconds", median_seconds)
+    monkeypatch.setattr(attention, "turn_seconds", turn_seconds)
 
 
-def test_calls_are_of_several_micro_batches_all_over_the_memory(clock):
+def test_calls_are_of_a_layers_micro_batches_all_over_its_memory(clock):
     kernel, memory = Kernel(), torch.zeros(2**22, dtype=torch.uint8)
     bench = AttentionBench(kernel, memory, (8, 2, 64), torch.bfloat16, TINY)
-    assert bench._seconds(spread_lengths(8, 33)) == 1.0
+    assert bench._seconds(spread_lengths(8, 33)) == 1.0, "the mean of the layers, by six"
     found = [(q.data_ptr(), kv.data_ptr(), tables) for q, kv, tables, _ in kernel.calls]
-    assert len({q for q, _, _ in found}) == 6 and len({kv for _, kv, _ in found}) == 1
+    assert len({q for q, _, _ in found}) == 6 and len({kv for _, kv, _ in found[:6]}) == 1
     assert found[0][0] == found[6][0]
     num_blocks = kernel.calls[0][1].shape[0]
-    assert num_blocks == 2**22 // (16 * 2 * 2 * 64 * 2)
+    assert num_blocks == 2**22 // 4 // (16 * 2 * 2 * 64 * 2), "a quarter of little memory"
     blocks = torch.cat([tables.flatten() for _, _, tables in found])
     assert blocks.max() > 0.8 * num_blocks and not torch.equal(found[0][2], found[1][2])
 
 
-def test_copies_go_on_before_each_call_and_the_bytes_are_those_that_were_read(clock, monkeypatch):
+def test_each_turn_is_a_layer_in_memory_of_its_own_until_all_memory_was_read(clock):
+    kernel, memory = Kernel(), torch.zeros(26 * 2**20 + 5, dtype=torch.uint8)
+    bench = AttentionBench(kernel, memory[:-5], (8, 2, 64), torch.bfloat16, TINY)
+    for _ in range(3):  # what is measured next goes on where this ended
+        bench._seconds(bench.lengths(33))
+    caches = [kv for _, kv, _, _ in kernel.calls]
+    assert [len({kv.data_ptr() for kv in caches[n : n + 6]}) for n in range(0, 36, 6)] == [1] * 6
+    starts = [kv.data_ptr() - memory.data_ptr() for kv in caches[::6]]
+    size = caches[0].nbytes
+    assert starts == [0, size, 2 * size, 3 * size, 0, size]
+    assert 6 * TINY.call_bytes <= size <= (memory.nbytes - 5) / 4 < size + 16 * 512
+    for _, kv, tables, lengths in kernel.calls:
+        blocks = sum(-(-length // 16) for length in lengths.tolist())
+        assert int(tables.max()) < len(kv) and blocks <= len(kv) / 6
+
+
+def test_copies_go_on_before_each_layer_and_the_bytes_are_those_that_were_read(clock, monkeypatch):
     pauses = []
     monkeypatch.setattr(attention.time, "sleep", pauses.append)
     kernel, memory = Kernel(), torch.zeros(2**22, dtype=torch.uint8)
     bench = AttentionBench(kernel, memory, (8, 2, 64), torch.bfloat16, TINY)
     kept = []
     call = TimeCurve((1, 1000), (0.1, 0.1))
-    rate = bench._rate(33, call, lambda: kept.append(1))
-    assert len(kept) == len(pauses) == 12
+    rate = bench._rate(33, call, kept.append)
+    assert kept == [6 * len(kernel.calls[0][3]) * 12 * 64 * 2] * 2 and len(pauses) == 2
     lengths = kernel.calls[0][3]
-    assert len(lengths) == 2**20 // (48 * 512)
+    assert len(lengths) == 2**22 // 24 // (48 * 512)
     assert rate == pytest.approx(int(lengths.sum()) * 2 * 2 * 64 * 2 / 0.9)

@@ -61,9 +61,12 @@ def test_a_gpu_that_is_gone_or_new_is_a_change(path: Path) -> None:
 
 def test_one_that_an_earlier_version_made_is_measured_again_but_may_be_handed_in(path: Path) -> None:
     assert PROFILE.gpu
-    gpu = replace(PROFILE.gpu, link=replace(PROFILE.gpu.link, kv_store=None), small=())
+    prefill = tuple(replace(p, store=None) for p in PROFILE.gpu.prefill)
+    gpu = replace(PROFILE.gpu, prefill=prefill, small=())
     values = json.loads(json.dumps(replace(PROFILE, gpu=gpu).to_json()))
-    del values["gpu"]["small"], values["gpu"]["link"]["kv_store"]
+    del values["gpu"]["small"]
+    for attention in values["gpu"]["prefill"]:
+        del attention["store"]
     for experts in values["gpu"]["experts"]:
         del experts["parts"]
     path.write_text(json.dumps(values), encoding="utf-8")

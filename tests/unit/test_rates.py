@@ -99,9 +99,13 @@ def test_embedding_takes_no_less_than_its_launches() -> None:
 
 def test_keys_and_values_are_stored_at_the_rate_of_kernels_that_store_them() -> None:
     size = 64 * 2 * 1024 * 2
-    assert seconds(TaskKind.STORE_KV, 0) == pytest.approx(size / 21e9)
-    unmeasured = with_gpu(link=replace(LINK, kv_store=None))
+    store = GPU.prefill[0].store
+    assert store
+    assert seconds(TaskKind.STORE_KV, 0) == pytest.approx(store.seconds_at(size))
+    unmeasured = with_gpu(prefill=(replace(GPU.prefill[0], store=None),))
     assert seconds(TaskKind.STORE_KV, 0, unmeasured) == pytest.approx(size / 46e9)
+    old = replace(unmeasured, gpu=replace(unmeasured.gpu, link=replace(LINK, kv_store=21e9)))
+    assert seconds(TaskKind.STORE_KV, 0, old) == pytest.approx(size / 21e9)
 
 
 def test_copies_to_the_host_are_as_slow_as_beside_copies_to_the_gpu_and_attention() -> None:

@@ -93,8 +93,6 @@ def _link(link: LinkProfile) -> Grid:
     ]
     rows.append(("both ways", _giga(link.h2d_beside_d2h), _giga(link.d2h_beside_h2d)))
     rows.append(("beside CPU attention", _giga(link.h2d_under_attention), ""))
-    if link.kv_store:
-        rows.append(("K and V to their blocks", "", _giga(link.kv_store)))
     kind = "page-locked memory" if link.is_pinned else "memory that the system refuses to lock"
     return Grid(f"Link, {kind}", ("a copy of", "to the GPU", "to the host"), tuple(rows))
 
@@ -173,10 +171,12 @@ def _prefill(found: Sequence[PrefillProfile]) -> Grid:
         (
             f"{p.num_heads} heads on {p.num_kv_heads} of {p.head_dim}, {p.dtype}",
             *(f"{rate / 1e12:.1f}" for rate in p.rate.rates),
+            (p.store and _giga(p.store.rate_at(p.store.sizes[-1]))) or "",
         )
         for p in found
     )
-    return Grid("Prefill attention", ("TFLOP/s by a token's prompt", *(f"{n:.0f}" for n in lengths)), rows)
+    header = ("TFLOP/s by a token's prompt", *(f"{n:.0f}" for n in lengths), "K and V to their blocks")
+    return Grid("Prefill attention", header, rows)
 
 
 def _giga(rate: float, unit: str = " GB/s") -> str:

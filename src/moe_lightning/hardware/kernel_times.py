@@ -29,6 +29,11 @@ class ModelShape:
         return self.num_heads * self.head_dim
 
     @property
+    def attention(self) -> tuple[int, int, int]:
+        """Query heads, KV heads, head dimension."""
+        return self.num_heads, self.num_kv_heads, self.head_dim
+
+    @property
     def qkv_size(self) -> int:
         """Width of query, key and value together."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
@@ -142,6 +147,15 @@ class PrefillProfile:
     """Causal attention on the GPU: FLOP/s of its two products by tokens of the prompt that a token is in.
 
     In chunks of unequal prompts, as they come: the mean over tokens, in which a long prompt counts more often.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: heads of keys and values.
+        head_dim: elements of each.
+        dtype: of activations.
+        rate: FLOP/s, while K and V of the chunk are stored, pages come and the CPU attends.
+        store: seconds by bytes in which kernels write K and V of a chunk to their places in host memory beside all
+            of that; None where nobody measured, or they are copied.
     """
 
     num_heads: int
@@ -149,6 +163,7 @@ class PrefillProfile:
     head_dim: int
     dtype: str
     rate: RateCurve
+    store: TimeCurve | None = None
 
     def seconds(self, prompt_len: float, flops: float) -> float:
         """Seconds for so many FLOPs over prompts of a length."""

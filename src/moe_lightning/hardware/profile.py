@@ -102,8 +102,8 @@ class LinkProfile:
         h2d_beside_d2h: bytes/s to the GPU while copies run both ways.
         d2h_beside_h2d: bytes/s from the GPU meanwhile.
         h2d_under_attention: bytes/s to the GPU while the CPU attends.
-        kv_store: bytes/s of K and V that kernels write to their places in host memory while pages come; None where
-            nobody measured.
+        kv_store: bytes/s of K and V that kernels write to host memory beside pages alone, in profiles of earlier
+            versions; now `PrefillProfile.store`.
     """
 
     is_pinned: bool
@@ -258,7 +258,10 @@ class Profile:
     @property
     def is_complete(self) -> bool:
         """Whether all was measured that this version measures; earlier ones left some of the GPU's numbers out."""
-        return self.gpu is None or (self.gpu.link.kv_store is not None and bool(self.gpu.small))
+        if self.gpu is None:
+            return True
+        has_stores = not self.gpu.link.is_pinned or all(found.store for found in self.gpu.prefill)
+        return has_stores and bool(self.gpu.small)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, read back by `from_json`."""

@@ -139,9 +139,9 @@ class _Measured:
         return self._copied(task, cost.link_bytes)
 
     def _copied(self, task: Task, size: int) -> float:
-        link = self._gpu.link
+        link, store = self._gpu.link, self._prefill.store
         if task.kind is TaskKind.STORE_KV:  # by kernels, to places that are apart
-            return size / (link.kv_store or link.d2h_beside_h2d)
+            return store.seconds_at(size) if store else size / (link.kv_store or link.d2h_beside_h2d)
         if task.lane is Lane.D2H:
             return link.d2h.seconds_at(size) * self._d2h_slowed
         seconds = link.h2d.seconds_at(size) * self._slowed

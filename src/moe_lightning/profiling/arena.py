@@ -29,7 +29,7 @@ class HostMemory:
     def __init__(self, effort: Effort, *, has_gpu: bool) -> None:
         row = max(effort.copy_sizes)
         free = available_memory()
-        num_rows = min(effort.host_bytes if has_gpu else effort.host_bytes // 8, free // 4) // row
+        num_rows = min(effort.host_bytes if has_gpu else effort.host_bytes // 24, free // 4) // row
         if num_rows < _LEAST_ROWS:
             raise ConfigError(
                 f"measuring takes {format_bytes(_LEAST_ROWS * row)} of host memory and leaves three times as much "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -14,18 +15,20 @@ from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.profiling.arena import fill
 from moe_lightning.profiling.effort import Effort
 from moe_lightning.profiling.link import Copies
-from moe_lightning.profiling.timing import median_seconds
+from moe_lightning.profiling.timing import turn_seconds
 
 _BLOCK_SIZE = 16
-_CALLS = 6  # micro-batches, each of other blocks
+_CALLS = 6  # micro-batches of a layer, each of other blocks
+_LEAST_LAYERS = 4  # so that no cache holds what was read when its turn comes again
 _LEAST_SHARE = 0.25  # of a call's time that reading takes: less is noise in the cost of calls
 
 
 class AttentionBench:
     """One geometry over memory that is filled with its dtype, called as passes do.
 
-    That is slower than one call behind the other over blocks in a row: lengths are unequal, blocks lie anywhere in
-    memory of which no cache knows the pages, and threads have to be woken.
+    That is slower than one call behind the other over blocks in a row: lengths are unequal, and the blocks of a
+    layer lie anywhere in its memory. The calls of a layer come at once, and the next layer's, over other memory,
+    after a pause in which threads fall asleep.
 
     Args:
         kernel: with its threads.
@@ -43,15 +46,21 @@ class AttentionBench:
         dtype: torch.dtype,
         effort: Effort,
     ) -> None:
-        self._kernel, self._memory, self._dtype, self._effort = kernel, memory, dtype, effort
+        self._kernel, self._dtype, self._effort = kernel, dtype, effort
         self._num_heads, self._num_kv_heads, self._head_dim = geometry
         self._token_bytes = 2 * self._num_kv_heads * self._head_dim * dtype.itemsize
+        self._call_bytes = min(effort.call_bytes, memory.nbytes // (_LEAST_LAYERS * _CALLS))
+        num_layers = memory.nbytes // (_CALLS * self._call_bytes)
+        num_blocks = memory.nbytes // num_layers // (_BLOCK_SIZE * self._token_bytes)
+        block = (2, self._num_kv_heads, _BLOCK_SIZE, self._head_dim)
+        size = num_layers * num_blocks * _BLOCK_SIZE * self._token_bytes
+        self._layers = memory[:size].view(dtype).view(num_layers, num_blocks, *block)
+        self._num_runs = 0
 
     def measure(self, copies: Copies | None) -> AttentionProfile:
         """All of the geometry's curves; beside copies only where there are some."""
         effort = self._effort
-        most = self._memory.nbytes // (_BLOCK_SIZE * self._token_bytes)
-        counts = [count for count in effort.num_seqs if count <= most] or [1]
+        counts = [count for count in effort.num_seqs if count <= self._layers.shape[1]] or [1]
         call = TimeCurve(
             tuple(counts), tuple(self._seconds(torch.ones(n, dtype=torch.int64)) for n in counts)
         )
@@ -68,43 +77,62 @@ class AttentionBench:
             self._num_heads, self._num_kv_heads, self._head_dim, dtype, alone, beside, call
         )
 
-    def _rate(self, context: int, call: TimeCurve, before: Callable[[], object] = lambda: None) -> float:
-        """Bytes of K and V a second, without what the call itself takes."""
+    def lengths(self, context: int) -> Tensor:
+        """[sequences] int64, of a call that reads as much as the effort says."""
         seq_bytes = -(-context // _BLOCK_SIZE) * _BLOCK_SIZE * self._token_bytes
-        num_seqs = max(1, min(self._effort.call_bytes, self._memory.nbytes // 4) // seq_bytes)
-        lengths = spread_lengths(num_seqs, context)
-        seconds = self._seconds(lengths, before)
-        reading = max(seconds - call.seconds_at(num_seqs), _LEAST_SHARE * seconds)
-        return int(lengths.sum()) * self._token_bytes / reading
+        return spread_lengths(max(1, self._call_bytes // seq_bytes), context)
 
-    def _seconds(self, lengths: Tensor, before: Callable[[], object] = lambda: None) -> float:
-        """Of a call, one of several micro-batches in turn, after a pause in which the threads fall asleep."""
-        shape = (2, self._num_kv_heads, _BLOCK_SIZE, self._head_dim)
-        block_bytes = _BLOCK_SIZE * self._token_bytes
-        num_blocks = self._memory.nbytes // block_bytes
-        kv = self._memory[: num_blocks * block_bytes].view(self._dtype).view(num_blocks, *shape)
-        order = torch.randperm(num_blocks)
-        rows = torch.empty(
-            len(lengths), (self._num_heads + 2 * self._num_kv_heads) * self._head_dim, dtype=self._dtype
-        )
+    def layer(self, lengths: Tensor) -> tuple[Callable[[], None], int]:
+        """What runs a layer's calls, each time of the next layer; and the bytes of their queries, keys, values."""
+        row_size = (self._num_heads + 2 * self._num_kv_heads) * self._head_dim
+        rows = torch.empty(len(lengths), row_size, dtype=self._dtype)
         fill(rows.flatten())
+        num_blocks = self._layers.shape[1]
+        order = torch.randperm(num_blocks)
         calls = [
-            self._call(kv, rows.clone(), lengths, order.roll(n * num_blocks // _CALLS)) for n in range(_CALLS)
+            self._call(rows.clone(), lengths, order.roll(n * num_blocks // _CALLS)) for n in range(_CALLS)
         ]
 
-        def pause() -> None:
-            before()
+        def run() -> None:
+            kv = self._layers[self._num_runs % len(self._layers)]
+            self._num_runs += 1
+            for call in calls:
+                call(kv)
+
+        return run, _CALLS * rows.nbytes
+
+    def _rate(self, context: int, call: TimeCurve, before: Callable[[int], object] | None = None) -> float:
+        """Bytes of K and V a second, without what the call itself takes."""
+        lengths = self.lengths(context)
+        seconds = self._seconds(lengths, before)
+        reading = max(seconds - call.seconds_at(len(lengths)), _LEAST_SHARE * seconds)
+        return int(lengths.sum()) * self._token_bytes / reading
+
+    def _seconds(self, lengths: Tensor, before: Callable[[int], object] | None = None) -> float:
+        """Of a call, on average: a pass has the slow ones too.
+
+        Args:
+            lengths: [sequences] of the call.
+            before: called when a layer's calls begin, with the bytes that come from the GPU for them; what is
+                measured with it is what plans go by, and gets twice the time.
+        """
+        run, num_bytes = self.layer(lengths)
+
+        def begin() -> None:
             time.sleep(self._effort.pause_s)
+            if before:
+                before(num_bytes)
 
-        return median_seconds(lambda turn: calls[turn % _CALLS](), self._effort.point_s, pause)
+        budget = self._effort.point_s * (2 if before else 1)
+        return fmean(turn_seconds(lambda _: run(), budget, begin)) / _CALLS
 
-    def _call(self, kv: Tensor, qkv: Tensor, lengths: Tensor, order: Tensor) -> Callable[[], None]:
+    def _call(self, qkv: Tensor, lengths: Tensor, order: Tensor) -> Callable[[Tensor], None]:
         """Attention of a micro-batch's rows [sequences, q, k and v], its blocks the first ones of an order."""
         num_seqs, tables = len(lengths), block_tables(lengths, order)
         heads = (self._num_heads, self._num_kv_heads, self._num_kv_heads)
         q, k, v = qkv.view(num_seqs, -1, self._head_dim).split(heads, dim=1)
         out = torch.empty(num_seqs, self._num_heads * self._head_dim, dtype=self._dtype)
-        return lambda: self._kernel.attend(out, q, k, v, kv, tables, lengths)
+        return lambda kv: self._kernel.attend(out, q, k, v, kv, tables, lengths)
 
 
 def spread_lengths(num_seqs: int, mean: int) -> Tensor:

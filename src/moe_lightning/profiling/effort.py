@@ -14,11 +14,11 @@ class Effort:
     Attributes:
         point_s: seconds of repeating one measurement of the host or the link.
         gpu_point_s: the same of the GPU, which varies less.
-        host_bytes: memory that K and V, copies and reads take, page-locked where there is a GPU: more than the
-            processor knows the pages of (4 GiB). An eighth of it is enough where nothing is copied.
+        host_bytes: memory that K and V, copies and reads take, page-locked where there is a GPU: much of what
+            passes touch, as not all of it is equally fast. A 24th of it is enough where nothing is copied.
         gpu_bytes: GPU memory that tensors take at most.
-        call_bytes: K and V that one call of attention reads; far more than caches hold.
-        pause_s: seconds before each call of attention, as between micro-batches.
+        call_bytes: K and V that one call of attention reads, or less where there is little memory.
+        pause_s: seconds before the calls of a layer, as between layers.
         pool_bytes: weights of experts; layers that are larger use frames again, which caches do not notice.
         copy_sizes: bytes of a copy.
         hop_sizes: bytes of hidden states on their way.
@@ -31,6 +31,7 @@ class Effort:
         cpu_tokens: tokens of a sweep on a CPU.
         rows: of a dense product.
         prompts: tokens of a prompt.
+        chunk_tokens: of prompts whose K and V are stored together.
         gpu_product: rows and columns of the matrices whose product gives a GPU's FLOP/s.
         cpu_products: the same for the CPU, until one takes too long.
         cpu_experts_s: seconds for the experts of one model and dtype on a CPU; beyond, larger batches are left out.
@@ -39,10 +40,10 @@ class Effort:
 
     point_s: float = 0.2
     gpu_point_s: float = 0.08
-    host_bytes: int = 8 * GIB
+    host_bytes: int = 24 * GIB
     gpu_bytes: int = 4 * GIB
     call_bytes: int = 256 * MIB
-    pause_s: float = 2e-3
+    pause_s: float = 20e-3
     pool_bytes: int = GIB
     copy_sizes: tuple[int, ...] = (64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
     hop_sizes: tuple[int, ...] = (64 * KIB, 256 * KIB, MIB)
@@ -55,6 +56,7 @@ class Effort:
     cpu_tokens: tuple[int, ...] = (1, 16, 64, 256, 1024, 4096)
     rows: tuple[int, ...] = (1, 16, 64, 256, 512, 2048)
     prompts: tuple[int, ...] = (64, 256, 1024, 4096)
+    chunk_tokens: tuple[int, ...] = (256, 1024, 2048)
     gpu_product: int = 8192
     cpu_products: tuple[int, ...] = (512, 1024, 2048, 4096)
     cpu_experts_s: float = 3.0

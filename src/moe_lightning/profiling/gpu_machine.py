@@ -13,27 +13,26 @@ from moe_lightning.bench.machine import require_gpu
 from moe_lightning.engine.gpu_budget import cap_gpu_memory
 from moe_lightning.engine.worker import attention_threads
 from moe_lightning.errors import ConfigError
-from moe_lightning.hardware.kernel_times import ModelShape
+from moe_lightning.hardware.kernel_times import ModelShape, PrefillProfile
 from moe_lightning.hardware.profile import GpuProfile, HostProfile, LaneProfile, LinkProfile
 from moe_lightning.kernels.cpu_attention import CpuAttention
-from moe_lightning.memory.arena import HostArena
 from moe_lightning.memory.mapped import device_view
 from moe_lightning.profiling import gpu, host
 from moe_lightning.profiling.arena import HostMemory
 from moe_lightning.profiling.attention import AttentionBench
 from moe_lightning.profiling.effort import Effort
-from moe_lightning.profiling.kv_store import store_rate
 from moe_lightning.profiling.lanes import LanesBench
 from moe_lightning.profiling.link import Copies, Link
+from moe_lightning.profiling.load import Load
 from moe_lightning.profiling.prefill import prefill
 from moe_lightning.profiling.small_kernels import small_kernels
 from moe_lightning.profiling.steps import Report, Steps
-from moe_lightning.units import MIB, format_bytes
+from moe_lightning.units import GIB, MIB, format_bytes
 
 _HOST_DTYPES = (torch.bfloat16, torch.float32)
 _GPU_DTYPES = (torch.float16, torch.float32)  # beside the one that it computes models in
 _PAGE = 16 * MIB  # bytes of the copies beside attention: about a page of weights
-_KV_BYTES = 256 * MIB  # host memory where K and V of prompts go
+_KV_BYTES = 2 * GIB  # of a layer: where K and V of prompts go
 _LEAST = 512 * MIB
 _MOST_OF_BUDGET = 0.8
 
@@ -47,13 +46,14 @@ def measure_gpu_machine(
         ConfigError: there is too little memory, or no Triton.
     """
     dtype = require_gpu()
-    steps = Steps(10 + len(effort.geometries) + 5 * len(shapes), report)
+    steps = Steps(9 + len(effort.geometries) + 5 * len(shapes), report)
     with _within_budget(effort, gpu_memory) as effort:
-        found_host, link = _host_and_link(shapes[0], effort, dtype, steps)
+        found_host, link, prompts = _host_and_link(shapes, effort, dtype, steps)
         steps.begin("launching and handing over")
         lanes = LanesBench(effort).measure()
         torch.cuda.empty_cache()
-        return found_host, _kernels(shapes, effort, dtype, link, lanes, steps)
+        kernels = _kernels(shapes, effort, dtype, link, lanes, steps)
+        return found_host, replace(kernels, prefill=prompts)
 
 
 @contextmanager
@@ -85,8 +85,8 @@ def _within_budget(effort: Effort, gpu_memory: int | None) -> Iterator[Effort]:
 
 
 def _host_and_link(
-    shape: ModelShape, effort: Effort, dtype: torch.dtype, steps: Steps
-) -> tuple[HostProfile, LinkProfile]:
+    shapes: Sequence[ModelShape], effort: Effort, dtype: torch.dtype, steps: Steps
+) -> tuple[HostProfile, LinkProfile, tuple[PrefillProfile, ...]]:
     steps.begin("host memory")
     memory = HostMemory(effort, has_gpu=True)
     memory.fill(dtype)
@@ -113,13 +113,17 @@ def _host_and_link(
         steps.begin(f"CPU attention beside copies, {host.describe(geometry)}")
         attention.append(AttentionBench(kernel, memory.read, geometry, dtype, effort).measure(copies))
     under = (copies.median_rate if copies else None) or h2d.best_rate
-    steps.begin("storing K and V beside copies")
-    kv_store = both[1]  # where memory is not page-locked, K and V are copied and then sorted in
-    if copies is not None:
-        with copies:
-            kv_store = store_rate(_on_gpu(memory.read), shape, dtype, copies.keep_up)
+    prompts = []
+    for shape in shapes:
+        steps.begin(f"prefill attention of {shape.name} beside copies and the CPU's")
+        load = None
+        if copies is not None:
+            bench = AttentionBench(kernel, memory.read, shape.attention, dtype, effort)
+            attend, _ = bench.layer(bench.lengths(effort.contexts[0]))
+            load = Load(copies, attend, _on_gpu(memory.read)[:_KV_BYTES])
+        prompts.append(prefill(shape, dtype, effort, load))
     found = HostProfile(read, read_beside, flops, tuple(attention), ())
-    return found, LinkProfile(memory.is_pinned, h2d, d2h, *both, under, kv_store)
+    return found, LinkProfile(memory.is_pinned, h2d, d2h, *both, under), tuple(prompts)
 
 
 def _kernels(
@@ -134,10 +138,7 @@ def _kernels(
     memory = gpu.memory_rate(effort)
     steps.begin("GPU products")
     flops = {host.name_of(d): gpu.product_flops(d, effort) for d in dict.fromkeys((dtype, *_GPU_DTYPES))}
-    experts, dense, attention, small = [], [], [], []
-    arena = HostArena((_KV_BYTES,), torch.uint8)
-    arena.prepare(pin=link.is_pinned)
-    host_kv = _on_gpu(arena.tensor) if arena.is_pinned else None
+    experts, dense, small = [], [], []
     for shape in shapes:
         steps.begin(f"compiling experts of {shape.name}")
         bench = gpu.ExpertsBench(shape, dtype, effort)
@@ -148,14 +149,9 @@ def _kernels(
         torch.cuda.empty_cache()
         steps.begin(f"products of {shape.name}")
         dense += gpu.dense(shape, dtype, effort)
-        steps.begin(f"prefill attention of {shape.name}")
-        attention.append(prefill(shape, dtype, effort, host_kv))
         steps.begin(f"small kernels of {shape.name}")
         small.append(small_kernels(shape, dtype, effort))
-    del host_kv
-    return GpuProfile(
-        memory, flops, tuple(experts), tuple(dense), tuple(attention), link, lanes, tuple(small)
-    )
+    return GpuProfile(memory, flops, tuple(experts), tuple(dense), (), link, lanes, tuple(small))
 
 
 def _on_gpu(memory: Tensor) -> Tensor:

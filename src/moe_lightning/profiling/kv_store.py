@@ -1,21 +1,14 @@
-"""Measures how fast kernels write K and V of a chunk to blocks in host memory."""
+"""Stores of K and V of a chunk to blocks in host memory, as passes have them."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from statistics import median
 
 import torch
 from torch import Tensor
 
-from moe_lightning.hardware.kernel_times import ModelShape
 from moe_lightning.kernels import reference
-from moe_lightning.profiling.queued import recorded
-from moe_lightning.units import GIB
 
 CHUNK_TOKENS = 2048  # of prompts that a pass computes together
 BLOCK_SIZE = 16
-_LAYER_BYTES = 2 * GIB  # that a layer's blocks take at most
 _TURNS = 8
 
 
@@ -51,20 +44,3 @@ class KvStore:
     def store(self, turn: int) -> None:
         """Launch one chunk's store, as `TaskRunner` does."""
         reference.store_kv(self.kv, self._k, self._v, self.slots[turn % len(self.slots)])
-
-
-def store_rate(memory: Tensor, shape: ModelShape, dtype: torch.dtype, keep_up: Callable[[], object]) -> float:
-    """Bytes/s of K and V that reach page-locked memory [bytes], seen by the GPU; `keep_up` lets copies go on."""
-    qkv = torch.randn(CHUNK_TOKENS, shape.qkv_size, device="cuda", dtype=dtype)
-    kv = KvStore(memory[:_LAYER_BYTES], qkv, shape.num_heads, shape.num_kv_heads)
-    kv.store(0)
-    found: list[float] = []
-    for _ in range(3):
-        keep_up()
-        start = recorded()
-        for turn in range(_TURNS):
-            kv.store(turn)
-        end = recorded()
-        end.synchronize()
-        found.append(_TURNS * kv.num_bytes / (start.elapsed_time(end) / 1e3))
-    return median(found)

@@ -112,7 +112,8 @@ class Link:
 class Copies:
     """Copies to the GPU that never cease while something else is measured.
 
-    No thread of their own: `keep_up` queues enough of them to outlast what is called until the next `keep_up`.
+    No thread of their own: `keep_up` queues enough of them to outlast what is called until the next `keep_up`. As
+    in a pass, now and then queries leave the GPU beside them and results come.
 
     Args:
         link: that copies.
@@ -123,7 +124,7 @@ class Copies:
     def __init__(self, link: Link, size: int, bandwidth: float) -> None:
         self._link, self._size = link, size
         self._depth = max(4, min(_MOST_COPIES, int(_AHEAD_S * bandwidth / size) + 1))
-        self._stream = torch.cuda.Stream()
+        self._stream, self._back = torch.cuda.Stream(), torch.cuda.Stream()
         self._pending: deque[torch.cuda.Event] = deque()
         self._done: list[torch.cuda.Event] = []
         self._number = 0
@@ -143,16 +144,21 @@ class Copies:
             seconds = self._done[0].elapsed_time(self._done[-1]) / 1e3
             self.rates.append(self._size * (len(self._done) - 1) / seconds)
         self._stream.synchronize()
+        self._back.synchronize()
         self._pending.clear()
 
-    def keep_up(self) -> None:
-        """Queue more."""
+    def keep_up(self, num_bytes: int = 0) -> None:
+        """Queue more, and beside them copies of about so many bytes each way."""
         self._collect()
         with torch.cuda.stream(self._stream):
             while len(self._pending) < self._depth:
                 self._link.copy_to_gpu(self._number, self._size)
                 self._number += 1
                 self._pending.append(_record())
+        with torch.cuda.stream(self._back):
+            for number in range(round(num_bytes / self._size)):
+                self._link.copy_from_gpu(number, self._size)
+                self._link.copy_to_gpu(number, self._size)
 
     @property
     def median_rate(self) -> float | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import accumulate, pairwise
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from moe_lightning.hardware.curve import RateCurve
+from moe_lightning.hardware.curve import RateCurve, TimeCurve
 from moe_lightning.hardware.kernel_times import ModelShape, PrefillProfile
 from moe_lightning.kernels import ops
 from moe_lightning.kernels.prefill_plan import PrefillPlan
@@ -18,28 +19,43 @@ from moe_lightning.kernels.reference import Segment
 from moe_lightning.profiling.effort import Effort
 from moe_lightning.profiling.host import name_of
 from moe_lightning.profiling.kv_store import BLOCK_SIZE, CHUNK_TOKENS, KvStore
+from moe_lightning.profiling.load import Load
 from moe_lightning.profiling.queued import recorded
 
-_HOLD_CYCLES = 1_000_000  # some 0.6 ms, longer than launching both takes
-_TURNS = 9
+_HOLD_CYCLES = 2_000_000  # more than a millisecond, longer than launching both takes
+_TURNS = 15
+_STORED_PROMPT = 128  # tokens of the prompt that a token is in, in chunks whose stores are timed by size
 
 
-def prefill(shape: ModelShape, dtype: torch.dtype, effort: Effort, host: Tensor | None) -> PrefillProfile:
+def prefill(shape: ModelShape, dtype: torch.dtype, effort: Effort, load: Load | None) -> PrefillProfile:
     """Causal attention of chunks of unequal prompts while their K and V are stored.
 
-    Both come after the projections, so they always run at once, and a store's kernels hold processors while they
-    wait for the link.
+    Both come after the projections, so they always run at once: a store's kernels hold processors while they wait
+    for the link, and wait for those that attention holds. Pages come meanwhile, and the CPU attends.
 
     Args:
         shape: of the model.
         dtype: of activations.
         effort: prompts.
-        host: [bytes] uint8, page-locked memory as the GPU sees it, where K and V go; None to store nothing.
+        load: what goes on meanwhile, and where K and V go; None to store nothing.
     """
-    rates = tuple(_rate(shape, prompt_lens(length), dtype, host) for length in effort.prompts)
-    return PrefillProfile(
-        shape.num_heads, shape.num_kv_heads, shape.head_dim, name_of(dtype), RateCurve(effort.prompts, rates)
-    )
+    flops = []
+    for length in effort.prompts:
+        lengths = prompt_lens(length)
+        seconds, _ = _seconds(shape, lengths, dtype, load)
+        flops.append(4.0 * causal_pairs(lengths) * shape.q_size / seconds)
+    rate, name = RateCurve(effort.prompts, tuple(flops)), name_of(dtype)
+    return PrefillProfile(*shape.attention, name, rate, _stores(shape, dtype, effort, load) if load else None)
+
+
+def _stores(shape: ModelShape, dtype: torch.dtype, effort: Effort, load: Load) -> TimeCurve:
+    """Seconds by bytes of K and V."""
+    points: dict[float, float] = {}
+    for num_tokens in effort.chunk_tokens:
+        lengths = prompt_lens(_STORED_PROMPT, num_tokens)
+        size = 2 * sum(lengths) * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+        _, points[size] = _seconds(shape, lengths, dtype, load)
+    return TimeCurve(tuple(points), tuple(points.values()))
 
 
 def prompt_lens(mean: int, total: int = CHUNK_TOKENS) -> list[int]:
@@ -66,7 +82,10 @@ def causal_pairs(lengths: Sequence[int]) -> int:
     return sum(n * (n + 1) // 2 for n in lengths)
 
 
-def _rate(shape: ModelShape, lengths: Sequence[int], dtype: torch.dtype, host: Tensor | None) -> float:
+def _seconds(
+    shape: ModelShape, lengths: Sequence[int], dtype: torch.dtype, load: Load | None
+) -> tuple[float, float]:
+    """Of a chunk's attention, and of the store of its K and V beside it."""
     ends = list(accumulate(lengths, initial=0))
     rows = -(-ends[-1] // BLOCK_SIZE) * BLOCK_SIZE
     qkv = torch.randn(rows, shape.qkv_size, device="cuda", dtype=dtype)
@@ -74,30 +93,38 @@ def _rate(shape: ModelShape, lengths: Sequence[int], dtype: torch.dtype, host: T
     q, k, v = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
     plan = PrefillPlan.of([Segment(start, start, end) for start, end in pairwise(ends)], _put)
     out = torch.empty(ends[-1], shape.q_size, device="cuda", dtype=dtype)
-    kv = None if host is None else KvStore(host, qkv, shape.num_heads, shape.num_kv_heads)
-    seconds = _beside(
-        lambda: ops.prefill_attention(q, k, v, plan, None, out), kv.store if kv else lambda _: None
+    kv = KvStore(load.kv, qkv, shape.num_heads, shape.num_kv_heads) if load else None
+    return _beside(
+        lambda: ops.prefill_attention(q, k, v, plan, None, out), kv.store if kv else lambda _: None, load
     )
-    return 4.0 * causal_pairs(lengths) * shape.q_size / seconds
 
 
-def _beside(work: Callable[[], object], store: Callable[[int], object]) -> float:
-    """Seconds of the work from when both may begin."""
+def _beside(
+    work: Callable[[], object], store: Callable[[int], object], load: Load | None
+) -> tuple[float, float]:
+    """Seconds of the work and of the store, from when both may begin."""
     stores = torch.cuda.Stream()
-    found: list[float] = []
-    for turn in range(_TURNS + 1):  # the first compiles
-        torch.cuda.synchronize()
-        torch.cuda._sleep(_HOLD_CYCLES)
-        start = recorded()
-        stores.wait_event(start)
-        work()
-        end = recorded()
-        with torch.cuda.stream(stores):
-            store(turn)
-        end.synchronize()
-        found.append(start.elapsed_time(end) / 1e3)
+    work()  # compiles
+    store(0)
     torch.cuda.synchronize()
-    return median(found[1:])
+    found: list[tuple[float, float]] = []
+    with load.running() if load else nullcontext():
+        for turn in range(_TURNS):
+            if load:
+                load.copies.keep_up()
+            torch.cuda._sleep(_HOLD_CYCLES)
+            start = recorded()
+            work()
+            end = recorded()
+            with torch.cuda.stream(stores):
+                stores.wait_event(start)
+                store(turn)
+                stored = recorded()
+            end.synchronize()
+            stored.synchronize()
+            found.append((start.elapsed_time(end) / 1e3, start.elapsed_time(stored) / 1e3))
+    torch.cuda.synchronize()
+    return median(one for one, _ in found), median(other for _, other in found)
 
 
 def _put(values: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -11,10 +11,10 @@ _MAX_TURNS = 200
 _PATIENCE = 4  # budgets that three turns may take
 
 
-def median_seconds(
+def turn_seconds(
     work: Callable[[int], object], budget_s: float, before: Callable[[], object] = lambda: None
-) -> float:
-    """Median seconds of a turn, after one that does not count.
+) -> list[float]:
+    """Seconds of each turn, after one that does not count.
 
     Args:
         work: gets the turn's number, so that it can touch other memory than the last one.
@@ -33,4 +33,11 @@ def median_seconds(
         enough = _MIN_TURNS if end - begin < _PATIENCE * budget_s else 1
         if len(found) >= enough and end - begin > budget_s:
             break
-    return median(found)
+    return found
+
+
+def median_seconds(
+    work: Callable[[int], object], budget_s: float, before: Callable[[], object] = lambda: None
+) -> float:
+    """The median of `turn_seconds`."""
+    return median(turn_seconds(work, budget_s, before))
