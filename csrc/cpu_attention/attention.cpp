@@ -87,8 +87,9 @@ void Attention::run(const Call& call) {
 
 void Attention::serve(Running& running, int thread) {
   kernels_.enter();
+  Plan::Share share;
   Item item{}, next{};
-  while (plan_.take(thread, item, next)) attend(running, item, next, thread);
+  while (plan_.take(thread, share, item, next)) attend(running, item, next, thread);
   kernels_.leave();
 }
 
@@ -126,7 +127,7 @@ void Attention::attend(Running& running, const Item& item, const Item& next, int
 }
 
 // Asks for the rows of an item that will soon be worked on. There are few of them, but each would be waited for, and
-// stores wait in line behind one that misses.
+// stores wait in line behind one that misses. (Slots of new tokens come with the blocks that hold them.)
 void Attention::expect(const Call& call, const Item& item) const {
   const int64_t dims = call.head_dim, size = element_size(call.dtype), group = call.num_heads / call.num_kv_heads;
   const auto ask = [size](const void* base, int64_t from, int64_t count) {
@@ -137,11 +138,9 @@ void Attention::expect(const Call& call, const Item& item) const {
     ask(call.q, i * call.q_stride + item.head * group * dims, group * dims);
     ask(call.out, i * call.out_stride + item.head * group * dims, group * dims);
   }
-  for_new_rows(call, item, [&](int64_t token, int64_t key, int64_t value) {
+  for_new_rows(call, item, [&](int64_t token, int64_t, int64_t) {
     ask(call.k, token * call.k_stride + item.head * dims, dims);
     ask(call.v, token * call.v_stride + item.head * dims, dims);
-    ask(call.cache, key, dims);
-    ask(call.cache, value, dims);
   });
 }
 

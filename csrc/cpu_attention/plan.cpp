@@ -15,6 +15,9 @@ constexpr int64_t kItemCost = 16;
 constexpr int64_t kItemsPerThread = 16;
 // Shorter parts are not worth writing a state and reading it again.
 constexpr int64_t kShortestPart = 128;
+// A thread takes so many items at once, or this part of what is left, so that others find some in the end.
+constexpr int64_t kItemsPerShare = 4;
+constexpr int64_t kSharesLeft = 8;
 
 int64_t num_queries_of(const Batch& batch, int64_t seq) {
   return batch.query_lens == nullptr ? 1 : batch.query_lens[seq];
@@ -168,17 +171,26 @@ Item Plan::item_at(int64_t number, int64_t near) const {
   return item;
 }
 
-bool Plan::take(int thread, Item& item, Item& next) {
+bool Plan::take_share(int thread, Share& share) {
   for (int i = 0; i < num_threads_; ++i) {
     Stretch& stretch = stretches_[static_cast<size_t>((thread + i) % num_threads_)];
-    if (stretch.front.load(std::memory_order_relaxed) >= stretch.end) continue;
-    const int64_t number = stretch.front.fetch_add(1, std::memory_order_relaxed);
-    if (number >= stretch.end) continue;
-    item = item_at(number, item.seq);
-    next = i == 0 && number + 1 < stretch.end ? item_at(number + 1, item.seq) : Item{};
-    return true;
+    const int64_t left = stretch.end - stretch.front.load(std::memory_order_relaxed);
+    if (left <= 0) continue;
+    const int64_t count = std::clamp<int64_t>(left / kSharesLeft, 1, kItemsPerShare);
+    share.front = stretch.front.fetch_add(count, std::memory_order_relaxed);
+    share.end = std::min(share.front + count, stretch.end);
+    share.last = i == 0 ? stretch.end : share.end;
+    if (share.front < share.end) return true;
   }
   return false;
+}
+
+bool Plan::take(int thread, Share& share, Item& item, Item& next) {
+  if (share.front >= share.end && !take_share(thread, share)) return false;
+  const int64_t number = share.front++;
+  item = item_at(number, item.seq);
+  next = number + 1 < share.last ? item_at(number + 1, item.seq) : Item{};
+  return true;
 }
 
 bool Plan::is_last_part(const Item& item) {

@@ -46,9 +46,17 @@ class Plan {
   // Raises std::invalid_argument if the batch contradicts itself or names blocks outside of the cache.
   void make(const Batch& batch, int num_kv_heads, int64_t num_blocks);
 
+  // What a thread has taken and not yet worked on. Several items at a time, since taking waits for all that the thread
+  // has written before.
+  struct Share {
+    int64_t front = 0;
+    int64_t end = 0;
+    int64_t last = 0;  // end of what the thread will probably be given after it
+  };
+
   // The next item for a thread, false if none is left. `item` is the one it had before, if any; `next` is what it will
   // probably be given then, with no positions if unknown.
-  bool take(int thread, Item& item, Item& next);
+  bool take(int thread, Share& share, Item& item, Item& next);
 
   // Counts one part of several as done; true for the last.
   bool is_last_part(const Item& item);
@@ -75,6 +83,7 @@ class Plan {
     int32_t first_split;
   };
 
+  bool take_share(int thread, Share& share);
   int64_t check(const Batch& batch, int64_t num_blocks);
   void cut(Cut& cut, int64_t most);
   Item item_at(int64_t number, int64_t near) const;
