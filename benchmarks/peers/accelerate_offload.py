@@ -40,7 +40,7 @@ def recover(model: Any) -> None:
     """After a pass that failed: weights that it had brought to the GPU leave again."""
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
-        if hook is not None and getattr(hook, "offload", False):
+        if hasattr(hook, "tied_pointers_to_remove"):  # its weights have been on the GPU
             hook.post_forward(module, None)
 
 
