@@ -314,6 +314,17 @@ async def test_a_body_that_is_no_batch_is_refused_with_a_message(tmp_path, body)
 
 
 @asynchronous
+async def test_the_body_of_a_batch_may_be_as_large_as_the_limit(tmp_path):
+    async with Desk(tmp_path, limits=BatchLimits(order_bytes=300)) as desk:
+        given = {"endpoint": "/v1/completions", "completion_window": "24h"}
+        file_id = await desk.upload(encode(line("a")))
+        assert (await desk.client.batches.create(input_file_id=file_id, **given)).status
+        with pytest.raises(openai.APIStatusError, match="larger than 300 bytes") as caught:
+            await desk.client.batches.create(input_file_id=file_id, **given, metadata={"a": "b" * 300})
+        assert caught.value.status_code == 413
+
+
+@asynchronous
 async def test_a_batch_of_an_unknown_or_an_output_file_is_refused(tmp_path):
     async with Desk(tmp_path) as desk:
         done = await desk.run(line("a"))

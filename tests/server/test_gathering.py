@@ -66,6 +66,28 @@ def test_requests_that_come_one_after_the_other_share_their_first_pass(patient):
     assert engine.passes == [3]
 
 
+def test_an_engine_does_not_begin_while_the_event_loop_is_busy_with_requests(patient, monkeypatch):
+    monkeypatch.setattr(engine_thread, "_SILENCE_S", 0)
+    engine = FakeEngine(room=3)
+
+    async def burst():
+        thread, inbox = EngineThread(engine), asyncio.Queue()
+        thread.start(asyncio.get_running_loop())
+        try:
+            thread.submit([Ticket(Request("a", (1,), SamplingParams()), inbox.put_nowait)])
+            engine.was_asked.wait(120)  # the loop is not free while this waits
+            for _ in range(4):
+                await asyncio.sleep(0)
+            thread.submit([Ticket(Request("b", (1,), SamplingParams()), inbox.put_nowait)])
+            for _ in range(2):
+                await asyncio.wait_for(inbox.get(), 120)
+        finally:
+            await asyncio.to_thread(thread.stop)
+
+    asyncio.run(burst())
+    assert engine.passes == [2]
+
+
 def test_a_request_that_comes_alone_is_answered_though_there_is_room_for_more():
     engine = FakeEngine(room=3)
     asyncio.run(answered(engine, 1))

@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,11 @@ KEY = "sk-a-key-of-some-length"
 
 def server_of(mixtral, limits=None, **settings):
     return serving(load(mixtral, max_num_seqs=2), Settings(limits=limits or Limits(), **settings))
+
+
+def connections(server):
+    """uvicorn's, open by now."""
+    return server.server.server_state.connections
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +104,20 @@ class TestQueue:
                 server.until(lambda: server.desk.num_interactive == 1)
                 status, headers, _ = server.send("GET", "/v1/models")
                 assert (status, "retry-after" in headers) == (503, True)
+                server.until(lambda: len(connections(server)) == 1)
                 assert server.send("GET", "/health")[0] == 200, "a busy server lives"
             assert running.result()[0] == 200
+
+    def test_connections_that_ask_for_nothing_have_a_bound_too(self, mixtral):
+        with server_of(mixtral, Limits(max_connections=1)) as server:
+            idle = [socket.create_connection(("127.0.0.1", server.port), timeout=120) for _ in range(2)]
+            server.until(lambda: len(connections(server)) == 2)
+            with suppress(ConnectionError):  # of a third, which is closed
+                assert server.open_stream(COMPLETIONS, SHORT).rest() == b""
+            idle.pop().close()
+            server.until(lambda: len(connections(server)) == 1)
+            assert server.post(COMPLETIONS, SHORT)[0] == 200, "its place is free again"
+            idle.pop().close()
 
     def test_background_work_goes_behind_interactive_requests_and_waits_for_places(self, mixtral):
         order = []
@@ -298,12 +316,13 @@ class TestConnections:
         assert first["id"] != second["id"]
         assert first["choices"] == second["choices"], "the id decides the draws"
 
-    def test_a_body_that_does_not_come_is_not_waited_for_forever(self, mixtral):
+    @pytest.mark.parametrize("path", [COMPLETIONS, "/v1/batches"])
+    def test_a_body_that_does_not_come_is_not_waited_for_forever(self, mixtral, tmp_path, path):
         with (
-            server_of(mixtral, Limits(body_seconds=0.05)) as server,
+            server_of(mixtral, Limits(body_seconds=0.05), data_dir=tmp_path) as server,
             socket.create_connection(("127.0.0.1", server.port), timeout=120) as connection,
         ):
-            head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
             assert b"408" in connection.recv(65536)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -61,7 +61,8 @@ def create_app(llm: LLM, settings: Settings | None = None) -> FastAPI:
     service = Service(llm, desk, settings.limits, watch, settings.names or (llm.model_name,))
     batches = None
     if settings.data_dir is not None:
-        batches = BatchService(settings.data_dir, service.answer_body, settings.batch_limits)
+        bounds = replace(settings.batch_limits, order_seconds=settings.limits.body_seconds)
+        batches = BatchService(settings.data_dir, service.answer_body, bounds)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

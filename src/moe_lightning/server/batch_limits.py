@@ -25,6 +25,7 @@ class BatchLimits:
     Attributes:
         upload_rate: bytes per second that an upload has to reach on average, beside `upload_idle_seconds` once;
             time that the server takes does not count.
+        order_seconds: until the body that orders a batch has to be there; the server's --body-seconds.
         line_bytes: of one line; a longer one becomes a line of the error file.
         body_depth: levels of objects and lists in one line's body; likewise.
         bytes_in_flight: of the lines of the requests in flight.
@@ -46,6 +47,8 @@ class BatchLimits:
     upload_rate: int = _bytes(
         32 * KIB, "min_upload_rate", "that an upload has to bring each second on average"
     )
+    order_bytes: int = _bytes(64 * KIB, "max_batch_order", "of the body that orders a batch")
+    order_seconds: float = 60.0
     batches: int = _count(
         10_000, "max_batches", "batches with a record; the oldest that has ended makes room for a new one"
     )

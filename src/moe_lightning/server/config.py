@@ -91,7 +91,8 @@ class ServerConfig:
         _DEFAULTS.max_body_bytes, "of one request", parse=parse_positive(parse_bytes), metavar="SIZE"
     )
     max_connections: int = setting(
-        _DEFAULTS.max_connections, "requests in progress at a time, whatever they are for",
+        _DEFAULTS.max_connections,
+        "requests in progress at a time, whatever they are for; twice as many connections may be open",
         parse=parse_positive(parse_count), metavar="N",
     )  # fmt: skip
     max_forms: int = setting(

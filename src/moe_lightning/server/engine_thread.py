@@ -20,7 +20,8 @@ from moe_lightning.errors import DeviceError
 _log = logging.getLogger(__name__)
 _FAILURES = 3  # passes in a row that may fail before the engine counts as broken
 # How long an idle engine waits for more requests that come with the first.
-_SILENCE_S = 0.05  # after which nobody comes any more
+_SILENCE_S = 0.05  # after which nobody comes any more of whom the event loop does not know
+_ROUNDS = 8  # of the event loop, in which a connection that it has taken becomes a request
 _LONGEST_WAIT_S = 1.0
 _SHARE_OF_PASS = 0.1
 
@@ -69,6 +70,7 @@ class EngineThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._is_stopped = False
+        self._num_added = 0
         self._failures = 0
         self._broken: str | None = None
         self._longest_pass_s = math.inf  # so far; passes that nobody has seen may take any time
@@ -136,15 +138,39 @@ class EngineThread:
         Without that the first of many would have a pass of its own, and all others end one pass later.
         """
         until = time.monotonic() + min(_LONGEST_WAIT_S, _SHARE_OF_PASS * self._longest_pass_s)
-        with suppress(Empty):
-            while self._has_work and not self._is_stopped and not self._engine.is_full:
-                left = min(_SILENCE_S, until - time.monotonic())
-                self._commands.get(timeout=max(left, 0.0))()
+        while self._obeyed(min(_SILENCE_S, until - time.monotonic())) or self._loop_brought_some(until):
+            pass
+
+    def _obeyed(self, seconds: float) -> bool:
+        """Wait so long for one more command while there is room; whether one came."""
+        if not self._has_work or self._is_stopped or self._engine.is_full:
+            return False
+        try:
+            self._commands.get(timeout=max(seconds, 0.0))()
+        except Empty:
+            return False
+        return True
+
+    def _loop_brought_some(self, until: float) -> bool:
+        """Wait until the event loop has done what it had to do; whether commands came of that.
+
+        It takes in all of a burst before it hands over the first, which may take longer than any silence.
+        """
+        is_done = threading.Event()
+        if time.monotonic() >= until or not self._call_loop(
+            _go_round, _ROUNDS, lambda: self.call(is_done.set)
+        ):
+            return False
+        before = self._num_added
+        while not is_done.is_set() and self._obeyed(until - time.monotonic()):
+            pass
+        return self._num_added > before
 
     def _stop(self) -> None:
         self._is_stopped = True
 
     def _add(self, tickets: list[Ticket]) -> None:
+        self._num_added += len(tickets)
         self._tickets.update({ticket.request.request_id: ticket for ticket in tickets})
         if self._broken:
             self._give_up_all()
@@ -218,11 +244,19 @@ class EngineThread:
             del self._tickets[output.request_id]
 
     def _send(self, news: list[tuple[Deliver, Update]]) -> None:
-        if news and self._loop:
-            try:
-                self._loop.call_soon_threadsafe(_deliver, news)
-            except RuntimeError:  # the loop is closed: nobody waits any more
-                _log.debug("news for a closed loop")
+        if news:
+            self._call_loop(_deliver, news)
+
+    def _call_loop(self, function: Callable[..., None], *arguments: object) -> bool:
+        """Have the event loop call something; whether there is one."""
+        if self._loop is None:
+            return False
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # it is closed: nobody waits any more
+            _log.debug("a closed loop was to call %s", function)
+            return False
+        return True
 
 
 def _nothing(request: Request) -> RequestOutput:
@@ -237,3 +271,11 @@ def _nothing(request: Request) -> RequestOutput:
 def _deliver(news: list[tuple[Deliver, Update]]) -> None:
     for deliver, update in news:
         deliver(update)
+
+
+def _go_round(rounds: int, then: _Command) -> None:
+    """Let the event loop go round so many times, then call something."""
+    if rounds:
+        asyncio.get_running_loop().call_soon(_go_round, rounds - 1, then)
+    else:
+        then()

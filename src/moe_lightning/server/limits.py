@@ -24,7 +24,8 @@ class Limits:
         max_body_bytes: of one request's body.
         max_bodies_bytes: of all bodies at a time that are being read, or wait to be tokenized.
         max_forms: forms of answers at a time that are being compiled or wait for it.
-        max_connections: requests in progress, whatever they are for; what comes then is refused with 503.
+        max_connections: requests in progress, whatever they are for; what comes then is refused with 503. Twice as
+            many connections may be open; what comes then is closed.
         head_seconds: that a connection may take to the end of a request's head.
         body_seconds: until a body has to be there.
         keep_alive_seconds: of silence in a stream, after which a comment is sent.

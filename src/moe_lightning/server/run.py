@@ -20,6 +20,7 @@ _GRACE_S = 5.0  # for the last words of requests that did not finish in time
 _BACKLOG = 2048
 _FILES = 2**16
 _TICKS_PER_S = 10  # of uvicorn
+_IDLE_SHARE = 2  # connections that may be open for each request that may be in progress
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -55,10 +56,22 @@ def serve(app: FastAPI, listening: socket.socket, on_ready: Callable[[], None]) 
         Server(app, on_ready).run(sockets=[listening])
 
 
+def bounded(protocol: type[asyncio.Protocol], most: int) -> type[asyncio.Protocol]:
+    """One of uvicorn's HTTP protocols, for so many connections at a time; one that comes then is closed."""
+
+    class Bounded(protocol):  # type: ignore[valid-type, misc]
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > most:
+                transport.abort()
+
+    return Bounded
+
+
 class Server(uvicorn.Server):
     """Tells requests in time that they will not finish, instead of cutting their connections.
 
-    Cuts those of clients that do nothing.
+    Cuts those of clients that do nothing, and those that are too many.
 
     Args:
         app: of `create_app`.
@@ -80,6 +93,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
+        most = _IDLE_SHARE * self._service.limits.max_connections
+        self.config.http_protocol_class = bounded(self.config.http_protocol_class, most)
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         if self.started:

@@ -10,13 +10,13 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
 
+from moe_lightning.server.batch_limits import BatchLimits
 from moe_lightning.server.batches.objects import Batch, CreateBatch, FileDeleted, FileObject, Page
 from moe_lightning.server.errors import HttpError
 
 if TYPE_CHECKING:
     from moe_lightning.server.batches.service import BatchService
 
-_BODY_BYTES, _BODY_SECONDS = 2**16, 60.0
 _CHUNK_BYTES = 2**18
 _ERROR = {
     "type": "object",
@@ -113,7 +113,7 @@ def _add_batches(router: APIRouter, service: BatchService) -> None:
 
     @router.post("/batches", openapi_extra=body, tags=["batches"])
     async def create_batch(request: Request) -> Batch:
-        return await service.create(await _wanted(request))
+        return await service.create(await _wanted(request, service.limits))
 
     @router.get("/batches", tags=["batches"])
     async def list_batches(
@@ -130,18 +130,22 @@ def _add_batches(router: APIRouter, service: BatchService) -> None:
         return await service.cancel(batch_id)
 
 
-async def _wanted(request: Request) -> CreateBatch:
+async def _wanted(request: Request, limits: BatchLimits) -> CreateBatch:
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise HttpError(415, "send the batch as application/json", "invalid_content_type")
     raw = b""
     try:
-        async with asyncio.timeout(_BODY_SECONDS):
+        async with asyncio.timeout(limits.order_seconds):
             async for piece in request.stream():
                 raw += piece
-                if len(raw) > _BODY_BYTES:
-                    raise HttpError(413, f"the body is larger than {_BODY_BYTES} bytes", "body_too_large")
+                if len(raw) > limits.order_bytes:
+                    raise HttpError(
+                        413, f"the body is larger than {limits.order_bytes} bytes", "body_too_large"
+                    )
     except TimeoutError:
-        raise HttpError(408, f"the body did not come within {_BODY_SECONDS:g} s", "slow_body") from None
+        raise HttpError(
+            408, f"the body did not come within {limits.order_seconds:g} s", "slow_body"
+        ) from None
     try:
         return CreateBatch.model_validate_json(raw)
     except ValidationError as e:
