@@ -20,6 +20,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from checkpoints import tiny_policy
+from demo_model import IS_FULL
 from moe_lightning import LLM
 from moe_lightning.server.app import Settings
 from moe_lightning.server.limits import Limits
@@ -28,6 +29,7 @@ CHECKS = [
     not_a_server_error, content_type_conformance, response_headers_conformance, response_schema_conformance,
     status_code_conformance,
 ]  # fmt: skip
+TIMES = 10 if IS_FULL else 1  # that makes nine thousand requests
 # Fields that a document cannot say of with which values of others they go.
 DISAGREEING = (
     "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
@@ -94,7 +96,7 @@ def test_responses_are_what_the_document_says(document, known, method, path, max
 
     seen = Counter()
 
-    @settings(max_examples=max_examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=TIMES * max_examples, deadline=None, suppress_health_check=list(HealthCheck))
     @given(operation.as_strategy() | operation.as_strategy(GenerationMode.NEGATIVE), booleans())
     def check(case, is_agreeing):
         if is_agreeing and isinstance(case.body, dict):

@@ -19,7 +19,6 @@ from demo_model import MOE, ROOT
 from moe_lightning.cli.main import main
 
 DOCUMENT = ROOT / "docs" / "serving.md"
-ARTIFACT = ["--cpu-mem-bdw", "76", "--avg-prompt-len", "77", "--gen-len", "32"]
 
 
 @contextmanager
@@ -54,6 +53,12 @@ def blocks(kind):
     return found
 
 
+def artifact(start, **places):
+    """Arguments of the document's command that begins so, with the places that it names where they are here."""
+    (line,) = re.findall(rf"^\$ ({re.escape(start)}.*)$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    return [places.get(word, word) for word in line.split()[1:]]
+
+
 def run(program, script, port):
     done = subprocess.run(
         [*program, script.replace(":30000/", f":{port}/")],
@@ -68,11 +73,9 @@ def run(program, script, port):
 
 @pytest.mark.demo
 def test_the_documents_commands_and_the_artifacts_work_and_sigterm_lets_a_stream_finish(tmp_path):
-    with process("-m", "moe_lightning.launch_server", "--model-path", str(MOE), *ARTIFACT) as (
-        server,
-        port,
-        out,
-    ):
+    start = artifact("python -m moe_lightning.launch_server", **{"./my-mixtral": str(MOE)})
+    assert {"--cpu-mem-bdw", "--avg-prompt-len", "--gen-len"} <= set(start)
+    with process(*start) as (server, port, out):
         assert re.search(r"ubs, n_ub\s+\d+, \d+", "".join(out))
         assert re.search(r"throughput\s+[\d.]+ token/s", "".join(out))
         asking, forms, scoring, watching = (
@@ -94,13 +97,13 @@ def test_the_documents_commands_and_the_artifacts_work_and_sigterm_lets_a_stream
         assert "moe_lightning:generation_tokens_total" in watching[1]
         (python,) = blocks("python")
         assert run([sys.executable, "-c"], python, port).count("Paris") == 2
-        result = tmp_path / "result.json"
-        bench = [
-            sys.executable, str(ROOT / "benchmarks" / "mtbench" / "bench.py"), "--port", str(port),
-            "--max-new-tokens", "2", "--ubs", "2", "--n-ub", "2", "--result-file", str(result),
-        ]  # fmt: skip
-        subprocess.run(bench, check=True, timeout=120, capture_output=True)
-        measured = json.loads(result.read_text())
+        script = "benchmarks/mtbench/bench.py"
+        bench = artifact(f"python {script}", **{script: str(ROOT / script), "30000": str(port)})
+        small = ["--max-new-tokens", "2", "--ubs", "2", "--n-ub", "2"]  # the last of several counts
+        subprocess.run(
+            [sys.executable, *bench, *small], check=True, timeout=120, capture_output=True, cwd=tmp_path
+        )
+        measured = json.loads((tmp_path / "mtbench.json").read_text())
         assert (measured["generated_tokens"], measured["workload"]["prompts"]) == (8, 4)
         assert 40 < measured["workload"]["mean_prompt_tokens"] < 120
 
