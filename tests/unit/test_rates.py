@@ -10,6 +10,7 @@ from moe_lightning.hardware.kernel_times import PartTimes
 from moe_lightning.hardware.profile import Profile
 from moe_lightning.models.registry import resolve
 from moe_lightning.perf.cost import PassWork
+from moe_lightning.perf.memory import EXPERTS_AT_ONCE
 from moe_lightning.perf.rates import MeasuredRates
 from moe_lightning.pipeline.task import Lane, Task, TaskKind
 from profiles import LANES, LINK, MIXTRAL, PROFILE
@@ -71,6 +72,15 @@ def test_of_two_measured_parts_each_takes_what_was_measured_and_a_smaller_one_as
     assert found.seconds(MIXTRAL, 8192, 0.125) == pytest.approx(3e-3)
     assert found.seconds(MIXTRAL, 8192, 1 / 16) == pytest.approx(3e-3 - 8.6e-3 / 16)
     assert found.seconds(MIXTRAL, 8192) == pytest.approx(8.6e-3)
+
+
+@pytest.mark.parametrize("parts", [1, 8])
+def test_more_tokens_than_are_computed_at_once_take_a_sweep_for_each_turn(parts) -> None:
+    at_once, rest = experts(parts, EXPERTS_AT_ONCE), experts(parts, 404)
+    gap = LANES.gpu_gap_s
+    assert experts(parts, 2 * EXPERTS_AT_ONCE) == pytest.approx(2 * at_once - gap)
+    assert experts(parts, EXPERTS_AT_ONCE + 404) == pytest.approx(at_once + rest - gap)
+    assert rest > 1.5 * at_once * 404 / EXPERTS_AT_ONCE, "few tokens take more than their share"
 
 
 def test_small_kernels_come_to_the_products() -> None:

@@ -10,6 +10,7 @@ from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.profile import GpuProfile, Profile
 from moe_lightning.hardware.spec import HardwareSpec
 from moe_lightning.perf.cost import DTYPE_BYTES, Cost, PassWork, task_cost, task_seconds
+from moe_lightning.perf.memory import EXPERTS_AT_ONCE
 from moe_lightning.perf.shape import shape_of
 from moe_lightning.pipeline.task import Lane, Task, TaskKind
 
@@ -172,13 +173,18 @@ class _Measured:
                 mean = work.context_tokens[task.micro_batches[0]] * 2 / max(tokens, 1)
                 return self._prefill.seconds(max(mean, 1.0), cost.flops) + _PREFILL_KERNELS * gap
             case TaskKind.EXPERTS:
-                share = work.num_experts_in(task.part) / spec.experts.num_experts
-                return self._experts.seconds(self._shape, tokens, share) + gap
+                return self._swept(tokens, work.num_experts_in(task.part) / spec.experts.num_experts) + gap
             case TaskKind.SAMPLE:
                 rows = max(sum(work.sampled_rows[j] for j in task.micro_batches), 1)
                 product = self._head.seconds(spec.hidden_size, spec.vocab_size, rows)
                 return product + moved + _SAMPLE_KERNELS * gap
         return cost.device_bytes / self._gpu.memory + gap
+
+    def _swept(self, tokens: int, share: float) -> float:
+        """Seconds of a sweep: of several where there are more tokens than are computed at once."""
+        turns, rest = divmod(tokens, EXPERTS_AT_ONCE)
+        seconds = turns * self._experts.seconds(self._shape, EXPERTS_AT_ONCE, share) if turns else 0.0
+        return seconds + (self._experts.seconds(self._shape, rest, share) if rest or not turns else 0.0)
 
     @property
     def _between_lanes(self) -> float:
