@@ -51,7 +51,7 @@ def throughput(results: Iterable[Values]) -> str:
         rows.append(
             f"| {model} | {gpu / GIB:g} GiB{note} | {gen_len} | {kind} | {rate:,.0f}{spread} | "
             f"{_share(_median(m['share_of_limit'] for m in found))} | "
-            f"{_predicted(rate, found[0]['predicted_tokens_per_s'])} | "
+            f"{_predicted(found)} | "
             f"{_share(_median(_h2d(m) for m in found))} | "
             f"{_share(_median(m['share_of_plain_copy'] for m in found))} | "
             f"{_peak(cells)} | {_checked(found)} |"
@@ -154,10 +154,15 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
-def _predicted(rate: float, predicted: float | None) -> str:
-    if not predicted:
+def _predicted(found: Iterable[Values]) -> str:
+    """Medians of what was promised, and of how far off each run was from its own promise."""
+    promised = [
+        (m["predicted_tokens_per_s"], m["tokens_per_s"]) for m in found if m["predicted_tokens_per_s"]
+    ]
+    if not promised:
         return ""
-    off = rate / predicted - 1
+    off = statistics.median(rate / predicted - 1 for predicted, rate in promised)
+    predicted = statistics.median(predicted for predicted, _ in promised)
     return f"{predicted:,.0f} ({off:+.0%}{', off' if abs(off) > RATE_TOLERANCE else ''})"
 
 
@@ -166,8 +171,9 @@ def _peak(cells: Iterable[Values]) -> str:
     if any(m["gpu"] is None for m in memory):
         return ""
     worst = max(memory, key=lambda m: m["gpu"])
-    within = all(m["is_gpu_within"] and m["is_host_within"] for m in memory)
-    return f"{worst['gpu'] / GIB:.2f} GiB{'' if within else ', over'}"
+    over = "" if all(m["is_gpu_within"] for m in memory) else ", over"
+    host = "" if all(m["is_host_within"] for m in memory) else ", host over its plan"
+    return f"{worst['gpu'] / GIB:.2f} GiB{over}{host}"
 
 
 def _checked(found: Iterable[Values]) -> str:

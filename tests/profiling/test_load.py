@@ -15,18 +15,18 @@ from moe_lightning.profiling.load import again_and_again
 
 
 def test_work_goes_on_until_the_block_ends() -> None:
-    twice, num = threading.Event(), 0
+    twice, num, workers = threading.Event(), 0, set[threading.Thread]()
 
     def work() -> None:
         nonlocal num
         num += 1
+        workers.add(threading.current_thread())
         if num == 2:
             twice.set()
 
     with again_and_again(work):
         assert twice.wait(10)
-    before = num
-    assert num == before and not any(thread.name.startswith("load") for thread in threading.enumerate())
+    assert len(workers) == 1 and not workers.pop().is_alive()
 
 
 def test_an_error_of_the_work_is_raised_and_one_of_the_block_is_not_hidden() -> None:

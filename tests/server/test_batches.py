@@ -1,6 +1,7 @@
 """Batches as openai's own client sees them."""
 
 import asyncio
+import json
 
 import openai
 import pytest
@@ -318,10 +319,11 @@ async def test_the_body_of_a_batch_may_be_as_large_as_the_limit(tmp_path):
     async with Desk(tmp_path, limits=BatchLimits(order_bytes=300)) as desk:
         given = {"endpoint": "/v1/completions", "completion_window": "24h"}
         file_id = await desk.upload(encode(line("a")))
-        assert (await desk.client.batches.create(input_file_id=file_id, **given)).status
-        with pytest.raises(openai.APIStatusError, match="larger than 300 bytes") as caught:
-            await desk.client.batches.create(input_file_id=file_id, **given, metadata={"a": "b" * 300})
-        assert caught.value.status_code == 413
+        body = json.dumps({"input_file_id": file_id, **given}).encode().ljust(300)
+        headers = {"Content-Type": "application/json"}
+        assert (await desk.http.post("/batches", content=body, headers=headers)).status_code == 200
+        refused = await desk.http.post("/batches", content=body + b" ", headers=headers)
+        assert refused.status_code == 413 and "larger than 300 bytes" in refused.text
 
 
 @asynchronous

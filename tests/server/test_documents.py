@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def started(command, directory):
         env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
     try:
+        assert select.select([server.stdout], [], [], 120)[0], "it has not said anything yet"
         line = server.stdout.readline()
         found = re.search(r":(\d+)$", line)
         assert found, f"it said {line!r}"

@@ -131,10 +131,10 @@ def test_a_row_is_the_median_of_repetitions_with_their_spread(tmp_path):
 
 def test_what_is_off_over_or_wrong_is_said():
     bad = result(rate=1500.0)
-    bad["memory"]["is_gpu_within"] = False
+    bad["memory"] |= {"is_gpu_within": False, "is_host_within": False}
     bad["measured"][0]["check"]["is_equal"] = False
     row = make_tables.throughput([bad]).splitlines()[-1]
-    assert "2,100 (-29%, off)" in row and "23.50 GiB, over" in row and row.endswith("| NOT EQUAL |")
+    assert "2,100 (-29%, off)" in row and row.endswith("23.50 GiB, over, host over its plan | NOT EQUAL |")
 
 
 def test_peers_are_shown_with_their_best_batch():

@@ -120,7 +120,7 @@ class _Measured:
         self._head = gpu.dense_like(spec.hidden_size, spec.vocab_size, dtype)
         self._prefill = gpu.prefill_like(a.num_heads, a.num_kv_heads, a.head_dim, dtype)
         self._small = gpu.small_like(spec.hidden_size, spec.experts.num_experts)
-        # Pages come while the CPU attends; how fast small copies are beside it was measured with pages alone.
+        # Pages come while the CPU attends, beside copies of its queries and outputs; so they were measured.
         link = gpu.link
         self._slowed = link.h2d.rate_at(link.h2d.sizes[-1]) / link.h2d_under_attention
         # Copies to the host run beside both: pages, as was measured, and attention, which slows all copies alike.

@@ -196,11 +196,14 @@ def _draw(logits: Tensor, batch: SamplingBatch, rows: Tensor) -> Tensor:
 
     Noise of Gumbel's distribution gives each token its probability. What rounding changes is a draw in which two
     tokens come as close as the rounding. In the inverse distribution function every token has a border, which moves
-    with the likelihoods of all before it: of flat distributions one draw in a hundred may change with the batch.
+    with the likelihoods of all before it: of flat distributions about one draw in a hundred may change with the
+    batch.
     """
     assert batch.temperature is not None
     assert batch.uniforms is not None
-    tempered = logits[rows] / batch.temperature[rows, None]
+    tempered = logits[rows]
+    # From the row's largest on, lest numbers become so large that noise is lost in their rounding.
+    tempered = (tempered - tempered.amax(dim=-1, keepdim=True)) / batch.temperature[rows, None]
     if batch.min_p is not None or batch.top_k is not None or batch.top_p is not None:
         tempered = _filtered(tempered, batch, rows)
     return tempered.add_(_gumbel(batch.uniforms[rows], logits.shape[1])).argmax(dim=-1)

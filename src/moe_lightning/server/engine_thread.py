@@ -141,9 +141,14 @@ class EngineThread:
         while self._obeyed(min(_SILENCE_S, until - time.monotonic())) or self._loop_brought_some(until):
             pass
 
+    @property
+    def _has_room(self) -> bool:
+        """There is work, and more may join it."""
+        return self._has_work and not self._is_stopped and not self._engine.is_full
+
     def _obeyed(self, seconds: float) -> bool:
         """Wait so long for one more command while there is room; whether one came."""
-        if not self._has_work or self._is_stopped or self._engine.is_full:
+        if not self._has_room:
             return False
         try:
             self._commands.get(timeout=max(seconds, 0.0))()
@@ -157,9 +162,9 @@ class EngineThread:
         It takes in all of a burst before it hands over the first, which may take longer than any silence.
         """
         is_done = threading.Event()
-        if time.monotonic() >= until or not self._call_loop(
-            _go_round, _ROUNDS, lambda: self.call(is_done.set)
-        ):
+        if not self._has_room or time.monotonic() >= until:
+            return False
+        if not self._call_loop(_go_round, _ROUNDS, lambda: self.call(is_done.set)):
             return False
         before = self._num_added
         while not is_done.is_set() and self._obeyed(until - time.monotonic()):
