@@ -24,7 +24,7 @@ _LIKELIHOOD_ONE = 2.0**40
 _SPREAD = 0x9E3779B9 - 2**32  # odd, and no two ids' products are near
 # Rows are sorted a few at a time: a sorted logit needs some 50 bytes of workspace.
 _SORTED_AT_ONCE = SORTED_AT_ONCE
-_DRAWN_AT_ONCE = 2**18  # on a CPU: what fits in its cache takes half the time
+_DRAWN_AT_ONCE = 2**18  # on a CPU: what fits in its cache
 
 
 @dataclass(frozen=True)
