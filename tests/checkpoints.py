@@ -141,9 +141,11 @@ def tiny_policy(**changes: object) -> Policy:
     return Policy(**{**values, **changes})
 
 
-def load(directory: Path, *, executor: str = "serial", device: str = "cpu", **changes: object) -> LLM:
+def load(
+    directory: Path, *, executor: str = "serial", device: str = "cpu", dtype: str = "auto", **changes: object
+) -> LLM:
     """The checkpoint under `tiny_policy` with changes."""
-    return LLM(directory, policy=tiny_policy(**changes), executor=executor, device=device)
+    return LLM(directory, policy=tiny_policy(**changes), executor=executor, device=device, dtype=dtype)
 
 
 def shards(directory: Path) -> list[Path]:

@@ -26,6 +26,8 @@ class Policy:
         num_blocks: KV blocks in host memory.
         block_size: tokens in a KV block.
         schedule: name of the builder, `cgopipe` or a baseline.
+        packed: bfloat16 experts are stored with exponents of four bits, 25 % smaller and exact, and unpacked on the
+            GPU for each sweep (`perf.page_size`).
     """
 
     max_num_seqs: int
@@ -41,3 +43,4 @@ class Policy:
     block_size: int = 16
     schedule: str = "cgopipe"
     expert_parts: int = 1
+    packed: bool = False

@@ -85,10 +85,16 @@ def device_parts(worker, has_gpu):
     return {
         "weights": size(weights.embed, weights.final_norm, *head, *layers),
         "resident": size(*pages.frames[place.num_ring_frames :]),
+        "unpacked": size(pages.unpacked.pages) if pages.unpacked else 0,
         "ring": size(*pages.frames[: place.num_ring_frames]),
         "activations": size(*rows),
         "workspace": size(*workspace),
-        "tables": size(pages._first_table, pages.page_table, worker._inv_freq),
+        "tables": size(
+            pages._first_table,
+            pages.page_table,
+            worker._inv_freq,
+            *([pages.unpacked.table] if pages.unpacked else []),
+        ),
         "uploads": size(worker._uploader._on_device) if has_gpu else 0,
         "staging": size(*b.kv_stage),
     }
@@ -111,16 +117,18 @@ def size(*tensors):
 
 
 @pytest.mark.parametrize(
-    ("values", "dtype", "schedule"),
+    ("values", "dtype", "changes"),
     [
-        (POLICIES[0], torch.bfloat16, "cgopipe"), (POLICIES[0], torch.float32, "flexgen"),
-        (POLICIES[1], torch.float16, "cgopipe"), (POLICIES[2], torch.bfloat16, "cgopipe"),
+        (POLICIES[0], torch.bfloat16, {}), (POLICIES[0], torch.float32, {"schedule": "flexgen"}),
+        (POLICIES[1], torch.float16, {}), (POLICIES[2], torch.bfloat16, {}),
+        (POLICIES[0], torch.bfloat16, {"packed": True, "expert_parts": 3}),
+        (POLICIES[2], torch.bfloat16, {"packed": True}),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_each_part_is_what_a_worker_holds_and_there_is_no_other(architecture, dtype, values, schedule):
+def test_each_part_is_what_a_worker_holds_and_there_is_no_other(architecture, dtype, values, changes):
     spec = spec_of(architecture)
-    policy = policy_of(spec, values, schedule=schedule)
+    policy = policy_of(spec, values, **changes)
     before = storages()
     worker = build_worker(spec, policy, dtype, torch.device("cpu"), tensors=None, executor="serial")
     held = held_beside(before)
@@ -135,11 +143,12 @@ def test_every_family_is_counted():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("values", POLICIES[:2])
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_on_a_gpu_each_part_is_what_a_worker_holds_and_there_is_no_other(architecture, values):
+def test_on_a_gpu_each_part_is_what_a_worker_holds_and_there_is_no_other(architecture, values, packed):
     spec = spec_of(architecture, hidden_size=128, intermediate_size=256, vocab_size=512)
-    policy = policy_of(spec, values)
+    policy = policy_of(spec, values, packed=packed)
     before, device = storages(), torch.device("cuda", 0)
     worker = build_worker(spec, policy, torch.bfloat16, device, tensors=None)
     held = held_beside(before)

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from checkpoints import tiny_policy
 from moe_lightning.engine.facts import mean_context, pass_work
 from moe_lightning.models.registry import resolve
 from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step
 
 SPEC = resolve("mixtral-8x7b")
+POLICY = tiny_policy(pages_per_expert=2)
 pieces = st.builds(
     PrefillPiece,
     token_ids=st.integers(1, 9).map(lambda n: tuple(range(n))),
@@ -31,7 +33,7 @@ def batches(of):
 @given(step=st.builds(Step, batches(pieces), batches(rows)), window=st.none() | st.integers(1, 16))
 def test_tokens_keys_and_rows_are_those_of_each_token_of_each_micro_batch(step, window):
     spec = replace(SPEC, attention=replace(SPEC.attention, sliding_window=window))
-    work = pass_work(spec, "bfloat16", 2, step)
+    work = pass_work(spec, "bfloat16", POLICY, step)
     starts = [[(p.start, len(p.token_ids)) for p in chunk] for chunk in step.prefill]
     starts += [[(row.position, 1) for row in members] for members in step.decode]
     seen = [[start + i + 1 for start, count in part for i in range(count)] for part in starts]

@@ -141,9 +141,8 @@ class Session:
         cache = loaded.worker.kv.arena.tensor.view(-1)
         if self._shared:
             cache = cache[self._shared.filled_before(cache) :]
-        some = loaded.worker.weights.pages.frames[
-            0
-        ].cpu()  # a copy by the GPU may not cross pieces locked apart
+        # Of the GPU's own matrices: a copy by the GPU may not cross pieces of host memory that are locked apart.
+        some = loaded.worker.weights.embed.view(-1)[: 2**24].cpu()
         for start in range(0, len(cache), len(some)):
             piece = cache[start : start + len(some)]
             piece.copy_(some[: len(piece)])

@@ -182,7 +182,9 @@ def _limit(
             return None
         gpu_memory = torch.cuda.get_device_properties(plan.device).total_memory
     try:
-        return hardware_limit(plan.spec, plan.dtype.itemsize, gpu_memory, host_memory, rate, workload)
+        return hardware_limit(
+            plan.spec, plan.dtype.itemsize, gpu_memory, host_memory, rate, workload, packed=plan.policy.packed
+        )
     except NoFeasiblePolicyError:  # all experts fit on the GPU: no link bounds it
         return None
 

@@ -25,6 +25,7 @@ _LANES = {
 }  # fmt: skip
 _DEVICE = {
     "weights": "other weights", "resident": "experts resident", "ring": "ring of frames",
+    "unpacked": "experts unpacked",
     "activations": "activations", "workspace": "experts' workspace", "tables": "tables", "uploads": "small arrays",
     "staging": "KV on its way",
 }  # fmt: skip

@@ -21,6 +21,7 @@ from moe_lightning.memory.layout import PageLayout, Placement
 from moe_lightning.memory.shared_arena import SharedArena
 from moe_lightning.memory.weights import Weights, allocate
 from moe_lightning.models.spec import ModelSpec
+from moe_lightning.pipeline.shape import pages_of_largest_part
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.cuda_executor import CudaExecutor
 from moe_lightning.runtime.executor import Executor, SerialExecutor, ThreadedExecutor
@@ -60,11 +61,12 @@ def build_worker(
         ConfigError: the system has no such memory.
     """
     lanes = make_executor(executor, device)
-    layout = PageLayout.of(spec, policy.pages_per_expert)
+    layout = PageLayout.of(spec, policy.pages_per_expert, packed=policy.packed)
     placement = Placement(layout.pages_per_layer, policy.resident_pages, policy.num_frames)
     try:
         pages, blocks = (shared.pages, shared.blocks) if shared else (HostArena, HostArena)
-        weights = allocate(spec, layout, placement, dtype, device, pages)
+        sweep = pages_of_largest_part(policy, spec.experts.num_experts)
+        weights = allocate(spec, layout, placement, dtype, device, pages, sweep)
         kv = KVCache(spec.num_layers, spec.attention, policy.num_blocks, policy.block_size, dtype, blocks)
         _fill(weights, kv, tensors, seed, progress)
         return Worker(weights, policy, kv, lanes, device)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.cost import PassWork
+from moe_lightning.perf.predict import first_swept
+from moe_lightning.policy import Policy
 from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step
 
 
-def pass_work(
-    spec: ModelSpec, dtype: str, pages_per_expert: int, step: Step, expert_parts: int = 1
-) -> PassWork:
+def pass_work(spec: ModelSpec, dtype: str, policy: Policy, step: Step, expert_parts: int = 1) -> PassWork:
     """What the tasks of a step's pass work on; sequences are counted, not looked into."""
     window = spec.attention.sliding_window or spec.max_position
     chunks, groups = step.prefill, step.decode
@@ -19,8 +19,9 @@ def pass_work(
     sizes = [len(members) for members in groups]
     keys += [_context(members, window) for members in groups]
     return PassWork(
-        spec, dtype, pages_per_expert, tuple(tokens + sizes), tuple(keys), tuple(rows + sizes), expert_parts
-    )
+        spec, dtype, policy.pages_per_expert, tuple(tokens + sizes), tuple(keys), tuple(rows + sizes), expert_parts,
+        first_swept(len(chunks), len(chunks) + len(groups)) if policy.packed else None,
+    )  # fmt: skip
 
 
 def mean_context(step: Step) -> float:

@@ -68,7 +68,7 @@ def make_plan(
     device, dtype = _device(config), _dtype(config.dtype, spec)
     gpu = cap_gpu_memory(device, config.gpu_memory) if device.type == "cuda" else config.gpu_memory
     if policy is not None:
-        _check_pages(policy, spec)
+        _check_pages(policy, spec, dtype)
         return Plan(spec, device, dtype, policy, _longest(config, spec, policy))
     memory = Memory(config.host_memory or usable_host_memory(device), gpu)
     prediction = rates = None
@@ -87,7 +87,7 @@ def make_plan(
     if config.policy:
         policy = load_policy(config.policy, policy)
         length = min(length, policy.prefill_tokens, policy.num_blocks * policy.block_size)
-        _check_pages(policy, spec)
+        _check_pages(policy, spec, dtype)
     return Plan(spec, device, dtype, policy, length, prediction, rates, workload)
 
 
@@ -124,7 +124,9 @@ def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     return DatasheetRates(replace(known, gpu=replace(known.gpu, flops=rates)))
 
 
-def _check_pages(policy: Policy, spec: ModelSpec) -> None:
+def _check_pages(policy: Policy, spec: ModelSpec, dtype: torch.dtype) -> None:
+    if policy.packed and dtype is not torch.bfloat16:
+        raise ConfigError(f"packed=True with {dtype}: only bfloat16 weights can be packed; leave it out")
     layout = PageLayout.of(spec, policy.pages_per_expert)
     Placement(layout.pages_per_layer, policy.resident_pages, policy.num_frames)
     if not 1 <= policy.expert_parts <= layout.num_experts:

@@ -153,11 +153,7 @@ def load(tensors: Tensors, weights: Weights, num_readers: int = 4, progress: Pro
 
 
 def _fill(weights: Weights, tensor: TensorSpec, stored: StoredTensor) -> int:
-    values = read_tensor(stored)
-    filled = 0
-    for destination, part in weights.destinations(tensor):
-        destination.copy_(values[part])
-        filled += destination.numel()
+    filled = weights.put(tensor, read_tensor(stored))
     if filled != tensor.num_elements:
         raise CheckpointError(
             f"{tensor.name}: {format_bytes(stored.num_bytes)} read, "

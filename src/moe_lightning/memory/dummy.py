@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from moe_lightning.memory.weights import Weights
+
+_PACKING = 4  # pages at once
 
 
 class RandomWeights:
@@ -23,10 +26,13 @@ class RandomWeights:
         self._seed = seed
         self._device = weights.embed.device
         self._of_thread = threading.local()
-        # Pages are drawn in frames of the ring, which nothing is in yet: there may be no other memory left.
-        self._free_frames: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for frame in range(weights.pages.placement.num_ring_frames):
-            self._free_frames.put(frame)
+        # Pages are drawn in frames of the ring, or where pages are unpacked to, which nothing is in yet: there may be
+        # no other memory left. Packing takes some beside, so few do it at once.
+        pages, unpacked = weights.pages, weights.pages.unpacked
+        rows = unpacked.pages[:_PACKING] if unpacked else pages.frames[: pages.placement.num_ring_frames]
+        self._scratch: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        for row in rows:
+            self._scratch.put(row)
 
     def fill_device(self) -> None:
         """All that stays on the device, resident pages included."""
@@ -42,24 +48,31 @@ class RandomWeights:
             matrix.normal_(0.0, matrix.shape[1] ** -0.5, generator=generator)
         for number, count in enumerate(placement.resident):
             for page in range(count):
-                self._draw(w.pages.home(number, page), number, page)
+                self._fill(number, page)
 
     def fill_rows(self, start: int, stop: int) -> None:
         """Host rows [start, stop) of the streamed pages; threads may fill different rows at once."""
         places = self._weights.pages.placement.streamed_pages()
         for layer, page in places[start:stop]:
-            home = self._weights.pages.home(layer, page)
-            if self._device.type == "cpu":
-                self._draw(home, layer, page)
-                continue
-            frame = self._free_frames.get()
-            try:
-                with torch.cuda.stream(self._stream()):
-                    drawn = self._weights.pages.frames[frame]
-                    self._draw(drawn, layer, page)
-                    home.copy_(drawn)  # waits: the frame is free again afterwards
-            finally:
-                self._free_frames.put(frame)
+            self._fill(layer, page)
+
+    def _fill(self, layer: int, page: int) -> None:
+        pages = self._weights.pages
+        home = pages.home(layer, page)
+        if not pages.layout.packed and home.device == self._device:
+            self._draw(home, layer, page)
+            return
+        drawn = self._scratch.get()
+        try:
+            with torch.cuda.stream(self._stream()) if self._device.type == "cuda" else nullcontext():
+                self._draw(drawn, layer, page)
+                # Waits, so that the memory is free again afterwards.
+                for segment, values in zip(pages.segments(layer, page), drawn.chunk(3), strict=True):
+                    pages.write(segment, values)
+                if home.is_cuda:
+                    torch.cuda.current_stream().synchronize()
+        finally:
+            self._scratch.put(drawn)
 
     def _stream(self) -> torch.cuda.Stream:
         if not hasattr(self._of_thread, "stream"):
@@ -71,6 +84,6 @@ class RandomWeights:
         layout = self._weights.pages.layout
         seed = (self._seed * 1_000_003 + layer) * 1_000_003 + number
         generator = torch.Generator(self._device).manual_seed(seed % 2**63)
-        gate_up, down = page[: layout.gate_up_elements], page[layout.gate_up_elements :]
+        gate_up, down = page.split(2 * layout.segment_elements)
         gate_up.normal_(0.0, layout.hidden_size**-0.5, generator=generator)
         down.normal_(0.0, (layout.rows * layout.pages_per_expert) ** -0.5, generator=generator)

@@ -4,7 +4,8 @@ A page holds rows [p * rows, (p + 1) * rows) of gate and up, and the same column
 
     | gate_p [rows, H] | up_p [rows, H] | down_p [H, rows] |
 
-It is self-contained: the expert's output is the sum over its pages of down_p(act(gate_p x) * up_p x).
+It is self-contained: the expert's output is the sum over its pages of down_p(act(gate_p x) * up_p x). In a packed page
+each of the three segments is packed for itself (`perf.page_size`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from itertools import accumulate
 
 from moe_lightning.errors import ConfigError
 from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.page_size import page_bytes
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,10 @@ class PageLayout:
     rows: int
     pages_per_expert: int
     num_experts: int
+    packed: bool = False
 
     @classmethod
-    def of(cls, spec: ModelSpec, pages_per_expert: int) -> PageLayout:
+    def of(cls, spec: ModelSpec, pages_per_expert: int, *, packed: bool = False) -> PageLayout:
         """The layout of a model's experts.
 
         Raises:
@@ -39,22 +42,27 @@ class PageLayout:
                 f"pages_per_expert={pages_per_expert} does not divide the intermediate size {size}; "
                 f"use one of {_divisors(size)}"
             )
-        return cls(spec.hidden_size, size // pages_per_expert, pages_per_expert, spec.experts.num_experts)
+        rows, num_experts = size // pages_per_expert, spec.experts.num_experts
+        return cls(spec.hidden_size, rows, pages_per_expert, num_experts, packed)
 
     @property
     def page_elements(self) -> int:
         """Weights in one page."""
-        return 3 * self.rows * self.hidden_size
+        return 3 * self.segment_elements
+
+    @property
+    def segment_elements(self) -> int:
+        """Weights of each of gate, up and down in one page."""
+        return self.rows * self.hidden_size
+
+    def page_bytes(self, dtype_bytes: int) -> int:
+        """Of one page as it is stored."""
+        return page_bytes(self.hidden_size, self.rows, dtype_bytes, packed=self.packed)
 
     @property
     def pages_per_layer(self) -> int:
         """Pages of all experts of a layer."""
         return self.num_experts * self.pages_per_expert
-
-    @property
-    def gate_up_elements(self) -> int:
-        """Weights of gate and up in one page; down follows them."""
-        return 2 * self.rows * self.hidden_size
 
 
 @dataclass(frozen=True)

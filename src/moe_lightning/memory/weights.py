@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from moe_lightning.errors import ScheduleError
+from moe_lightning.kernels import ops, packing
 from moe_lightning.memory.arena import HostArena, MakeArena, device_tensor
 from moe_lightning.memory.layout import PageLayout, Placement
 from moe_lightning.memory.staging import StagingRing
 from moe_lightning.models.spec import EXPERT_ROLES, ModelSpec, Role, TensorSpec
+from moe_lightning.perf.page_size import segment_bytes
+
+_SEGMENTS = (Role.GATE, Role.UP, Role.DOWN)  # of a page, in order
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class LayerWeights:
 class PageStore:
     """Pages of expert weights: host rows, frames on the device, and the copies between them.
 
-    Each page is stored once: resident pages in their frames, streamed pages in host memory.
+    Each page is stored once: resident pages in their frames, streamed pages in host memory. Packed pages are bytes in
+    both, and `swept` unpacks those of one sweep to where kernels read them.
     """
 
     def __init__(
@@ -39,11 +44,15 @@ class PageStore:
         dtype: torch.dtype,
         device: torch.device,
         make_arena: MakeArena = HostArena,
+        largest_sweep: int | None = None,
     ) -> None:
         self.layout = layout
         self.placement = placement
-        self.frames = device_tensor((placement.num_frames, layout.page_elements), dtype, device)
-        self.arena = make_arena((placement.num_host_rows, layout.page_elements), dtype)
+        self.dtype = dtype
+        row = layout.page_bytes(dtype.itemsize) if layout.packed else layout.page_elements
+        stored = torch.uint8 if layout.packed else dtype
+        self.frames = device_tensor((placement.num_frames, row), stored, device)
+        self.arena = make_arena((placement.num_host_rows, row), stored)
         self.host = self.arena.tensor
         # Made once: each would cost a launcher microseconds at every copy.
         self._frames, self._rows = self.frames.unbind(0), self.host.unbind(0)
@@ -61,6 +70,9 @@ class PageStore:
         ]
         self._first_table = torch.tensor(pages, dtype=torch.int32).to(device)
         self.page_table = self._first_table.clone()  # [num_layers, pages_per_layer] int32
+        self.unpacked = (
+            self._unpacked(largest_sweep or layout.pages_per_layer, device) if layout.packed else None
+        )
 
     def place_ring(self, offset: int) -> None:
         """Make `page_table` that of a pass whose ring begins at frame `offset`; computed on the device."""
@@ -69,8 +81,51 @@ class PageStore:
             turned = (self._first_table + offset).remainder_(ring)
             torch.where(self._first_table < ring, turned, self._first_table, out=self.page_table)
 
+    def _unpacked(self, num_pages: int, device: torch.device) -> Unpacked:
+        pages = device_tensor((num_pages, self.layout.page_elements), self.dtype, device)
+        table = torch.arange(self.layout.pages_per_layer, dtype=torch.int32) % num_pages
+        return Unpacked(pages, table.to(device))
+
+    def swept(self, layer: int, experts: range) -> tuple[Tensor, Tensor]:
+        """Where kernels find the pages of some of a layer's experts: pages, and the row of each page of the layer.
+
+        Packed ones are unpacked, on the current stream, unless the call before was for the same.
+        """
+        if self.unpacked is None:
+            return self.frames, self.page_table[layer]
+        p, unpacked = self.layout.pages_per_expert, self.unpacked
+        if unpacked.content != (layer, experts):
+            unpacked.content = None
+            first, count = experts.start * p, len(experts) * p
+            n = self.layout.segment_elements
+            ops.unpack_pages(self.frames, self.page_table[layer], first, count, unpacked.pages, n)
+            unpacked.content = layer, experts
+        return unpacked.pages, unpacked.table
+
+    def segments(self, layer: int, page: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, up and down of a page where it is stored, packed if pages are."""
+        layout = self.layout
+        size = segment_bytes(layout.segment_elements) if layout.packed else layout.segment_elements
+        gate, up, down, *_ = self.home(layer, page).split(size)
+        return gate, up, down
+
+    def write(self, segment: Tensor, values: Tensor) -> None:
+        """Fill a segment with weights of any shape and dtype, as many as it has.
+
+        Raises:
+            NotPackableError: pages are packed, and these weights do not fit.
+        """
+        if not self.layout.packed:
+            segment.view(values.shape).copy_(values)
+        else:
+            packing.pack(values.to(self.frames.device, self.dtype), segment)
+
+    def read(self, segment: Tensor) -> Tensor:
+        """The weights of a segment, [rows * H]; where pages are packed, a copy."""
+        return packing.unpack(segment, self.layout.segment_elements) if self.layout.packed else segment
+
     def home(self, layer: int, page: int) -> Tensor:
-        """The page where it is stored: [page_elements]."""
+        """The page where it is stored: [page_elements], or its bytes where it is packed."""
         frame = self.placement.resident_frame(layer, page)
         return self._frames[frame] if frame >= 0 else self._rows[self.placement.host_row(layer, page)]
 
@@ -92,7 +147,7 @@ class PageStore:
 
     def _stage(self, layer: int, page: int, frame: int) -> None:
         if self._staging is None:
-            self._staging = StagingRing(self.layout.page_elements, self.host.dtype)
+            self._staging = StagingRing(self.host.shape[1], self.host.dtype)
         self._staging.copy(self._frames[frame], self.home(layer, page))
 
     def check(self, layer: int, first: int, frames: list[int]) -> None:
@@ -107,6 +162,21 @@ class PageStore:
                     f"experts of layer {layer} want page {page} in frame {frame}, "
                     f"which holds {self._content[frame]}"
                 )
+
+
+@dataclass
+class Unpacked:
+    """Pages of the last sweep as kernels read them.
+
+    Attributes:
+        pages: [the most of a sweep, page_elements].
+        table: [pages_per_layer] int32, row of each page of a layer; those of any sweep are apart.
+        content: layer and experts of that sweep.
+    """
+
+    pages: Tensor
+    table: Tensor
+    content: tuple[int, range] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,24 +195,37 @@ class Weights:
         """Bytes of all weights; ring frames are not counted."""
         return self.spec.num_parameters * self.embed.dtype.itemsize
 
-    def destinations(self, tensor: TensorSpec) -> Iterator[tuple[Tensor, tuple[slice, ...]]]:
-        """Where a checkpoint tensor goes: pairs of a destination and the part of the tensor that fills it."""
-        if tensor.role in EXPERT_ROLES:
-            yield from self._page_parts(tensor)
-        else:
-            yield self._resident(tensor), (slice(None),)
+    def put(self, tensor: TensorSpec, values: Tensor) -> int:
+        """Fill in a checkpoint tensor; how many weights were placed.
 
-    def _page_parts(self, tensor: TensorSpec) -> Iterator[tuple[Tensor, tuple[slice, ...]]]:
-        layout = self.pages.layout
-        half, both = layout.gate_up_elements // 2, layout.gate_up_elements
+        Raises:
+            NotPackableError: pages are packed, and these weights do not fit.
+        """
+        if tensor.role not in EXPERT_ROLES:
+            return self._resident(tensor).copy_(values).numel()
+        placed = 0
+        for segment, cut in self._segments(tensor):
+            self.pages.write(segment, values[cut])
+            placed += values[cut].numel()
+        return placed
+
+    def get(self, tensor: TensorSpec) -> Tensor:
+        """A tensor as a checkpoint has it, put together on the device."""
+        found = torch.empty(tensor.shape, dtype=self.embed.dtype, device=self.embed.device)
+        if tensor.role not in EXPERT_ROLES:
+            return found.copy_(self._resident(tensor))
+        for segment, cut in self._segments(tensor):
+            found[cut] = self.pages.read(segment.to(found.device)).view(found[cut].shape)
+        return found
+
+    def _segments(self, tensor: TensorSpec) -> Iterator[tuple[Tensor, tuple[slice, ...]]]:
+        """Where an expert's matrix is: pairs of a page's segment and the part of the matrix that it holds."""
+        layout, place = self.pages.layout, _SEGMENTS.index(tensor.role)
         for part in range(layout.pages_per_expert):
-            page = self.pages.home(tensor.layer, tensor.expert * layout.pages_per_expert + part)
+            page = tensor.expert * layout.pages_per_expert + part
             cut = slice(part * layout.rows, (part + 1) * layout.rows)
-            if tensor.role is Role.DOWN:
-                yield page[both:].view(layout.hidden_size, layout.rows), (slice(None), cut)
-            else:
-                start = 0 if tensor.role is Role.GATE else half
-                yield page[start : start + half].view(layout.rows, layout.hidden_size), (cut,)
+            segment = self.pages.segments(tensor.layer, page)[place]
+            yield segment, ((slice(None), cut) if tensor.role is Role.DOWN else (cut,))
 
     def _resident(self, tensor: TensorSpec) -> Tensor:
         top = {Role.EMBED: self.embed, Role.FINAL_NORM: self.final_norm, Role.LM_HEAD: self.lm_head}
@@ -171,8 +254,19 @@ def allocate(
     dtype: torch.dtype,
     device: torch.device,
     make_arena: MakeArena = HostArena,
+    largest_sweep: int | None = None,
 ) -> Weights:
-    """Memory for all weights, not yet filled; that of streamed pages is made by `make_arena`."""
+    """Memory for all weights, not yet filled.
+
+    Args:
+        spec: the model.
+        layout: of its pages.
+        placement: of its pages.
+        dtype: of its weights.
+        device: where those are that do not stream.
+        make_arena: makes the memory of those that do.
+        largest_sweep: pages that a sweep reads at most, where pages are packed; default: a layer's.
+    """
 
     def empty(*shape: int) -> Tensor:
         return device_tensor(shape, dtype, device)
@@ -190,5 +284,5 @@ def allocate(
         for _ in range(spec.num_layers)
     )
     lm_head = embed if spec.tie_word_embeddings else empty(spec.vocab_size, h)
-    pages = PageStore(layout, placement, dtype, device, make_arena)
+    pages = PageStore(layout, placement, dtype, device, make_arena, largest_sweep)
     return Weights(spec, embed, empty(h), lm_head, layers, pages)

@@ -7,11 +7,12 @@ written. Left out: element-wise arithmetic, routing indices, and what a kernel s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.spec import HardwareSpec
 from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.page_size import page_bytes
 from moe_lightning.pipeline.shape import experts_in
 from moe_lightning.pipeline.task import Lane, Task, TaskKind
 
@@ -41,6 +42,7 @@ class PassWork:
             and with itself, the i-th of a prompt to i; no token to more than the sliding window.
         sampled_rows: tokens whose logits are computed.
         expert_parts: sweeps over a layer's experts; tokens are taken to reach all experts alike.
+        unpacked_for: the micro-batch whose sweep comes first and unpacks pages for all; None: they are not packed.
 
     Raises:
         ConfigError: the dtype is not known, or the pages are not equal slices.
@@ -53,6 +55,7 @@ class PassWork:
     context_tokens: tuple[int, ...]
     sampled_rows: tuple[int, ...]
     expert_parts: int = 1
+    unpacked_for: int | None = None
 
     def num_experts_in(self, part: int) -> int:
         """Experts that a part sweeps."""
@@ -173,8 +176,21 @@ def _post_attention(work: PassWork, task: Task) -> Cost:
 
 
 def _load_page(work: PassWork, _: Task) -> Cost:
+    size = _page_bytes(work, packed=work.unpacked_for is not None)
+    return Cost(device_bytes=size, host_bytes=size, link_bytes=size)
+
+
+def _page_bytes(work: PassWork, *, packed: bool) -> int:
     rows = work.spec.experts.intermediate_size // work.pages_per_expert
-    return _copy(work, 3 * rows * work.spec.hidden_size)
+    return page_bytes(work.spec.hidden_size, rows, DTYPE_BYTES[work.dtype], packed=packed)
+
+
+def unpack_bytes(work: PassWork, task: Task) -> int:
+    """GPU memory that a sweep reads and writes to unpack its pages; 0 if another did, or pages are not packed."""
+    if work.unpacked_for not in task.micro_batches:
+        return 0
+    pages = work.num_experts_in(task.part) * work.pages_per_expert
+    return pages * (_page_bytes(work, packed=True) + _page_bytes(work, packed=False))
 
 
 def _experts(work: PassWork, task: Task) -> Cost:
@@ -185,7 +201,8 @@ def _experts(work: PassWork, task: Task) -> Cost:
     slots = e.top_k * t * swept // e.num_experts
     reached = min(swept, e.top_k * t)
     # The experts' input is read, the residual stream read and written.
-    return _gpu(work, 2 * slots * weights, reached * weights + 3 * t * h)
+    swept_once = _gpu(work, 2 * slots * weights, reached * weights + 3 * t * h)
+    return replace(swept_once, device_bytes=swept_once.device_bytes + unpack_bytes(work, task))
 
 
 def _sample(work: PassWork, task: Task) -> Cost:

@@ -139,6 +139,9 @@ def _check_value(base: Policy, name: str, value: object) -> None:
             raise ConfigError(
                 f"resident_pages={value!r}: give a list of {layers} integers, one for each layer"
             )
+    elif name == "packed":
+        if not isinstance(value, bool):
+            raise ConfigError(f"packed={value!r}: give true or false")
     else:
         least = 0 if name in ("look_ahead", "num_frames") else 1
         if not _is_int(value, least):

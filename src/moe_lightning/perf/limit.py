@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moe_lightning.errors import NoFeasiblePolicyError
 from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.page_size import page_bytes
 from moe_lightning.perf.workload import Workload
 from moe_lightning.units import format_bytes
 
@@ -28,7 +29,14 @@ class HardwareLimit:
 
 
 def hardware_limit(
-    spec: ModelSpec, dtype_bytes: int, gpu_memory: int, host_memory: int, h2d: float, workload: Workload
+    spec: ModelSpec,
+    dtype_bytes: int,
+    gpu_memory: int,
+    host_memory: int,
+    h2d: float,
+    workload: Workload,
+    *,
+    packed: bool = False,
 ) -> HardwareLimit:
     """The limit of link-bound decoding with continuous admission.
 
@@ -39,14 +47,15 @@ def hardware_limit(
         host_memory: bytes for streamed weights and KV.
         h2d: bytes/s of large copies to the GPU.
         workload: whose mean lengths count.
+        packed: experts are stored packed.
 
     Raises:
         NoFeasiblePolicyError: weights alone do not fit, or all of them fit on the GPU: then no link bounds it.
     """
-    experts = (
-        3 * spec.hidden_size * spec.experts.intermediate_size * spec.experts.num_experts * spec.num_layers
-    ) * dtype_bytes
-    others = spec.num_parameters * dtype_bytes - experts
+    e = spec.experts
+    expert = page_bytes(spec.hidden_size, e.intermediate_size, dtype_bytes, packed=packed)
+    experts = expert * e.num_experts * spec.num_layers
+    others = (spec.num_parameters - spec.num_expert_parameters) * dtype_bytes
     streamed = experts - (gpu_memory - others)
     room = host_memory - streamed
     if streamed <= 0 or room <= 0 or gpu_memory < others:

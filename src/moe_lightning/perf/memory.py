@@ -6,7 +6,9 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.page_size import page_bytes
 from moe_lightning.pipeline.baselines import STAGING_SLOTS
+from moe_lightning.pipeline.shape import pages_of_largest_part
 from moe_lightning.policy import Policy
 from moe_lightning.units import MIB
 
@@ -44,6 +46,7 @@ class DeviceUse(_Parts):
         weights: all but the experts'.
         resident: experts that stay.
         ring: frames that the other experts pass through.
+        unpacked: experts of one sweep as kernels read them; none where pages are not packed.
         activations: rows of a pass.
         workspace: of the experts' kernels; none on a CPU.
         tables: of pages, and rotary frequencies.
@@ -54,6 +57,7 @@ class DeviceUse(_Parts):
     weights: int
     resident: int
     ring: int
+    unpacked: int
     activations: int
     workspace: int
     tables: int
@@ -136,18 +140,24 @@ def memory_use(
         expert_bytes: of a weight of an expert, where it is stored in another format.
     """
     rows_of_page = spec.experts.intermediate_size // policy.pages_per_expert
-    page = 3 * spec.hidden_size * rows_of_page * (expert_bytes or dtype_bytes)
+    page = page_bytes(spec.hidden_size, rows_of_page, expert_bytes or dtype_bytes, packed=policy.packed)
+    unpacked = page_bytes(spec.hidden_size, rows_of_page, dtype_bytes, packed=False) * pages_of_largest_part(
+        policy, spec.experts.num_experts
+    )
     per_layer = spec.experts.num_experts * policy.pages_per_expert
     resident = sum(policy.resident_pages)
+    # Where pages lie when the ring begins at its first frame, where they are now, and where unpacked.
+    tables = (2 * spec.num_layers + policy.packed) * per_layer
     a, rows = spec.attention, policy.max_num_seqs + policy.prefill_tokens
     return MemoryUse(
         DeviceUse(
             weights=_other_parameters(spec) * dtype_bytes,
             resident=resident * page,
             ring=policy.num_frames * page,
+            unpacked=unpacked if policy.packed else 0,
             activations=rows * _row_bytes(spec, dtype_bytes),
             workspace=_workspace_bytes(spec, dtype_bytes, rows) if has_gpu else 0,
-            tables=2 * spec.num_layers * per_layer * _INT32 + a.head_dim // 2 * _FLOAT32,
+            tables=tables * _INT32 + a.head_dim // 2 * _FLOAT32,
             uploads=UPLOAD_BYTES if has_gpu else 0,
             staging=_staging_bytes(spec, dtype_bytes, policy),
         ),

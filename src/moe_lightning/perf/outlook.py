@@ -40,6 +40,11 @@ class Prediction:
     job_s: float | None
 
     @property
+    def bottleneck(self) -> str:
+        """The lane that works longest in a pass."""
+        return max(self.lane_s, key=self.lane_s.__getitem__)
+
+    @property
     def prefill_tokens_per_s(self) -> float:
         """Tokens of prompts, while KV memory is full."""
         return self.prefill_tokens / self.pass_s

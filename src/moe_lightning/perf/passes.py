@@ -134,7 +134,7 @@ class Passes:
         return shape, pass_work(
             replace(self.spec, num_layers=layers), shape, chunks + groups, self.mean_context,
             pages_per_expert=policy.pages_per_expert, dtype=self.dtype, prompt_len=self.mean_prompt,
-            token_prompt=self.token_prompt,
+            token_prompt=self.token_prompt, packed=policy.packed,
         )  # fmt: skip
 
 

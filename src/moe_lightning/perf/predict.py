@@ -67,6 +67,7 @@ def pass_work(
     dtype: str | None = None,
     prompt_len: float | None = None,
     token_prompt: float | None = None,
+    packed: bool = False,
 ) -> PassWork:
     """What the tasks of such a pass work on; arguments as `predict` has them.
 
@@ -88,8 +89,14 @@ def pass_work(
     # A prompt's last token is sampled from, and each decode token.
     rows = tuple(round(number) for number in prompts) + tuple(tokens[n:])
     return PassWork(
-        spec, dtype or spec.dtype, pages_per_expert, tuple(tokens), tuple(context), rows, shape.num_parts
-    )
+        spec, dtype or spec.dtype, pages_per_expert, tuple(tokens), tuple(context), rows, shape.num_parts,
+        first_swept(n, len(tokens)) if packed else None,
+    )  # fmt: skip
+
+
+def first_swept(num_prefill: int, num_micro_batches: int) -> int:
+    """The micro-batch whose experts come first in a layer: decode sequences before prompts."""
+    return num_prefill if num_prefill < num_micro_batches else 0
 
 
 def predict_pass(

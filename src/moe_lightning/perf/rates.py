@@ -9,7 +9,7 @@ from typing import Protocol
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.profile import GpuProfile, Profile
 from moe_lightning.hardware.spec import HardwareSpec
-from moe_lightning.perf.cost import DTYPE_BYTES, Cost, PassWork, task_cost, task_seconds
+from moe_lightning.perf.cost import DTYPE_BYTES, Cost, PassWork, task_cost, task_seconds, unpack_bytes
 from moe_lightning.perf.memory import EXPERTS_AT_ONCE
 from moe_lightning.perf.shape import shape_of
 from moe_lightning.pipeline.task import Lane, Task, TaskKind
@@ -103,6 +103,7 @@ class LighterPages:
         return lambda task: seconds(task) * (self.share if task.kind is TaskKind.LOAD_PAGE else 1.0)
 
 
+UNPACKING = 0.8  # of the rate at which the GPU copies its memory
 # Kernels of a task beside products, and beside those that were measured one behind the other.
 _EMBED_KERNELS, _PREFILL_KERNELS, _SAMPLE_KERNELS = 8, 2, 8
 
@@ -173,7 +174,8 @@ class _Measured:
                 mean = work.context_tokens[task.micro_batches[0]] * 2 / max(tokens, 1)
                 return self._prefill.seconds(max(mean, 1.0), cost.flops) + _PREFILL_KERNELS * gap
             case TaskKind.EXPERTS:
-                return self._swept(tokens, work.num_experts_in(task.part) / spec.experts.num_experts) + gap
+                share = work.num_experts_in(task.part) / spec.experts.num_experts
+                return self._unpacked(task) + self._swept(tokens, share) + gap
             case TaskKind.SAMPLE:
                 rows = max(sum(work.sampled_rows[j] for j in task.micro_batches), 1)
                 product = self._head.seconds(spec.hidden_size, spec.vocab_size, rows)
@@ -185,6 +187,10 @@ class _Measured:
         turns, rest = divmod(tokens, EXPERTS_AT_ONCE)
         seconds = turns * self._experts.seconds(self._shape, EXPERTS_AT_ONCE, share) if turns else 0.0
         return seconds + (self._experts.seconds(self._shape, rest, share) if rest or not turns else 0.0)
+
+    def _unpacked(self, task: Task) -> float:
+        size = unpack_bytes(self._work, task)
+        return size / (UNPACKING * self._gpu.memory) + self._gpu.lanes.gpu_gap_s if size else 0.0
 
     @property
     def _between_lanes(self) -> float:

@@ -97,8 +97,7 @@ class Report:
     @property
     def bottleneck(self) -> str:
         """The lane that works longest in a pass."""
-        lanes = self.planned.prediction.lane_s
-        return max(lanes, key=lanes.__getitem__)
+        return self.planned.prediction.bottleneck
 
 
 def plan(
@@ -121,17 +120,20 @@ def plan(
     problem = problem_of(spec, dtype, machine.memory, workload, max_model_len=longest)
     return Report(
         spec, machine, dtype, workload, planned, problem.use(planned.policy),
-        limit=_limit(spec, dtype, machine, workload),
+        limit=_limit(spec, dtype, machine, workload, packed=planned.policy.packed),
         what_ifs={name: reached() for name, reached in _changes(spec, dtype, machine, workload, longest, planned)},
         left_out=alternatives(problem, planned, machine.rates, machine.cpu_flops),
     )  # fmt: skip
 
 
-def _limit(spec: ModelSpec, dtype: str, machine: Machine, workload: Workload) -> HardwareLimit | None:
+def _limit(
+    spec: ModelSpec, dtype: str, machine: Machine, workload: Workload, *, packed: bool
+) -> HardwareLimit | None:
     try:
         return hardware_limit(
-            spec, DTYPE_BYTES[dtype], machine.gpu_memory, machine.host_memory, machine.rates.h2d, workload
-        )
+            spec, DTYPE_BYTES[dtype], machine.gpu_memory, machine.host_memory, machine.rates.h2d, workload,
+            packed=packed,
+        )  # fmt: skip
     except NoFeasiblePolicyError:
         return None
 

@@ -10,6 +10,7 @@ from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.cost import DTYPE_BYTES
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.memory import HEAD_ROWS, MemoryUse, memory_use
+from moe_lightning.perf.page_size import page_bytes
 from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy
 
@@ -57,6 +58,7 @@ class Problem:
         length: tokens of the longest sequence.
         most_seqs: that may run at once.
         expert_bytes: of one weight of an expert; None for the dtype's.
+        packed: experts are stored packed.
     """
 
     spec: ModelSpec
@@ -66,6 +68,7 @@ class Problem:
     length: int
     most_seqs: int = MOST_SEQS
     expert_bytes: int | None = None
+    packed: bool = False
 
     @cached_property
     def dtype_bytes(self) -> int:
@@ -89,7 +92,8 @@ class Problem:
     def page_bytes(self, pages: int) -> int:
         """Bytes of a page where experts are cut into so many."""
         rows = self.spec.experts.intermediate_size // pages
-        return 3 * self.spec.hidden_size * rows * (self.expert_bytes or self.dtype_bytes)
+        size = self.expert_bytes or self.dtype_bytes
+        return page_bytes(self.spec.hidden_size, rows, size, packed=self.packed)
 
     def free_frames(self, policy: Policy) -> int:
         """Frames for pages that the GPU has room for beside what a policy without any takes."""
@@ -143,7 +147,7 @@ def _draft(problem: Problem, choice: Choice, num_seqs: int) -> Policy:
         group_size=2**16 if choice.groups == 1 else ceil(count / choice.groups),
         look_ahead=ceil(choice.ahead * count), prefill_tokens=prefill, chunk_tokens=min(CHUNK_TOKENS, prefill),
         pages_per_expert=choice.pages, resident_pages=(0,) * problem.spec.num_layers, num_frames=0, num_blocks=0,
-        block_size=BLOCK_SIZE, expert_parts=choice.parts,
+        block_size=BLOCK_SIZE, expert_parts=choice.parts, packed=problem.packed,
     )  # fmt: skip
 
 

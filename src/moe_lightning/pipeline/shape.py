@@ -53,6 +53,11 @@ def experts_in(num_experts: int, num_parts: int, part: int) -> range:
     return range(num_experts * part // num_parts, num_experts * (part + 1) // num_parts)
 
 
+def pages_of_largest_part(policy: Policy, num_experts: int) -> int:
+    """Pages that one sweep over experts reads at most, resident ones among them."""
+    return max(_part_pages(policy, num_experts), default=num_experts * policy.pages_per_expert)
+
+
 def _part_pages(policy: Policy, num_experts: int) -> tuple[int, ...]:
     """Pages of each part; empty for one, and for schedules that sweep whole layers."""
     n = policy.expert_parts if policy.schedule == "cgopipe" else 1

@@ -169,9 +169,10 @@ class TaskRunner:
         # A group's micro-batches are neighbours, so its rows are one slice.
         first, last = task.micro_batches[0], task.micro_batches[-1]
         rows = slice(self._batches[first].rows.start, self._batches[last].rows.stop)
+        weights, table = pages.swept(task.layer, experts)
         ops.experts_(
-            b.hidden[rows], b.experts_in[rows], b.topk_ids[rows], b.topk_weights[rows], pages.frames,
-            pages.page_table[task.layer], pages_per_expert, b.experts, experts if n > 1 else None,
+            b.hidden[rows], b.experts_in[rows], b.topk_ids[rows], b.topk_weights[rows], weights, table,
+            pages_per_expert, b.experts, experts if n > 1 else None,
         )  # fmt: skip
 
     def _sample(self, task: Task) -> None:

@@ -70,6 +70,6 @@ class Info:
 def _bytes_per_pass(service: Service) -> int:
     """Bytes of weights that each pass copies to the GPU."""
     llm, policy = service.llm, service.llm.policy
-    layout = PageLayout.of(llm.spec, policy.pages_per_expert)
+    layout = PageLayout.of(llm.spec, policy.pages_per_expert, packed=policy.packed)
     placement = Placement(layout.pages_per_layer, policy.resident_pages, policy.num_frames)
-    return sum(placement.streamed) * layout.page_elements * llm.dtype.itemsize
+    return sum(placement.streamed) * layout.page_bytes(llm.dtype.itemsize)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from moe_lightning.memory import checkpoint
 from moe_lightning.memory.weights import Weights
-from moe_lightning.models.spec import ModelSpec, Role, TensorSpec
+from moe_lightning.models.spec import ModelSpec, Role
 
 Source = Callable[[Role, int, int], Tensor]  # of a layer and an expert, -1 where there is none: [out, in]
 
@@ -31,12 +30,4 @@ def from_checkpoint(spec: ModelSpec, directory: Path) -> Source:
 def from_memory(weights: Weights) -> Source:
     """What an engine computes with, put together from pages; for random weights, of which there are no files."""
     tensors = {(t.role, t.layer, t.expert): t for t in weights.spec.tensors()}
-    return lambda role, layer, expert: _read_back(weights, tensors[role, layer, expert])
-
-
-def _read_back(weights: Weights, tensor: TensorSpec) -> Tensor:
-    like = weights.embed
-    found = torch.empty(tensor.shape, dtype=like.dtype, device=like.device)
-    for home, part in weights.destinations(tensor):
-        found[part].copy_(home)
-    return found
+    return lambda role, layer, expert: weights.get(tensors[role, layer, expert])
