@@ -19,6 +19,10 @@ class CheckpointError(MoELightningError):
     """The checkpoint's files are missing, truncated or not what its config says."""
 
 
+class NotPackableError(MoELightningError):
+    """Weights have more exponents outside their windows than a packed segment has room for; unpacked they work."""
+
+
 class NoFeasiblePolicyError(MoELightningError):
     """No policy fits the memory there is.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moe_lightning.kernels import reference
+from moe_lightning.kernels import packing, reference
 from moe_lightning.kernels.prefill_plan import PrefillPlan
 from moe_lightning.models.spec import RouterSpec
 from moe_lightning.perf.memory import EXPERTS_AT_ONCE
@@ -71,6 +71,26 @@ def load_host_blocks(host: Tensor, blocks: Tensor, out: Tensor) -> None:
     from moe_lightning.kernels import host_rows
 
     host_rows.load_host_blocks(host, blocks, out)
+
+
+def unpack_pages(packed: Tensor, table: Tensor, first: int, count: int, out: Tensor, num_values: int) -> None:
+    """Pages first .. first + count - 1 of a layer, as `packing.pack` packed them, into the first rows of `out`.
+
+    Args:
+        packed: [num_frames, page_bytes] uint8, the pool, contiguous; a page is three packed segments, see
+            `perf.page_size`.
+        table: [pages of the layer] int32, frame of each.
+        first: page.
+        count: pages.
+        out: [>= count, 3 * num_values] bfloat16, its rows contiguous.
+        num_values: of a segment.
+    """
+    if not packed.is_cuda:
+        packing.unpack_pages(packed, table, first, count, out, num_values)
+        return
+    from moe_lightning.kernels import unpack
+
+    unpack.unpack_pages(packed, table, first, count, out, num_values)
 
 
 def experts_workspace(
