@@ -50,6 +50,28 @@ def test_no_policy_changes_a_token(number, mixtral, prompts, answers):
     assert tokens_of(llm, prompts[::-1]) == answers[::-1], "the ring stands elsewhere now"
 
 
+@pytest.mark.parametrize("number", range(0, 60, 4))
+def test_packed_pages_change_no_token(number, mixtral, prompts):
+    policy = {**drawn_policy(number), "schedule": "cgopipe"}
+    plain = cuda(mixtral, dtype="bfloat16", **policy)
+    expected = [tokens_of(plain, some) for some in (prompts, prompts[::-1])]
+    del plain
+    llm = cuda(mixtral, dtype="bfloat16", packed=True, **policy)
+    assert llm._worker.weights.pages.frames.dtype is torch.uint8
+    assert [tokens_of(llm, some) for some in (prompts, prompts[::-1])] == expected
+
+
+@pytest.mark.parametrize("number", range(0, 40, 7))
+def test_random_delays_change_no_token_of_packed_pages(number, mixtral, prompts, monkeypatch):
+    policy = {**drawn_policy(number), "schedule": "cgopipe"}
+    plain = cuda(mixtral, dtype="bfloat16", **policy)
+    expected = tokens_of(plain, prompts)
+    del plain
+    llm = cuda(mixtral, dtype="bfloat16", packed=True, **policy)
+    delay(llm, monkeypatch, number, most_ms=0.5)
+    assert tokens_of(llm, prompts) == expected
+
+
 class Delayed:
     """A runner whose tasks take longer: GPU lanes spin, the CPU lane sleeps, before or after the work."""
 

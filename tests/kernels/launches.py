@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from moe_lightning.bench.shapes import MODELS, LayerShape
-from moe_lightning.kernels import experts, host_rows, norm, paged_attention, rope, router, varlen_attention
+from moe_lightning.kernels import (
+    experts,
+    host_rows,
+    norm,
+    paged_attention,
+    rope,
+    router,
+    unpack,
+    varlen_attention,
+)
 from moe_lightning.kernels.expert_config import ExpertsConfig, Tile
 from moe_lightning.models.spec import AttentionSpec, RouterSpec
+from moe_lightning.perf.page_size import page_bytes
 from moe_lightning.pipeline.shape import experts_in
 
 NUM_FRAMES = 40_000  # more elements than 32 bits can count
@@ -78,6 +88,18 @@ def small_kernels(shape: LayerShape, tokens: int, dtype: torch.dtype, arch: int)
     paged_attention.paged_attention(q[:tokens], kv, tables, lens, a.sliding_window, out)
     ids, weights = routed(shape, tokens)
     router.route(empty(tokens, e, dtype=dtype), shape.router, ids, weights)
+    unpacking(shape)
+
+
+def unpacking(shape: LayerShape) -> None:
+    """Packed pages of a layer, some and all."""
+    values, pages = shape.page_rows * shape.hidden_size, shape.num_experts * shape.pages_per_expert
+    packed = empty(
+        NUM_FRAMES, page_bytes(shape.hidden_size, shape.page_rows, 2, packed=True), dtype=torch.uint8
+    )
+    table, out = empty(pages, dtype=torch.int32), empty(pages, 3 * values, dtype=torch.bfloat16)
+    for first, count in ((0, pages), (pages - 1, 1)):
+        unpack.unpack_pages(packed, table, first, count, out, values)
 
 
 def moe(

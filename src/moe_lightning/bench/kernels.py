@@ -14,6 +14,7 @@ from moe_lightning.bench.machine import facts, require_gpu
 from moe_lightning.bench.result import Measurement
 from moe_lightning.bench.shapes import MODELS
 from moe_lightning.bench.timing import Roofs, measure_roofs
+from moe_lightning.bench.unpacking import measure_unpacking
 
 _LAYER_TOKENS = (64, 2048, 8192)  # the kernels around the experts: enough to see their rates
 
@@ -34,6 +35,8 @@ def measure_kernels(
     found: list[Measurement] = []
     for model in models:
         shape = MODELS[model]
+        if dtype is torch.bfloat16:
+            found.append(measure_unpacking(model, shape))
         bench = ExpertsBench.of(model, shape, dtype)
         for num_tokens in tokens:
             found.extend(bench.measure(num_tokens))

@@ -25,6 +25,7 @@ _TILES_AT_ONCE = 4096  # 16 million values: on a GPU, enough that launches cost 
 _TILES_AT_ONCE_CPU = 64  # what is made of them meanwhile stays in a core's cache: twice as fast as 1024
 _CODES = 15  # that stand for exponents
 _NUM_WINDOWS = 8  # that are tried: the first ends with the tile's largest exponent, each other one lower
+_MANY = 16  # exponents of a tile without a code: twice its share of the list of escapes
 _WORDS_AT_ONCE = 128  # that are added up, byte by byte: a byte holds no more than 255
 _SIGN_AND_MANTISSA = -0x7F81  # 0x807F as int16
 
@@ -104,17 +105,39 @@ def _pack_tiles(bits: Tensor, segment: _Segment, tiles: slice, before: int) -> i
 
 
 def _bases(exponents: Tensor) -> Tensor:
-    """Where the window of each tile begins that covers most of its exponents [tiles, TILE] uint8: [tiles] uint8."""
+    """Where a window of each tile begins that covers most of its exponents [tiles, TILE] uint8: [tiles] uint8.
+
+    Of weights it ends at the largest exponent or little below, and only such windows are tried. Where these miss
+    many, as when one weight is far larger than all others or not a number, it is the best of all.
+    """
     top = exponents.amax(1).int()
     bases = [(top - k - _CODES).clamp_(min=0).to(torch.uint8) for k in range(_NUM_WINDOWS)]
     missed = torch.stack([_count(_without_code(exponents, base)) for base in bases])
-    return torch.stack(bases).gather(0, missed.argmin(0, keepdim=True))[0]  # of equally good ones the first
+    best = torch.stack(bases).gather(0, missed.argmin(0, keepdim=True))[0]  # of equally good ones the first
+    many = (
+        missed.amin(0) - _count(1 - exponents.clamp(max=1)) > _MANY
+    )  # zeros, which need no window, are among them
+    bad = many.nonzero().flatten()
+    if len(bad):
+        best[bad] = _best_of_all(exponents[bad])
+    return best
+
+
+def _best_of_all(exponents: Tensor) -> Tensor:
+    """As `_bases`, from a histogram of each tile."""
+    rows = torch.arange(len(exponents), device=exponents.device)[:, None] * 256
+    counts = (rows + exponents).flatten().bincount(minlength=256 * len(exponents)).view(-1, 256)
+    up_to = counts.cumsum(1)
+    covered = up_to[:, _CODES:] - up_to[:, :-_CODES]  # of each base, 0 to 240
+    return (covered.shape[1] - 1 - covered.flip(1).argmax(1)).to(
+        torch.uint8
+    )  # of equally good ones the highest
 
 
 def _without_code(exponents: Tensor, bases: Tensor) -> Tensor:
     """1 for exponents that are 0 or outside their tile's window, else 0.
 
-    In arithmetic of bytes, for which CPUs have wide instructions in torch, as they have not for comparisons. Bytes wrap
+    In arithmetic of bytes, which torch does with a CPU's wide instructions, as it does not compare. Bytes wrap
     around: what is not above its base comes out above the window, since no base is over 240.
     """
     return (exponents - (bases + 1)[:, None]).clamp_(min=_CODES - 1).sub_(_CODES - 1).clamp_(max=1)

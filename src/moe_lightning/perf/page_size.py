@@ -1,6 +1,6 @@
 """Bytes of a page of expert weights, as they are or packed, and where the parts of a packed segment lie.
 
-A page is three segments of rows * hidden_size values each: gate, up, down. Packed, one behind the other, a segment is
+A page is three segments of rows * hidden_size values each: gate, up, down. A packed segment is
 
     | low [tiles, 4096] | codes [tiles, 2048] | bases [tiles] | starts [tiles + 1] | escapes [capacity] |
       uint8               uint8                 uint8           int32                int32

@@ -39,8 +39,8 @@ def search(
     """The policy that finishes the workload first, of all that fit, with some slack for slower attention.
 
     One choice is varied at a time, twice each, from several starts. Values whose lanes alone, or first layers, take
-    longer than what was found are not simulated to the end. bfloat16 experts are packed, as that takes 25 % off what
-    the link carries and memory holds; where no link is the bound, plans with plain experts are looked at too.
+    longer than what was found are not simulated to the end. bfloat16 experts are packed: that takes 25 % off what the
+    link carries and memory holds. Where no link is the bound, plans with plain experts are looked at too.
 
     Args:
         spec: the model.
