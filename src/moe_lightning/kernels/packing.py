@@ -22,7 +22,7 @@ from moe_lightning.errors import NotPackableError
 from moe_lightning.perf.page_size import TILE, segment_bytes, segment_parts
 
 _TILES_AT_ONCE = 4096  # 16 million values: on a GPU, enough that launches cost little
-_TILES_AT_ONCE_CPU = 64  # what is made of them meanwhile stays in a core's cache: twice as fast as 1024
+_TILES_AT_ONCE_CPU = 64  # what is made of them meanwhile stays in a core's cache
 _CODES = 15  # that stand for exponents
 _NUM_WINDOWS = 8  # that are tried: the first ends with the tile's largest exponent, each other one lower
 _MANY = 16  # exponents of a tile without a code: twice its share of the list of escapes
