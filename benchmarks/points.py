@@ -75,7 +75,8 @@ class Asked:
         assert setting.host_memory is not None
         memory = Memory(setting.host_memory, gpu)
         problem = problem_of(self.spec, self.dtype, memory, work, max_num_seqs=cell.seqs)
-        return problem, search(self.spec, self.dtype, memory, self.rates, work, max_num_seqs=cell.seqs)
+        planned = search(self.spec, self.dtype, memory, self.rates, work, max_num_seqs=cell.seqs)
+        return replace(problem, packed=planned.policy.packed), planned
 
     def plan_of(self, cell: CellSpec, policy: Policy) -> Plan:
         """The engine's plan, with what it is predicted to reach."""

@@ -13,6 +13,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 EXECUTORS = ("auto", "serial", "threads")
 LOAD_FORMATS = ("auto", "dummy")
+PACKINGS = ("auto", "off")
 
 
 def parse_optional(text: str) -> str | None:
@@ -82,6 +83,11 @@ class EngineConfig:
         "auto",
         "auto reads safetensors; dummy makes random weights of the model's shapes",
         choices=LOAD_FORMATS,
+    )
+    packing: str = setting(
+        "auto",
+        "auto keeps bfloat16 experts that stream to a GPU in three quarters of their bytes, exactly; off never",
+        choices=PACKINGS,
     )
     policy: str | None = setting(None, "JSON file with policy values that replace the default ones")
     seed: int = setting(0, "seed of all random draws that have none of their own", parse=parse_count)

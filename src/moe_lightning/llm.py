@@ -72,13 +72,14 @@ class LLM:
         max_num_seqs: int | str | None = None,
         executor: str = "auto",
         load_format: str = "auto",
+        packing: str = "auto",
         policy: str | Path | Policy | None = None,
     ) -> None:
         settings: dict[str, Any] = {
             "dtype": dtype, "tensor_parallel_size": tensor_parallel_size, "quantization": quantization,
             "kv_cache_dtype": kv_cache_dtype, "max_model_len": max_model_len, "gpu_memory": gpu_memory,
             "host_memory": host_memory, "device": device, "seed": seed, "max_num_seqs": max_num_seqs,
-            "executor": executor, "load_format": load_format,
+            "executor": executor, "load_format": load_format, "packing": packing,
         }  # fmt: skip
         whole = policy if isinstance(policy, Policy) else None
         self.config = EngineConfig(

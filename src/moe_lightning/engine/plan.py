@@ -15,7 +15,9 @@ from moe_lightning.hardware.host import available_memory
 from moe_lightning.hardware.presets import preset, preset_of_card
 from moe_lightning.hardware.profile_cache import cache_path, read_cache
 from moe_lightning.hardware.spec import HardwareSpec
+from moe_lightning.memory import checkpoint
 from moe_lightning.memory.layout import PageLayout, Placement
+from moe_lightning.memory.packable import is_packable
 from moe_lightning.models import registry
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.default_policy import Memory, default_policy, load_policy
@@ -77,6 +79,7 @@ def make_plan(
         planned = search(
             spec, str(dtype).removeprefix("torch."), memory, rates, workload,
             max_model_len=config.max_model_len or _within(longest, spec), max_num_seqs=config.max_num_seqs,
+            packs=dtype is torch.bfloat16 and _packs(config, spec),
         )  # fmt: skip
         policy, prediction = planned.policy, planned.prediction
         length = _longest(config, spec, policy)
@@ -89,6 +92,15 @@ def make_plan(
         length = min(length, policy.prefill_tokens, policy.num_blocks * policy.block_size)
         _check_pages(policy, spec, dtype)
     return Plan(spec, device, dtype, policy, length, prediction, rates, workload)
+
+
+def _packs(config: EngineConfig, spec: ModelSpec) -> bool:
+    """Whether experts may be packed: by the settings, and by some of the checkpoint's."""
+    if config.packing == "off":
+        return False
+    if config.load_format == "dummy" or not Path(config.model).is_dir():
+        return True
+    return is_packable(checkpoint.open_model(Path(config.model), spec))
 
 
 def _longest(config: EngineConfig, spec: ModelSpec, policy: Policy) -> int:

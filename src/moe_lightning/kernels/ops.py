@@ -74,7 +74,7 @@ def load_host_blocks(host: Tensor, blocks: Tensor, out: Tensor) -> None:
 
 
 def unpack_pages(packed: Tensor, table: Tensor, first: int, count: int, out: Tensor, num_values: int) -> None:
-    """Pages first .. first + count - 1 of a layer, as `packing.pack` packed them: page p into row p % rows of `out`.
+    """Pages first .. first + count - 1 of a layer, packed by `packing.pack`; page p into row p % rows of `out`.
 
     Args:
         packed: [num_frames, page_bytes] uint8, the pool, contiguous; a page is three packed segments, see

@@ -76,7 +76,7 @@ def pack(values: Tensor, out: Tensor) -> None:
     if num_escapes > capacity:
         raise NotPackableError(
             f"{num_escapes} of {num_values} weights have exponents outside their windows, and a packed segment has "
-            f"room for {capacity}: the model's weights will be kept unpacked"
+            f"room for {capacity}; load them as they are, with packing=off"
         )
     if packed is not out:
         out.copy_(packed)

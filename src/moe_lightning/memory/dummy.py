@@ -26,8 +26,8 @@ class RandomWeights:
         self._seed = seed
         self._device = weights.embed.device
         self._of_thread = threading.local()
-        # Pages are drawn in frames of the ring, or where pages are unpacked to, which nothing is in yet: there may be
-        # no other memory left. Packing takes some beside, so few do it at once.
+        # Pages are drawn in frames of the ring, or where pages are unpacked to, which nothing is in yet: there may
+        # be no other memory left. Packing takes some beside, so few do it at once.
         pages, unpacked = weights.pages, weights.pages.unpacked
         rows = unpacked.pages[:_PACKING] if unpacked else pages.frames[: pages.placement.num_ring_frames]
         self._scratch: queue.SimpleQueue[Tensor] = queue.SimpleQueue()

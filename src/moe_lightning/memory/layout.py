@@ -4,8 +4,8 @@ A page holds rows [p * rows, (p + 1) * rows) of gate and up, and the same column
 
     | gate_p [rows, H] | up_p [rows, H] | down_p [H, rows] |
 
-It is self-contained: the expert's output is the sum over its pages of down_p(act(gate_p x) * up_p x). In a packed page
-each of the three segments is packed for itself (`perf.page_size`).
+It is self-contained: the expert's output is the sum over its pages of down_p(act(gate_p x) * up_p x). In a packed
+page each of the three segments is packed for itself (`perf.page_size`).
 """
 
 from __future__ import annotations

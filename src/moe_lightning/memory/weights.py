@@ -33,8 +33,8 @@ class LayerWeights:
 class PageStore:
     """Pages of expert weights: host rows, frames on the device, and the copies between them.
 
-    Each page is stored once: resident pages in their frames, streamed pages in host memory. Packed pages are bytes in
-    both, and `swept` unpacks those of one sweep to where kernels read them.
+    Each page is stored once: resident pages in their frames, streamed pages in host memory. Packed pages are bytes
+    in both, and `swept` unpacks those of one sweep to where kernels read them.
     """
 
     def __init__(

@@ -6,18 +6,24 @@ from dataclasses import replace
 from functools import cache
 from math import ceil, floor
 
-from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
+from moe_lightning.errors import ConfigError
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.choices import starts
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.outlook import at_best
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.shortfall import no_feasible_policy
-from moe_lightning.perf.sizing import MOST_PREFILL, MOST_SEQS, Problem, most_sequences, sized
+from moe_lightning.perf.sizing import (
+    MOST_PREFILL,
+    MOST_SEQS,
+    Problem,
+    largest_policy,
+    most_sequences,
+    sized,
+)
 from moe_lightning.perf.slack import with_slack
 from moe_lightning.perf.trials import Planned, Trials
 from moe_lightning.perf.workload import Workload
-from moe_lightning.pipeline.task import Lane
 
 _ROUNDS = 2
 _SPARE, _ENOUGH = 8, 0.985  # so many times the sequences with which this share is reached are enough
@@ -39,8 +45,9 @@ def search(
     """The policy that finishes the workload first, of all that fit, with some slack for slower attention.
 
     One choice is varied at a time, twice each, from several starts. Values whose lanes alone, or first layers, take
-    longer than what was found are not simulated to the end. bfloat16 experts are packed: that takes 25 % off what the
-    link carries and memory holds. Where no link is the bound, plans with plain experts are looked at too.
+    longer than what was found are not simulated to the end. bfloat16 experts are packed: that takes 25 % off what
+    the link carries and memory holds. Where plain ones might be faster, as where all of them fit on the GPU, they
+    are looked at too.
 
     Args:
         spec: the model.
@@ -65,13 +72,10 @@ def search(
     if not (packs and dtype == "bfloat16" and expert_bytes is None):
         return _searched(problem, rates, near)
     packed = _searched(replace(problem, packed=True), rates, near)
-    if packed.policy.num_frames and packed.prediction.bottleneck != Lane.GPU:
+    plain = largest_policy(problem, packed.choice)
+    if plain is None or at_best(spec, dtype, plain, rates, workload) <= packed.tokens_per_s:
         return packed
-    try:
-        plain = _searched(problem, rates, near)
-    except NoFeasiblePolicyError:
-        return packed
-    return max(packed, plain, key=lambda plan: plan.tokens_per_s)
+    return max(packed, _searched(problem, rates, near), key=lambda plan: plan.tokens_per_s)
 
 
 def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:

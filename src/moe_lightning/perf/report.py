@@ -118,6 +118,7 @@ def plan(
     """
     planned = search(spec, dtype, machine.memory, machine.rates, workload, max_model_len=longest)
     problem = problem_of(spec, dtype, machine.memory, workload, max_model_len=longest)
+    problem = replace(problem, packed=planned.policy.packed)
     return Report(
         spec, machine, dtype, workload, planned, problem.use(planned.policy),
         limit=_limit(spec, dtype, machine, workload, packed=planned.policy.packed),
