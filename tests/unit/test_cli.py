@@ -37,6 +37,7 @@ VALUES = {
     "device": ("cpu", "cpu"),
     "executor": ("serial", "serial"),
     "load_format": ("dummy", "dummy"),
+    "packing": ("off", "off"),
     "policy": ("plan.json", "plan.json"),
     "seed": ("7", 7),
 }

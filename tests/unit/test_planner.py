@@ -117,9 +117,9 @@ def test_no_policy_that_differs_in_one_value_is_predicted_much_faster(change):
 
 def test_a_plan_gives_a_little_of_its_speed_for_a_ring_that_bridges_slower_attention(monkeypatch):
     given = (MIXTRAL, "bfloat16", Memory(120 * GIB, 24 * GIB), MeasuredRates(load_profile(PROFILE)), MTBENCH)
-    plan = search(*given)
+    plan = search(*given, packs=False)
     monkeypatch.setattr("moe_lightning.perf.planner.with_slack", lambda problem, plan, rates: plan)
-    fastest = search(*given)
+    fastest = search(*given, packs=False)
     assert plan.choice == replace(fastest.choice, ring=plan.choice.ring)
     assert plan.choice.ring > fastest.choice.ring
     assert 0.985 * fastest.tokens_per_s <= plan.tokens_per_s <= fastest.tokens_per_s
@@ -267,10 +267,33 @@ def test_half_the_bytes_of_experts_leave_twice_as_many_resident_and_take_half_th
     )
     whole, half = DatasheetRates(H100).seconds(work), rates.seconds(work)
     assert (half(page), half(other)) == (whole(page) / 2, whole(other))
-    policy = planned().policy
+    policy = replace(planned().policy, packed=False)
     full, light = memory_use(MIXTRAL, 2, policy), memory_use(MIXTRAL, 2, policy, expert_bytes=1)
     assert 2 * light.device.resident == full.device.resident and 2 * light.host.experts == full.host.experts
     assert light.device.weights == full.device.weights and light.host.kv == full.host.kv
+
+
+def test_packed_experts_are_faster_where_they_stream_and_plain_ones_where_all_fit():
+    memory = Memory(120 * GIB, 24 * GIB)
+    packed, plain = (
+        search(MIXTRAL, "bfloat16", memory, DatasheetRates(H100), WORK, packs=p) for p in (True, False)
+    )
+    assert packed.policy.packed and not plain.policy.packed
+    assert packed.tokens_per_s > 1.25 * plain.tokens_per_s
+    assert not search(
+        MIXTRAL, "bfloat16", Memory(120 * GIB, 150 * GIB), DatasheetRates(H100), WORK
+    ).policy.packed
+    assert not search(MIXTRAL, "float16", memory, DatasheetRates(H100), WORK).policy.packed
+
+
+def test_plain_experts_run_where_packed_ones_leave_no_room_to_unpack_them():
+    for gpu in range(40, 90):
+        memory = Memory(120 * GIB, gpu * GIB // 10)
+        problem = problem_of(MIXTRAL, "bfloat16", memory, WORK)
+        if smallest_policy(problem) and not smallest_policy(replace(problem, packed=True)):
+            assert not search(MIXTRAL, "bfloat16", memory, DatasheetRates(H100), WORK).policy.packed
+            return
+    pytest.fail("there is no such memory")
 
 
 def left_out(plan, cpu_flops=1.6e12, **lanes):
@@ -325,7 +348,8 @@ def test_what_cannot_fit_says_what_it_needs_and_each_way_that_is_named_is_just_e
         for slack, fits in ((0.06, True), (-0.25, False)):
             added = {name: size + slack for name, size in more.items()}
             memory = Memory(int((host + added.get("host", 0)) * GIB), int((gpu + added.get("gpu", 0)) * GIB))
-            assert bool(smallest_policy(problem_of(MIXTRAL, "bfloat16", memory, WORK))) == fits
+            problem = replace(problem_of(MIXTRAL, "bfloat16", memory, WORK), packed=True)
+            assert bool(smallest_policy(problem)) == fits
 
 
 def test_where_a_shorter_model_length_would_do_the_message_says_which():
@@ -334,6 +358,7 @@ def test_where_a_shorter_model_length_would_do_the_message_says_which():
     length = int(re.search(r"max_model_len=(\d+) instead of 32768", message)[1])
     for longest, fits in ((length, True), (length + 1, False)):
         problem = problem_of(MIXTRAL, "bfloat16", memory, WORK, max_model_len=longest)
+        problem = replace(problem, packed=True)
         assert bool(smallest_policy(problem)) == fits
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from math import ceil, floor
 
-from moe_lightning.errors import ConfigError
+from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.choices import starts
 from moe_lightning.perf.default_policy import Memory
@@ -71,7 +72,12 @@ def search(
     )  # fmt: skip
     if not (packs and dtype == "bfloat16" and expert_bytes is None):
         return _searched(problem, rates, near)
-    packed = _searched(replace(problem, packed=True), rates, near)
+    try:
+        packed = _searched(replace(problem, packed=True), rates, near)
+    except NoFeasiblePolicyError as error:
+        with suppress(NoFeasiblePolicyError):  # plain experts need no room for a sweep's unpacked ones
+            return _searched(problem, rates, near)
+        raise error
     plain = largest_policy(problem, packed.choice)
     if plain is None or at_best(spec, dtype, plain, rates, workload) <= packed.tokens_per_s:
         return packed

@@ -50,10 +50,11 @@ class Trials:
 
     def try_plan(self, plan: Planned) -> None:
         """Take a plan for another machine as it is, if it fits."""
-        use, memory = self._problem.use(plan.policy), self._problem.memory
+        policy = replace(plan.policy, packed=self._problem.packed)
+        use, memory = self._problem.use(policy), self._problem.memory
         assert memory.gpu is not None
         if use.gpu_bytes <= memory.gpu and use.host_bytes <= memory.host:
-            self._simulate(plan.policy, plan.choice)
+            self._simulate(policy, plan.choice)
 
     def vary(self, start: Choice, rounds: int) -> None:
         """Vary one choice after the other from `start`; nothing where that is far behind."""
