@@ -80,8 +80,8 @@ PROFILE = Profile(
         link=LINK, lanes=LANES,
         small=(
             SmallKernels(
-                MIXTRAL, "bfloat16", TimeCurve((1.0, 512.0), (8e-6, 1.4e-5)),
-                TimeCurve((1.0, 512.0), (1.5e-5, 3e-5)),
+                MIXTRAL, "bfloat16", TimeCurve((1.0, 512.0), (2.8e-5, 6.4e-5)),
+                TimeCurve((1.0, 512.0), (2.8e-5, 6.3e-5)), is_whole=True,
             ),
         ),
     ),

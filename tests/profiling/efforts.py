@@ -1,6 +1,8 @@
-"""Efforts that take seconds."""
+"""Efforts that take seconds, and a GPU that is none."""
 
 from __future__ import annotations
+
+from torch.overrides import TorchFunctionMode
 
 from moe_lightning.hardware.kernel_times import ModelShape
 from moe_lightning.profiling.effort import Effort
@@ -14,3 +16,13 @@ TINY = Effort(
     chunk_tokens=(100, 300), gpu_product=256, cpu_products=(64,), cpu_experts_s=0.05, chain=8,
 )  # fmt: skip
 SHAPE = ModelShape("tiny", 64, 128, 4, 2, 2, 8, 2, 64, 500)
+
+
+class OnCpu(TorchFunctionMode):
+    """Tensors that are asked for on a GPU come on the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)

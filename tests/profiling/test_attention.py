@@ -43,19 +43,20 @@ class Kernel:
 def clock(monkeypatch):
     """Each call of attention takes 1 s; its pause none."""
 
-    def turn_seconds(work, budget, before):
-        for turn in range(2):
-            before()
-            work(turn)
-        return [3.0, 9.0]
+    def seconds_in_turn(works, budget, before):
+        for _ in range(2):
+            for number, work in enumerate(works):
+                before(number)
+                work()
+        return [6.0] * len(works)
 
-    monkeypatch.setattr(attention, "turn_seconds", turn_seconds)
+    monkeypatch.setattr(attention, "seconds_in_turn", seconds_in_turn)
 
 
 def test_calls_are_of_a_layers_micro_batches_all_over_its_memory(clock):
     kernel, memory = Kernel(), torch.zeros(2**22, dtype=torch.uint8)
     bench = AttentionBench(kernel, memory, (8, 2, 64), torch.bfloat16, TINY)
-    assert bench._seconds(spread_lengths(8, 33)) == 1.0, "the mean of the layers, by six"
+    assert bench._seconds([spread_lengths(8, 33)], 0.1) == [1.0], "those of a layer, by six"
     found = [(q.data_ptr(), kv.data_ptr(), tables) for q, kv, tables, _ in kernel.calls]
     assert len({q for q, _, _ in found}) == 6 and len({kv for _, kv, _ in found[:6]}) == 1
     assert found[0][0] == found[6][0]
@@ -69,7 +70,7 @@ def test_each_turn_is_a_layer_in_memory_of_its_own_until_all_memory_was_read(clo
     kernel, memory = Kernel(), torch.zeros(26 * 2**20 + 5, dtype=torch.uint8)
     bench = AttentionBench(kernel, memory[:-5], (8, 2, 64), torch.bfloat16, TINY)
     for _ in range(3):  # what is measured next goes on where this ended
-        bench._seconds(bench.lengths(33))
+        bench._seconds([bench.lengths(33)], 0.1)
     caches = [kv for _, kv, _, _ in kernel.calls]
     assert [len({kv.data_ptr() for kv in caches[n : n + 6]}) for n in range(0, 36, 6)] == [1] * 6
     starts = [kv.data_ptr() - memory.data_ptr() for kv in caches[::6]]
@@ -88,8 +89,20 @@ def test_copies_go_on_before_each_layer_and_the_bytes_are_those_that_were_read(c
     bench = AttentionBench(kernel, memory, (8, 2, 64), torch.bfloat16, TINY)
     kept = []
     call = TimeCurve((1, 1000), (0.1, 0.1))
-    rate = bench._rate(33, call, kept.append)
-    assert kept == [6 * len(kernel.calls[0][3]) * 12 * 64 * 2] * 2 and len(pauses) == 2
-    lengths = kernel.calls[0][3]
-    assert len(lengths) == 2**22 // 24 // (48 * 512)
-    assert rate == pytest.approx(int(lengths.sum()) * 2 * 2 * 64 * 2 / 0.9)
+    found = bench._rates(call, kept.append)
+    short, long = (kernel.calls[n][3] for n in (0, 6))
+    assert kept == [6 * len(lengths) * 12 * 64 * 2 for lengths in (short, long)] * 2
+    assert len(pauses) == 4
+    assert (len(short), len(long)) == (2**22 // 24 // (16 * 512), 2**22 // 24 // (48 * 512))
+    bytes_read = [int(lengths.sum()) * 2 * 2 * 64 * 2 for lengths in (short, long)]
+    assert found.sizes == (16, 33) and found.rates == pytest.approx([size / 0.9 for size in bytes_read])
+
+
+def test_contexts_take_turns_and_each_reads_other_layers_in_each_round(clock):
+    kernel, memory = Kernel(), torch.zeros(2**22, dtype=torch.uint8)
+    bench = AttentionBench(kernel, memory, (8, 2, 64), torch.bfloat16, TINY)
+    bench._rates(TimeCurve((1, 1000), (0.1, 0.1)))
+    layers = [(len(lengths), kv.data_ptr()) for _, kv, _, lengths in kernel.calls[::6]]
+    counts = [count for count, _ in layers]
+    assert counts == counts[:2] * 2 and counts[0] != counts[1]
+    assert layers[0][1] != layers[2][1] and layers[1][1] != layers[3][1]

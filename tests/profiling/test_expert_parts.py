@@ -6,21 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from efforts import SHAPE, TINY
-from torch.overrides import TorchFunctionMode
+from efforts import SHAPE, TINY, OnCpu
 
 from moe_lightning.kernels import ops
 from moe_lightning.profiling import gpu
-
-
-class OnCpu(TorchFunctionMode):
-    """Tensors that are asked for on a GPU come on the CPU."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if kwargs.get("device") == "cuda":
-            kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
 
 
 @pytest.fixture
@@ -31,14 +20,14 @@ def swept(monkeypatch):
     def experts_(hidden, x, ids, weights, frames, table, pages_per_expert, workspace, only=None):
         calls.append((len(x), only))
 
-    def seconds_of(works, budget):
+    def task_seconds(works):
         for work in works:
             work()
         return 1e-3
 
     monkeypatch.setattr(ops, "experts_", experts_)
     monkeypatch.setattr(ops, "experts_workspace", lambda *_: None)
-    monkeypatch.setattr(gpu, "seconds_of", seconds_of)
+    monkeypatch.setattr(gpu, "task_seconds", task_seconds)
     return calls
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from efforts import SHAPE
+from efforts import SHAPE, TINY, OnCpu
 
 from moe_lightning.kernels import ops, reference
 from moe_lightning.models.spec import RouterSpec
 from moe_lightning.profiling import small_kernels
 from moe_lightning.profiling.kv_store import BLOCK_SIZE, KvStore
 from moe_lightning.profiling.prefill import causal_pairs, prompt_lens
-from moe_lightning.profiling.small_kernels import calls
-
-CPU = torch.device("cpu")
+from moe_lightning.profiling.small_kernels import tasks
 
 
-def test_the_kernels_beside_products_are_norm_and_rotation_then_norm_router_and_choice(monkeypatch):
+def test_tasks_are_norm_product_rotation_then_product_norm_router_and_choice(monkeypatch):
     seen = []
 
     def noted(name):
@@ -25,28 +23,36 @@ def test_the_kernels_beside_products_are_norm_and_rotation_then_norm_router_and_
 
     for name in ("rms_norm", "rotate_", "route"):
         noted(name)
-    before, after = calls(SHAPE, torch.float32, 5, CPU)
+    before_weight = torch.randn(SHAPE.qkv_size, SHAPE.hidden_size)
+    after_weight = torch.randn(SHAPE.hidden_size, SHAPE.q_size)
+    ((before, after),) = tasks(SHAPE, [(before_weight, after_weight)], 5)
     before()
     assert [name for name, _ in seen] == ["rms_norm", "rotate_"]
-    assert seen[1][1][0].shape == (5, SHAPE.qkv_size)
+    hidden, qkv = seen[0][1][0], seen[1][1][0]
+    assert qkv.shape == (5, SHAPE.qkv_size)
+    last_v = reference.rms_norm(hidden, torch.ones(SHAPE.hidden_size), 1e-5) @ before_weight[-1]
+    assert torch.allclose(qkv[:, -1], last_v, rtol=1e-3, atol=1e-4), "values are not rotated"
+    was = hidden.clone()
     seen.clear()
     after()
     assert [name for name, _ in seen] == ["rms_norm", "route"]
-    logits, router, ids, weights = seen[1][1]
+    assert seen[0][1][0] is hidden and not torch.equal(hidden, was), "the residual stream"
+    logits, router, ids, choice = seen[1][1]
     assert logits.shape == (5, SHAPE.num_experts) and router == RouterSpec(SHAPE.top_k)
     assert torch.equal(ids, reference.route(logits, router)[0])
-    assert weights.sum(dim=1) == pytest.approx(1.0)
+    assert choice.sum(dim=1) == pytest.approx(1.0)
 
 
-def test_small_kernels_have_a_point_for_each_number_of_rows(monkeypatch):
-    from efforts import TINY
-
+def test_a_layers_tasks_have_a_point_for_each_number_of_rows_over_several_layers(monkeypatch):
     timed = []
-    monkeypatch.setattr(small_kernels, "queued_seconds", lambda work, budget: (timed.append(work), 1e-5)[1])
-    monkeypatch.setattr(small_kernels.torch, "device", lambda _: CPU)
-    found = small_kernels.small_kernels(SHAPE, torch.float32, TINY)
-    assert found.pre_attention.sizes == found.post_attention.sizes == TINY.rows
-    assert len(timed) == 2 * len(TINY.rows)
+    monkeypatch.setattr(small_kernels, "task_seconds", lambda works: (timed.append(works), 1e-5)[1])
+    monkeypatch.setattr(
+        small_kernels, "_COLD_BYTES", 3 * 2 * (SHAPE.qkv_size + SHAPE.q_size) * SHAPE.hidden_size
+    )
+    with OnCpu():
+        found = small_kernels.small_kernels(SHAPE, torch.bfloat16, TINY)
+    assert found.pre_attention.sizes == found.post_attention.sizes == TINY.rows and found.is_whole
+    assert [len(works) for works in timed] == [3] * 2 * len(TINY.rows)
 
 
 @pytest.mark.parametrize("num_blocks", [3, 40])

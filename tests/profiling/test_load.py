@@ -7,11 +7,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from efforts import SHAPE, TINY
+from efforts import SHAPE, TINY, OnCpu
 
-from moe_lightning.profiling import link, prefill
+from moe_lightning.profiling import link, prefill, queued
+from moe_lightning.profiling.kv_store import KvStore
 from moe_lightning.profiling.link import Copies
-from moe_lightning.profiling.load import again_and_again
+from moe_lightning.profiling.load import Load, again_and_again
 
 
 def test_work_goes_on_until_the_block_ends() -> None:
@@ -108,14 +109,10 @@ def test_copies_to_the_gpu_never_cease_and_beside_them_some_go_each_way(gpu, mon
 
 
 class Running:
-    """A load that notes what is done in it."""
+    """A load of which one knows whether it goes on."""
 
     def __init__(self, kv):
-        self.kv, self.copies, self.num_kept, self.is_running = kv, self, 0, False
-
-    def keep_up(self):
-        assert self.is_running
-        self.num_kept += 1
+        self.kv, self.is_running = kv, False
 
     @contextmanager
     def running(self):
@@ -124,29 +121,83 @@ class Running:
         self.is_running = False
 
 
+def test_a_load_queues_copies_before_each_layer_of_attention_until_the_block_ends() -> None:
+    seen, thrice = [], threading.Event()
+
+    class Kept:
+        def __enter__(self):
+            seen.append("begin")
+
+        def __exit__(self, *_):
+            seen.append("end")
+
+        def keep_up(self, num_bytes):
+            seen.append(num_bytes)
+
+    def attend():
+        seen.append("attend")
+        if len(seen) > 6:
+            thrice.set()
+
+    with Load(Kept(), attend, 240, torch.zeros(1)).running():
+        assert thrice.wait(10)
+    assert seen[0] == "begin" and seen[-1] == "end"
+    assert seen[1:-1] == [240, "attend"] * (len(seen) // 2 - 1) and len(seen) >= 8
+
+
+def test_a_task_waits_for_another_stream_and_its_median_counts(gpu, monkeypatch) -> None:
+    seen, ends = [], iter([9, 1, 2])
+    monkeypatch.setattr(queued, "stream_aside", lambda: "aside")
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda _: seen.append(("sleep", gpu.stream)))
+
+    class Current(Stream):
+        def wait_event(self, event):
+            seen.append(("wait", event.stream))
+
+    def recorded():
+        event = Event(next(ends) if seen and seen[-1][0] in "ab" else 0)
+        event.stream = gpu.stream
+        return event
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Current)
+    monkeypatch.setattr(queued, "recorded", recorded)
+    works = [lambda: seen.append(("a", gpu.stream)), lambda: seen.append(("b", gpu.stream))]
+    assert queued.task_seconds(works, turns=3) == 2.0
+    held = [("sleep", "aside"), ("wait", "aside")]
+    a, b = ("a", "default"), ("b", "default")
+    assert seen == [a, b, *held, a, *held, b, *held, a], "both are compiled before"
+
+
 @pytest.fixture
-def turns(gpu, monkeypatch):
-    """Of each turn both begin at 1, attention ends after 2 s and the store after 4; one turn is disturbed."""
-    times = iter([1, 3, 5, 1, 99, 99, *[1, 3, 5] * 100])
+def chunks(gpu, monkeypatch):
+    """Of each chunk attention takes 2 s and the store, which begins later, 4; one chunk is disturbed."""
+    times = iter([1, 2, 6, 3, 1, 2, 99, 99, *[1, 2, 6, 3] * 1000])
     monkeypatch.setattr(prefill, "recorded", lambda: Event(next(times)))
+    monkeypatch.setattr(prefill, "stream_aside", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(prefill.PrefillPlan, "of", lambda *_: None)
 
 
-def test_attention_of_prompts_and_their_stores_are_timed_beside_each_other_and_the_load(
-    turns, monkeypatch
+def test_attention_of_prompts_and_their_stores_are_timed_among_a_chunks_tasks_and_beside_the_load(
+    chunks, gpu, monkeypatch
 ) -> None:
-    load = Running(torch.zeros(2**22, dtype=torch.uint8))
-    attended = []
-    monkeypatch.setattr(
-        prefill.ops, "prefill_attention", lambda *args: attended.append(load.is_running), raising=True
-    )
-    randn, empty = torch.randn, torch.empty
-    monkeypatch.setattr(prefill.torch, "randn", lambda *size, device, dtype: randn(*size, dtype=dtype))
-    monkeypatch.setattr(prefill.torch, "empty", lambda *size, device, dtype: empty(*size, dtype=dtype))
-    found = prefill.prefill(SHAPE, torch.bfloat16, TINY, load)
-    num_turns, num_chunks = prefill._TURNS, len(TINY.prompts) + len(TINY.chunk_tokens)
-    assert attended == [False, *[True] * num_turns] * num_chunks, "compiled before"
-    assert load.num_kept == num_turns * num_chunks
+    load, launched = Running(torch.zeros(2**22, dtype=torch.uint8)), []
+
+    def noted(name):
+        return lambda *_: launched.append((name, load.is_running, gpu.stream == "default"))
+
+    monkeypatch.setattr(prefill.ops, "prefill_attention", noted("attention"))
+    monkeypatch.setattr(prefill, "tasks", lambda *_: [(noted("before"), noted("after"))])
+    true_store = KvStore.store
+    monkeypatch.setattr(prefill.KvStore, "store", lambda self, n: (noted("store")(), true_store(self, n)))
+    with OnCpu():
+        found = prefill.prefill(SHAPE, torch.bfloat16, TINY, load)
+        assert prefill.prefill(SHAPE, torch.bfloat16, TINY, None).store is None
+    num_points = len(TINY.prompts) + len(TINY.chunk_tokens)
+    chunk = [("before", True), ("store", False), ("attention", True), ("after", True)]
+    point = [False] + [True] * prefill._TURNS * prefill._CHUNKS  # compiled before the load begins
+    wanted = [(name, is_running, is_main) for is_running in point for name, is_main in chunk]
+    assert launched[: num_points * len(wanted)] == wanted * num_points
     lengths = prefill.prompt_lens(TINY.prompts[0])
     assert found.rate.rates[0] == pytest.approx(4 * prefill.causal_pairs(lengths) * SHAPE.q_size / 2)
     token_bytes = 2 * SHAPE.num_kv_heads * SHAPE.head_dim * 2
@@ -154,4 +205,3 @@ def test_attention_of_prompts_and_their_stores_are_timed_beside_each_other_and_t
     assert found.store.sizes == tuple(count * token_bytes for count in counts)
     assert found.store.seconds == pytest.approx((4.0, 4.0))
     assert load.kv.count_nonzero() > 0
-    assert prefill.prefill(SHAPE, torch.bfloat16, TINY, None).store is None

@@ -71,6 +71,9 @@ def test_one_that_an_earlier_version_made_is_measured_again_but_may_be_handed_in
         del experts["parts"]
     path.write_text(json.dumps(values), encoding="utf-8")
     assert read_cache(path, MACHINE) == (None, f"{path} is of an earlier version, which measured less")
+    small = tuple(replace(found, is_whole=False) for found in PROFILE.gpu.small)
+    save_profile(replace(PROFILE, gpu=replace(PROFILE.gpu, small=small)), path.with_name("kernels alone"))
+    assert read_cache(path.with_name("kernels alone"), MACHINE)[0] is None
     assert load_profile(path).gpu == replace(gpu, experts=tuple(replace(e, parts=()) for e in gpu.experts))
 
 

@@ -83,11 +83,24 @@ def test_more_tokens_than_are_computed_at_once_take_a_sweep_for_each_turn(parts)
     assert rest > 1.5 * at_once * 404 / EXPERTS_AT_ONCE, "few tokens take more than their share"
 
 
-def test_small_kernels_come_to_the_products() -> None:
+def test_small_kernels_of_earlier_profiles_come_to_the_products() -> None:
+    old = with_gpu(small=(replace(GPU.small[0], is_whole=False),))
     qkv = GPU.dense[0].times.seconds_at(512)
-    assert seconds(TaskKind.PRE_ATTENTION, 1) == pytest.approx(qkv + 1.4e-5 + LANES.gpu_gap_s)
+    assert seconds(TaskKind.PRE_ATTENTION, 1, old) == pytest.approx(qkv + 6.4e-5 + LANES.gpu_gap_s)
     output = qkv * 4096 / 6144
-    assert seconds(TaskKind.POST_ATTENTION, 1) == pytest.approx(output + 3e-5 + LANES.gpu_gap_s)
+    assert seconds(TaskKind.POST_ATTENTION, 1, old) == pytest.approx(output + 6.3e-5 + LANES.gpu_gap_s)
+
+
+def test_measured_tasks_take_what_was_measured_and_of_other_models_what_comes_to_their_products() -> None:
+    gap, qkv = LANES.gpu_gap_s, GPU.dense[0].times
+    assert seconds(TaskKind.PRE_ATTENTION, 1) == pytest.approx(6.4e-5 + gap)
+    assert seconds(TaskKind.POST_ATTENTION, 1) == pytest.approx(6.3e-5 + gap)
+    wide = replace(WORK, spec=replace(SPEC, hidden_size=8192), tokens=(64, 256))
+    found = seconds(TaskKind.PRE_ATTENTION, 1, work=wide)
+    assert found == pytest.approx(2 * qkv.seconds_at(256) + 6.4e-5 - qkv.seconds_at(512) + gap)
+    quick = replace(GPU.small[0].pre_attention, seconds=(1e-5, 1e-5))
+    disturbed = with_gpu(small=(replace(GPU.small[0], pre_attention=quick),))
+    assert seconds(TaskKind.PRE_ATTENTION, 1, disturbed) == pytest.approx(qkv.seconds_at(512) + gap)
 
 
 def test_a_wider_model_has_more_elements_in_a_row() -> None:

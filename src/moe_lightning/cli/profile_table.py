@@ -157,12 +157,13 @@ def _small(found: SmallKernels) -> Grid:
     rows = tuple(
         (name, *(f"{times.seconds_at(count) * 1e6:.1f}" for count in found.pre_attention.sizes))
         for name, times in (
-            ("norm, rotation", found.pre_attention),
-            ("norm, router, choice", found.post_attention),
+            (f"norm, {'product, ' if found.is_whole else ''}rotation", found.pre_attention),
+            (f"{'product, ' if found.is_whole else ''}norm, router, choice", found.post_attention),
         )
     )
     header = ("us by rows", *(f"{count:.0f}" for count in found.pre_attention.sizes))
-    return Grid(f"Small kernels of {found.shape.name}, {found.dtype}", header, rows)
+    title = "Before and after attention, beside copies and the CPU's" if found.is_whole else "Small kernels"
+    return Grid(f"{title}: {found.shape.name}, {found.dtype}", header, rows)
 
 
 def _prefill(found: Sequence[PrefillProfile]) -> Grid:

@@ -108,19 +108,22 @@ class ExpertsProfile:
 
 @dataclass(frozen=True)
 class SmallKernels:
-    """The kernels beside a layer's products, one behind the other, all launched long before: seconds by rows.
+    """A layer's tasks before and after attention, alone while pages come and the CPU attends: seconds by rows.
 
     Attributes:
         shape: of the model.
         dtype: of activations.
-        pre_attention: norm, rotation.
-        post_attention: norm, the router's product, the choice of experts.
+        pre_attention: norm, product, rotation.
+        post_attention: product, norm, the router's product, the choice of experts.
+        is_whole: whether the projections' products are in these times; profiles of earlier versions have the small
+            kernels alone, one behind the other with nothing beside them.
     """
 
     shape: ModelShape
     dtype: str
     pre_attention: TimeCurve
     post_attention: TimeCurve
+    is_whole: bool = False
 
     def rows_of(self, hidden_size: int, rows: float) -> float:
         """Rows of this model that have as many elements as rows of another one."""

@@ -261,7 +261,7 @@ class Profile:
         if self.gpu is None:
             return True
         has_stores = not self.gpu.link.is_pinned or all(found.store for found in self.gpu.prefill)
-        return has_stores and bool(self.gpu.small)
+        return has_stores and bool(self.gpu.small) and all(found.is_whole for found in self.gpu.small)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, read back by `from_json`."""

@@ -198,12 +198,19 @@ class _Measured:
         return self._gpu.lanes.cpu_round_trip_s / 2
 
     def _beside(self, task: Task, tokens: int) -> float:
-        """Seconds of the small kernels beside a product: as measured, else those of their bytes."""
+        """What a task takes beyond its product: as measured, else what its bytes take."""
         if self._small is None:
             return self._moved(task, tokens) / self._gpu.memory
-        is_first = task.kind is TaskKind.PRE_ATTENTION
-        times = self._small.pre_attention if is_first else self._small.post_attention
-        return times.seconds_at(self._small.rows_of(self._work.spec.hidden_size, tokens))
+        small, shape = self._small, self._small.shape
+        rows = small.rows_of(self._work.spec.hidden_size, tokens)
+        if task.kind is TaskKind.PRE_ATTENTION:
+            times, inputs, outputs = small.pre_attention, shape.hidden_size, shape.qkv_size
+        else:
+            times, inputs, outputs = small.post_attention, shape.q_size, shape.hidden_size
+        if not small.is_whole:
+            return times.seconds_at(rows)
+        product = self._gpu.dense_like(inputs, outputs, small.dtype).seconds(inputs, outputs, rows)
+        return max(0.0, times.seconds_at(rows) - product)
 
     def _moved(self, task: Task, tokens: int) -> float:
         """Bytes that the small kernels of a task read and write in GPU memory: norms, rotation, copies, logits."""

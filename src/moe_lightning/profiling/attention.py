@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from statistics import fmean
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.profiling.arena import fill
 from moe_lightning.profiling.effort import Effort
 from moe_lightning.profiling.link import Copies
-from moe_lightning.profiling.timing import turn_seconds
+from moe_lightning.profiling.timing import seconds_in_turn
 
 _BLOCK_SIZE = 16
 _CALLS = 6  # micro-batches of a layer, each of other blocks
@@ -61,17 +60,12 @@ class AttentionBench:
         """All of the geometry's curves; beside copies only where there are some."""
         effort = self._effort
         counts = [count for count in effort.num_seqs if count <= self._layers.shape[1]] or [1]
-        call = TimeCurve(
-            tuple(counts), tuple(self._seconds(torch.ones(n, dtype=torch.int64)) for n in counts)
-        )
-        alone = RateCurve(effort.contexts, tuple(self._rate(c, call) for c in effort.contexts))
-        beside = None
+        ones = [torch.ones(n, dtype=torch.int64) for n in counts]
+        call = TimeCurve(tuple(counts), tuple(self._seconds(ones, effort.point_s)))
+        alone, beside = self._rates(call), None
         if copies is not None:
-            rates = []
-            for context in effort.contexts:
-                with copies:
-                    rates.append(self._rate(context, call, copies.keep_up))
-            beside = RateCurve(effort.contexts, tuple(rates))
+            with copies:
+                beside = self._rates(call, copies.keep_up)
         dtype = str(self._dtype).removeprefix("torch.")
         return AttentionProfile(
             self._num_heads, self._num_kv_heads, self._head_dim, dtype, alone, beside, call
@@ -101,30 +95,37 @@ class AttentionBench:
 
         return run, _CALLS * rows.nbytes
 
-    def _rate(self, context: int, call: TimeCurve, before: Callable[[int], object] | None = None) -> float:
-        """Bytes of K and V a second, without what the call itself takes."""
-        lengths = self.lengths(context)
-        seconds = self._seconds(lengths, before)
-        reading = max(seconds - call.seconds_at(len(lengths)), _LEAST_SHARE * seconds)
-        return int(lengths.sum()) * self._token_bytes / reading
-
-    def _seconds(self, lengths: Tensor, before: Callable[[int], object] | None = None) -> float:
-        """Of a call, on average: a pass has the slow ones too.
+    def _rates(self, call: TimeCurve, before: Callable[[int], object] | None = None) -> RateCurve:
+        """Bytes of K and V a second by context, without what the call itself takes.
 
         Args:
-            lengths: [sequences] of the call.
+            call: what that is.
             before: called when a layer's calls begin, with the bytes that come from the GPU for them; what is
-                measured with it is what plans go by, and gets twice the time.
+                measured with it is what plans go by, and gets three times the time.
         """
-        run, num_bytes = self.layer(lengths)
+        contexts = self._effort.contexts
+        lengths = [self.lengths(context) for context in contexts]
+        found = self._seconds(lengths, self._effort.point_s * (3 if before else 1), before)
+        rates = []
+        for each, seconds in zip(lengths, found, strict=True):
+            reading = max(seconds - call.seconds_at(len(each)), _LEAST_SHARE * seconds)
+            rates.append(int(each.sum()) * self._token_bytes / reading)
+        return RateCurve(contexts, tuple(rates))
 
-        def begin() -> None:
+    def _seconds(
+        self, lengths: Sequence[Tensor], budget_s: float, before: Callable[[int], object] | None = None
+    ) -> list[float]:
+        """Of a call of each of the lengths [sequences], on average."""
+        layers = [self.layer(each) for each in lengths]
+
+        def begin(number: int) -> None:
+            if number == 0 and len(layers) > 1:
+                self._num_runs += 1  # else each of the works would always read the same layers
             time.sleep(self._effort.pause_s)
             if before:
-                before(num_bytes)
+                before(layers[number][1])
 
-        budget = self._effort.point_s * (2 if before else 1)
-        return fmean(turn_seconds(lambda _: run(), budget, begin)) / _CALLS
+        return [seconds / _CALLS for seconds in seconds_in_turn([run for run, _ in layers], budget_s, begin)]
 
     def _call(self, qkv: Tensor, lengths: Tensor, order: Tensor) -> Callable[[Tensor], None]:
         """Attention of a micro-batch's rows [sequences, q, k and v], its blocks the first ones of an order."""

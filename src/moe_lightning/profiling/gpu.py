@@ -17,6 +17,7 @@ from moe_lightning.kernels import ops
 from moe_lightning.models.spec import AttentionSpec, RouterSpec
 from moe_lightning.pipeline.shape import experts_in
 from moe_lightning.profiling.effort import Effort
+from moe_lightning.profiling.queued import task_seconds
 from moe_lightning.units import MIB
 
 _COLD_BYTES = 256 * MIB  # more than any cache: matrices are rotated over as much
@@ -71,7 +72,7 @@ class ExpertsBench:
         torch.cuda.synchronize()
 
     def measure(self) -> ExpertsProfile:
-        """Seconds by tokens."""
+        """Seconds by tokens, of sweeps that begin when their pages are there."""
         counts = [count for count in self._effort.part_tokens if count <= self._tokens[-1]]
         numbers = [n for n in self._effort.expert_parts if n > 1 and self._shape.num_experts % n == 0]
         parts = [PartTimes(1 / n, self._times(counts, n)) for n in sorted(numbers, reverse=True) if counts]
@@ -79,7 +80,7 @@ class ExpertsBench:
         return ExpertsProfile(self._shape, _name(self._dtype), whole, tuple(parts))
 
     def _times(self, counts: Sequence[int], num_parts: int = 1) -> TimeCurve:
-        seconds = [seconds_of(self._calls(count, num_parts), self._effort.gpu_point_s) for count in counts]
+        seconds = [task_seconds(self._calls(count, num_parts)) for count in counts]
         return TimeCurve(tuple(counts), tuple(seconds))
 
     def _calls(self, num_tokens: int, num_parts: int = 1) -> list[Callable[[], object]]:
@@ -103,7 +104,7 @@ class ExpertsBench:
 
     def _fitting(self) -> tuple[int, ...]:
         """Those numbers of tokens whose workspaces fit together beside the pages."""
-        s, room = self._shape, self._effort.gpu_bytes - self._frames.nbytes
+        s, room = self._shape, self._effort.gpu_bytes - torch.cuda.memory_allocated()
         per_token = (
             s.top_k * (s.hidden_size + s.intermediate_size) + 2 * s.hidden_size
         ) * self._dtype.itemsize

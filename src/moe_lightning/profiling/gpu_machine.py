@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from moe_lightning.bench.machine import require_gpu
 from moe_lightning.engine.gpu_budget import cap_gpu_memory
 from moe_lightning.engine.worker import attention_threads
 from moe_lightning.errors import ConfigError
-from moe_lightning.hardware.kernel_times import ModelShape, PrefillProfile
+from moe_lightning.hardware.kernel_times import ModelShape
 from moe_lightning.hardware.profile import GpuProfile, HostProfile, LaneProfile, LinkProfile
 from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.memory.mapped import device_view
@@ -33,8 +33,8 @@ _HOST_DTYPES = (torch.bfloat16, torch.float32)
 _GPU_DTYPES = (torch.float16, torch.float32)  # beside the one that it computes models in
 _PAGE = 16 * MIB  # bytes of the copies beside attention: about a page of weights
 _KV_BYTES = 2 * GIB  # of a layer: where K and V of prompts go
-_LEAST = 512 * MIB
-_MOST_OF_BUDGET = 0.8
+_LEAST = 768 * MIB
+_MOST_OF_BUDGET = 0.5  # beside what copies take
 
 
 def measure_gpu_machine(
@@ -48,12 +48,14 @@ def measure_gpu_machine(
     dtype = require_gpu()
     steps = Steps(9 + len(effort.geometries) + 5 * len(shapes), report)
     with _within_budget(effort, gpu_memory) as effort:
-        found_host, link, prompts = _host_and_link(shapes, effort, dtype, steps)
+        steps.begin("host memory")
+        memory = HostMemory(effort, has_gpu=True)
+        memory.fill(dtype)
+        found_host, link, loads = _host_and_link(memory, shapes, effort, dtype, steps)
         steps.begin("launching and handing over")
         lanes = LanesBench(effort).measure()
         torch.cuda.empty_cache()
-        kernels = _kernels(shapes, effort, dtype, link, lanes, steps)
-        return found_host, replace(kernels, prefill=prompts)
+        return found_host, _kernels(shapes, loads, effort, dtype, link, lanes, steps)
 
 
 @contextmanager
@@ -85,11 +87,9 @@ def _within_budget(effort: Effort, gpu_memory: int | None) -> Iterator[Effort]:
 
 
 def _host_and_link(
-    shapes: Sequence[ModelShape], effort: Effort, dtype: torch.dtype, steps: Steps
-) -> tuple[HostProfile, LinkProfile, tuple[PrefillProfile, ...]]:
-    steps.begin("host memory")
-    memory = HostMemory(effort, has_gpu=True)
-    memory.fill(dtype)
+    memory: HostMemory, shapes: Sequence[ModelShape], effort: Effort, dtype: torch.dtype, steps: Steps
+) -> tuple[HostProfile, LinkProfile, list[Load | None]]:
+    """Both, and what goes on in that memory while a shape's kernels are measured."""
     kernel = CpuAttention(attention_threads(torch.device("cuda")))
     link = Link(memory.copied, effort)
     steps.begin("copies to the GPU")
@@ -113,21 +113,18 @@ def _host_and_link(
         steps.begin(f"CPU attention beside copies, {host.describe(geometry)}")
         attention.append(AttentionBench(kernel, memory.read, geometry, dtype, effort).measure(copies))
     under = (copies.median_rate if copies else None) or h2d.best_rate
-    prompts = []
-    for shape in shapes:
-        steps.begin(f"prefill attention of {shape.name} beside copies and the CPU's")
-        load = None
-        if copies is not None:
-            bench = AttentionBench(kernel, memory.read, shape.attention, dtype, effort)
-            attend, _ = bench.layer(bench.lengths(effort.contexts[0]))
-            load = Load(copies, attend, _on_gpu(memory.read)[:_KV_BYTES])
-        prompts.append(prefill(shape, dtype, effort, load))
+    loads: list[Load | None] = [None] * len(shapes)
+    if copies is not None:
+        benches = [AttentionBench(kernel, memory.read, shape.attention, dtype, effort) for shape in shapes]
+        layers = [bench.layer(bench.lengths(effort.contexts[0])) for bench in benches]
+        loads = [Load(copies, *layer, _on_gpu(memory.read)[:_KV_BYTES]) for layer in layers]
     found = HostProfile(read, read_beside, flops, tuple(attention), ())
-    return found, LinkProfile(memory.is_pinned, h2d, d2h, *both, under), tuple(prompts)
+    return found, LinkProfile(memory.is_pinned, h2d, d2h, *both, under), loads
 
 
 def _kernels(
     shapes: Sequence[ModelShape],
+    loads: Sequence[Load | None],
     effort: Effort,
     dtype: torch.dtype,
     link: LinkProfile,
@@ -138,20 +135,24 @@ def _kernels(
     memory = gpu.memory_rate(effort)
     steps.begin("GPU products")
     flops = {host.name_of(d): gpu.product_flops(d, effort) for d in dict.fromkeys((dtype, *_GPU_DTYPES))}
-    experts, dense, small = [], [], []
-    for shape in shapes:
+    experts, dense, prompts, small = [], [], [], []
+    for shape, load in zip(shapes, loads, strict=True):
         steps.begin(f"compiling experts of {shape.name}")
         bench = gpu.ExpertsBench(shape, dtype, effort)
         bench.compile()
-        steps.begin(f"experts of {shape.name}")
-        experts.append(bench.measure())
+        steps.begin(f"experts of {shape.name} beside copies and the CPU's attention")
+        with load.running() if load else nullcontext():
+            experts.append(bench.measure())
         del bench
         torch.cuda.empty_cache()
         steps.begin(f"products of {shape.name}")
         dense += gpu.dense(shape, dtype, effort)
-        steps.begin(f"small kernels of {shape.name}")
-        small.append(small_kernels(shape, dtype, effort))
-    return GpuProfile(memory, flops, tuple(experts), tuple(dense), (), link, lanes, tuple(small))
+        steps.begin(f"before and after attention of {shape.name}, beside the same")
+        with load.running() if load else nullcontext():
+            small.append(small_kernels(shape, dtype, effort))
+        steps.begin(f"attention of prompts of {shape.name}, beside the same")
+        prompts.append(prefill(shape, dtype, effort, load))
+    return GpuProfile(memory, flops, tuple(experts), tuple(dense), tuple(prompts), link, lanes, tuple(small))
 
 
 def _on_gpu(memory: Tensor) -> Tensor:

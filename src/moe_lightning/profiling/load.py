@@ -18,20 +18,26 @@ class Load:
     """Copies and attention that run until nobody wants them any more.
 
     Attributes:
-        copies: to the GPU; who measures calls their `keep_up`.
-        attend: some calls of attention.
+        copies: to the GPU, and with each layer's attention some both ways.
+        attend: a layer's calls of attention.
+        attended_bytes: of their queries, keys and values.
         kv: [bytes] uint8, page-locked memory as the GPU sees it, in which K and V are.
     """
 
     copies: Copies
     attend: Callable[[], object]
+    attended_bytes: int
     kv: Tensor
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Both go on inside."""
-        with self.copies, again_and_again(self.attend):
+        with self.copies, again_and_again(self._layer):
             yield
+
+    def _layer(self) -> None:
+        self.copies.keep_up(self.attended_bytes)
+        self.attend()
 
 
 @contextmanager

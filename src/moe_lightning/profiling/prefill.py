@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import accumulate, pairwise
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +21,11 @@ from moe_lightning.profiling.effort import Effort
 from moe_lightning.profiling.host import name_of
 from moe_lightning.profiling.kv_store import BLOCK_SIZE, CHUNK_TOKENS, KvStore
 from moe_lightning.profiling.load import Load
-from moe_lightning.profiling.queued import recorded
+from moe_lightning.profiling.queued import recorded, stream_aside
+from moe_lightning.profiling.small_kernels import tasks, weights
 
-_HOLD_CYCLES = 2_000_000  # more than a millisecond, longer than launching both takes
-_TURNS = 15
+_HOLD_CYCLES = 4_000_000  # some 2 ms, longer than launching a turn takes
+_TURNS, _CHUNKS = 15, 2
 _STORED_PROMPT = 128  # tokens of the prompt that a token is in, in chunks whose stores are timed by size
 
 
@@ -31,7 +33,8 @@ def prefill(shape: ModelShape, dtype: torch.dtype, effort: Effort, load: Load | 
     """Causal attention of chunks of unequal prompts while their K and V are stored.
 
     Both come after the projections, so they always run at once: a store's kernels hold processors while they wait
-    for the link, and wait for those that attention holds. Pages come meanwhile, and the CPU attends.
+    for the link, and wait for those that attention holds, and after it the products of this chunk and the next.
+    Pages come meanwhile, and the CPU attends.
 
     Args:
         shape: of the model.
@@ -93,38 +96,58 @@ def _seconds(
     q, k, v = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
     plan = PrefillPlan.of([Segment(start, start, end) for start, end in pairwise(ends)], _put)
     out = torch.empty(ends[-1], shape.q_size, device="cuda", dtype=dtype)
-    kv = KvStore(load.kv, qkv, shape.num_heads, shape.num_kv_heads) if load else None
-    return _beside(
-        lambda: ops.prefill_attention(q, k, v, plan, None, out), kv.store if kv else lambda _: None, load
+    chunk = _Chunk(
+        lambda: ops.prefill_attention(q, k, v, plan, None, out),
+        KvStore(load.kv, qkv, shape.num_heads, shape.num_kv_heads).store if load else lambda _: None,
+        tasks(shape, weights(shape, dtype, 1), ends[-1])[0],
     )
+    return _beside(chunk, load)
 
 
-def _beside(
-    work: Callable[[], object], store: Callable[[int], object], load: Load | None
-) -> tuple[float, float]:
-    """Seconds of the work and of the store, from when both may begin."""
-    stores = torch.cuda.Stream()
-    work()  # compiles
-    store(0)
+class _Chunk(NamedTuple):
+    """What is launched for one."""
+
+    attend: Callable[[], object]
+    store: Callable[[int], object]
+    others: tuple[Callable[[], object], Callable[[], object]]  # before attention and after it
+
+
+def _beside(chunk: _Chunk, load: Load | None) -> tuple[float, float]:
+    """Seconds of a chunk's attention and of its store, of each from when it may begin."""
+    stores = stream_aside()
+    _launch(chunk, stores, 0)  # compiles
     torch.cuda.synchronize()
     found: list[tuple[float, float]] = []
     with load.running() if load else nullcontext():
         for turn in range(_TURNS):
-            if load:
-                load.copies.keep_up()
             torch.cuda._sleep(_HOLD_CYCLES)
-            start = recorded()
-            work()
-            end = recorded()
-            with torch.cuda.stream(stores):
-                stores.wait_event(start)
-                store(turn)
-                stored = recorded()
-            end.synchronize()
-            stored.synchronize()
-            found.append((start.elapsed_time(end) / 1e3, start.elapsed_time(stored) / 1e3))
+            marks = [_launch(chunk, stores, _CHUNKS * turn + n) for n in range(_CHUNKS)]
+            torch.cuda.current_stream().synchronize()
+            stores.synchronize()
+            found += [
+                (began.elapsed_time(attended) / 1e3, free.elapsed_time(stored) / 1e3)
+                for began, attended, free, stored in marks
+            ]
     torch.cuda.synchronize()
     return median(one for one, _ in found), median(other for _, other in found)
+
+
+def _launch(
+    chunk: _Chunk, stores: torch.cuda.Stream, number: int
+) -> tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]:
+    """All of a chunk's tasks but the experts; starts and ends of its attention and its store."""
+    before, after = chunk.others
+    before()
+    began = recorded()
+    with torch.cuda.stream(stores):
+        stores.wait_event(began)
+        free = recorded()
+        chunk.store(number)
+        stored = recorded()
+    chunk.attend()
+    attended = recorded()
+    after()
+    return began, attended, free, stored
 
 
 def _put(values: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -1,35 +1,50 @@
-"""Seconds of GPU work as the executor runs it: launch behind launch, all queued before the first begins."""
+"""Seconds of GPU tasks as passes have them: each waits for another stream, and is launched before it may begin."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from statistics import median
 
 import torch
 
-_IN_A_ROW = 8
-_HOLD_CYCLES = 250_000  # for each: some 0.15 ms, longer than launching a few kernels takes
-_LEAST, _MOST = 5, 50  # rows
+_TURNS = 15
+_HOLD_CYCLES = 2_000_000  # some 1 ms, longer than launching a task takes
 
 
-def queued_seconds(work: Callable[[], object], budget_s: float) -> float:
-    """Seconds of one of many in a row, each after the one before, with the gaps between their kernels.
+def task_seconds(works: Sequence[Callable[[], object]], turns: int = _TURNS) -> float:
+    """Seconds of one of some like tasks: the median.
 
-    A graph, as `bench.timing` has it, launches kernels closer to each other than streams do.
+    Nothing runs before it that its commands and first kernels could hide behind: many tasks of a pass wait for the
+    link or the CPU, and the GPU fetches commands over a link that is full of pages.
+
+    Args:
+        works: launch a task each, without waiting for the GPU. Each touches other memory, so that none finds its
+            data in the cache.
+        turns: measurements.
     """
-    for _ in range(2):  # compiles
+    waited_for = stream_aside()
+    for work in works:  # compiles
         work()
+    torch.cuda.synchronize()
     found: list[float] = []
-    while len(found) < _LEAST or (len(found) < _MOST and sum(found) * _IN_A_ROW < budget_s):
-        torch.cuda.synchronize()
-        torch.cuda._sleep(_IN_A_ROW * _HOLD_CYCLES)
+    for turn in range(turns):
+        with torch.cuda.stream(waited_for):
+            torch.cuda._sleep(_HOLD_CYCLES)
+            held = recorded()
+        torch.cuda.current_stream().wait_event(held)
         start = recorded()
-        for _ in range(_IN_A_ROW):
-            work()
+        works[turn % len(works)]()
         end = recorded()
         end.synchronize()
-        found.append(start.elapsed_time(end) / 1e3 / _IN_A_ROW)
+        found.append(start.elapsed_time(end) / 1e3)
     return median(found)
+
+
+@lru_cache(maxsize=1)
+def stream_aside() -> torch.cuda.Stream:
+    """A stream beside the current one, always the same: torch has 32, and then gives the first ones once more."""
+    return torch.cuda.Stream()
 
 
 def recorded() -> torch.cuda.Event:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from statistics import median
+from collections.abc import Callable, Sequence
+from statistics import fmean, median
 
 _MIN_TURNS = 3
 _MAX_TURNS = 200
 _PATIENCE = 4  # budgets that three turns may take
 
 
-def turn_seconds(
+def median_seconds(
     work: Callable[[int], object], budget_s: float, before: Callable[[], object] = lambda: None
-) -> list[float]:
-    """Seconds of each turn, after one that does not count.
+) -> float:
+    """The median of some turns, after one that does not count.
 
     Args:
         work: gets the turn's number, so that it can touch other memory than the last one.
@@ -33,11 +33,31 @@ def turn_seconds(
         enough = _MIN_TURNS if end - begin < _PATIENCE * budget_s else 1
         if len(found) >= enough and end - begin > budget_s:
             break
-    return found
+    return median(found)
 
 
-def median_seconds(
-    work: Callable[[int], object], budget_s: float, before: Callable[[], object] = lambda: None
-) -> float:
-    """The median of `turn_seconds`."""
-    return median(turn_seconds(work, budget_s, before))
+def seconds_in_turn(
+    works: Sequence[Callable[[], object]], budget_s: float, before: Callable[[int], object]
+) -> list[float]:
+    """Seconds of each work on average, slow turns too, after a round that does not count.
+
+    All works have a turn before the first has its next, so that none alone has a slow time of the machine.
+
+    Args:
+        works: to be measured.
+        budget_s: of each; three rounds are made in any case, or one that takes several times as long alone.
+        before: called before each turn, outside of its time, with the number of its work.
+    """
+    found: list[list[float]] = [[] for _ in works]
+    begin, budget_s = time.perf_counter(), budget_s * len(works)
+    for turn in range(_MAX_TURNS + 1):
+        for number, work in enumerate(works):
+            before(number)
+            start = time.perf_counter()
+            work()
+            if turn:
+                found[number].append(time.perf_counter() - start)
+        took = time.perf_counter() - begin
+        if turn >= (_MIN_TURNS if took < _PATIENCE * budget_s else 1) and took > budget_s:
+            break
+    return [fmean(seconds) for seconds in found]
