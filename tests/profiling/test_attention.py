@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from efforts import TINY
@@ -106,3 +108,30 @@ def test_contexts_take_turns_and_each_reads_other_layers_in_each_round(clock):
     counts = [count for count, _ in layers]
     assert counts == counts[:2] * 2 and counts[0] != counts[1]
     assert layers[0][1] != layers[2][1] and layers[1][1] != layers[3][1]
+
+
+def test_beside_copies_one_waits_for_them_as_a_launcher_does(clock):
+    class Beside:
+        def __init__(self):
+            self.is_open, self.waited = False, threading.Event()
+
+        def __enter__(self):
+            self.is_open = True
+
+        def __exit__(self, *_):
+            self.is_open = False
+
+        def wait(self):
+            assert self.is_open
+            self.waited.set()
+
+        def keep_up(self, num_bytes):
+            assert self.is_open and num_bytes > 0
+            assert self.waited.wait(10)
+
+    bench = AttentionBench(Kernel(), torch.zeros(2**22, dtype=torch.uint8), (8, 2, 64), torch.bfloat16, TINY)
+    copies = Beside()
+    found = bench.measure(copies)
+    assert copies.waited.is_set() and not copies.is_open
+    assert found.rate_under_copies is not None and found.rate_under_copies.sizes == TINY.contexts
+    assert bench.measure(None).rate_under_copies is None

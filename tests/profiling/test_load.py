@@ -105,6 +105,11 @@ def test_copies_to_the_gpu_never_cease_and_beside_them_some_go_each_way(gpu, mon
     assert seen == [("in", copies._stream, 100)] * 5 + [
         ("out", copies._back, 100), ("in", copies._back, 100),
     ] * 2  # fmt: skip
+    waited, last = [], Event(0)
+    last.synchronize = lambda: waited.append(gpu.stream)
+    monkeypatch.setattr(link, "_record", lambda: (waited.append(gpu.stream), last)[1])
+    copies.wait()
+    assert waited == [copies._stream, "default"], "recorded behind the copies, waited for by who calls"
     assert copies.rates == [100.0], "bytes of a copy, one ending a second after the other"
 
 

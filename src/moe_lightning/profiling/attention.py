@@ -14,6 +14,7 @@ from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.profiling.arena import fill
 from moe_lightning.profiling.effort import Effort
 from moe_lightning.profiling.link import Copies
+from moe_lightning.profiling.load import again_and_again
 from moe_lightning.profiling.timing import seconds_in_turn
 
 _BLOCK_SIZE = 16
@@ -57,14 +58,14 @@ class AttentionBench:
         self._num_runs = 0
 
     def measure(self, copies: Copies | None) -> AttentionProfile:
-        """All of the geometry's curves; beside copies only where there are some."""
+        """All of the geometry's curves; beside copies, and one who waits for them, only where there are some."""
         effort = self._effort
         counts = [count for count in effort.num_seqs if count <= self._layers.shape[1]] or [1]
         ones = [torch.ones(n, dtype=torch.int64) for n in counts]
         call = TimeCurve(tuple(counts), tuple(self._seconds(ones, effort.point_s)))
         alone, beside = self._rates(call), None
         if copies is not None:
-            with copies:
+            with copies, again_and_again(copies.wait):
                 beside = self._rates(call, copies.keep_up)
         dtype = str(self._dtype).removeprefix("torch.")
         return AttentionProfile(

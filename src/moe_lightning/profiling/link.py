@@ -160,6 +160,12 @@ class Copies:
                 self._link.copy_from_gpu(number, self._size)
                 self._link.copy_to_gpu(number, self._size)
 
+    def wait(self) -> None:
+        """Wait for those that are queued, as a pass's launcher waits for room: that keeps a core busy."""
+        with torch.cuda.stream(self._stream):
+            last = _record()
+        last.synchronize()
+
     @property
     def median_rate(self) -> float | None:
         """Bytes/s over all that was measured beside them; None if that was too short for two copies."""
