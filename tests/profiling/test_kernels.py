@@ -8,7 +8,7 @@ from efforts import SHAPE, TINY, OnCpu
 
 from moe_lightning.kernels import ops, reference
 from moe_lightning.models.spec import RouterSpec
-from moe_lightning.profiling import small_kernels
+from moe_lightning.profiling import kv_store, small_kernels
 from moe_lightning.profiling.kv_store import BLOCK_SIZE, KvStore
 from moe_lightning.profiling.prefill import causal_pairs, prompt_lens
 from moe_lightning.profiling.small_kernels import tasks
@@ -67,9 +67,21 @@ def test_a_chunks_keys_and_values_go_to_blocks_of_their_own(num_blocks):
     assert len(set(places)) == len(qkv)
     for row, place in enumerate(places):
         block, offset = divmod(place, BLOCK_SIZE)
-        assert torch.equal(kv.kv[block, 0, :, offset], heads[row, 8:10])
-        assert torch.equal(kv.kv[block, 1, :, offset], heads[row, 10:12])
+        assert torch.equal(kv.layers[0, block, 0, :, offset], heads[row, 8:10])
+        assert torch.equal(kv.layers[0, block, 1, :, offset], heads[row, 10:12])
     assert kv.num_bytes == 2 * len(qkv) * SHAPE.num_kv_heads * SHAPE.head_dim * 4
+
+
+def test_stores_go_from_layer_to_layer_and_to_other_blocks_in_each(monkeypatch):
+    kv_bytes = 2 * SHAPE.num_kv_heads * BLOCK_SIZE * SHAPE.head_dim * 4
+    monkeypatch.setattr(kv_store, "_LAYER_BYTES", 20 * kv_bytes)
+    memory, qkv = torch.zeros(50 * kv_bytes, dtype=torch.uint8), torch.randn(3 * BLOCK_SIZE, SHAPE.qkv_size)
+    kv = KvStore(memory, qkv, SHAPE.num_heads, SHAPE.num_kv_heads)
+    assert kv.layers.shape[:2] == (3, 16)
+    for turn in range(5):
+        kv.store(turn)
+        written = kv.layers.flatten(2).any(dim=2).sum(dim=1).tolist()
+        assert written == [3 * (1 + (turn - n) // 3) if turn >= n else 0 for n in range(3)]
 
 
 def test_less_memory_than_a_chunk_fills_is_written_twice():
@@ -77,7 +89,7 @@ def test_less_memory_than_a_chunk_fills_is_written_twice():
     qkv = torch.randn(3 * BLOCK_SIZE, SHAPE.qkv_size)
     kv = KvStore(torch.zeros(2 * kv_bytes, dtype=torch.uint8), qkv, SHAPE.num_heads, SHAPE.num_kv_heads)
     kv.store(1)
-    assert kv.kv.count_nonzero() > 0
+    assert kv.layers.count_nonzero() > 0
 
 
 @pytest.mark.parametrize("mean", [64, 172, 256, 1024])

@@ -206,7 +206,7 @@ def test_attention_of_prompts_and_their_stores_are_timed_among_a_chunks_tasks_an
     lengths = prefill.prompt_lens(TINY.prompts[0])
     assert found.rate.rates[0] == pytest.approx(4 * prefill.causal_pairs(lengths) * SHAPE.q_size / 2)
     token_bytes = 2 * SHAPE.num_kv_heads * SHAPE.head_dim * 2
-    counts = [sum(prefill.prompt_lens(128, count)) for count in TINY.chunk_tokens]
+    counts = [sum(prefill.prompt_lens(count // 2, count)) for count in TINY.chunk_tokens]
     assert found.store.sizes == tuple(count * token_bytes for count in counts)
     assert found.store.seconds == pytest.approx((4.0, 4.0))
     assert load.kv.count_nonzero() > 0

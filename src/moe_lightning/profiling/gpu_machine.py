@@ -27,12 +27,11 @@ from moe_lightning.profiling.load import Load
 from moe_lightning.profiling.prefill import prefill
 from moe_lightning.profiling.small_kernels import small_kernels
 from moe_lightning.profiling.steps import Report, Steps
-from moe_lightning.units import GIB, MIB, format_bytes
+from moe_lightning.units import MIB, format_bytes
 
 _HOST_DTYPES = (torch.bfloat16, torch.float32)
 _GPU_DTYPES = (torch.float16, torch.float32)  # beside the one that it computes models in
 _PAGE = 16 * MIB  # bytes of the copies beside attention: about a page of weights
-_KV_BYTES = 2 * GIB  # of a layer: where K and V of prompts go
 _LEAST = 768 * MIB
 _MOST_OF_BUDGET = 0.5  # beside what copies take
 
@@ -117,7 +116,7 @@ def _host_and_link(
     if copies is not None:
         benches = [AttentionBench(kernel, memory.read, shape.attention, dtype, effort) for shape in shapes]
         layers = [bench.layer(bench.lengths(effort.contexts[0])) for bench in benches]
-        loads = [Load(copies, *layer, _on_gpu(memory.read)[:_KV_BYTES]) for layer in layers]
+        loads = [Load(copies, *layer, _on_gpu(memory.read)) for layer in layers]
     found = HostProfile(read, read_beside, flops, tuple(attention), ())
     return found, LinkProfile(memory.is_pinned, h2d, d2h, *both, under), loads
 

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from moe_lightning.kernels import reference
+from moe_lightning.units import GIB
 
 CHUNK_TOKENS = 2048  # of prompts that a pass computes together
 BLOCK_SIZE = 16
-_TURNS = 8
+_TURNS = 64  # more than are measured in a row: blocks that were just written are written faster
+_LAYER_BYTES = 2 * GIB
 
 
 class KvStore:
-    """Stores of one chunk after another, each to other blocks, in any order.
+    """Stores of one chunk after another, each to other blocks of another layer, in any order.
 
     Args:
         memory: [bytes] uint8, where the blocks are, as the device of `qkv` sees it.
@@ -30,9 +32,10 @@ class KvStore:
         )
         block = (2, num_kv_heads, BLOCK_SIZE, heads.shape[2])
         elements = 2 * num_kv_heads * BLOCK_SIZE * heads.shape[2]
-        num_blocks = memory.nbytes // (elements * qkv.dtype.itemsize)
-        whole = memory[: num_blocks * elements * qkv.dtype.itemsize]
-        self.kv = whole.view(qkv.dtype).view(num_blocks, *block)
+        num_layers = -(-memory.nbytes // _LAYER_BYTES)
+        num_blocks = memory.nbytes // num_layers // (elements * qkv.dtype.itemsize)
+        whole = memory[: num_layers * num_blocks * elements * qkv.dtype.itemsize]
+        self.layers = whole.view(qkv.dtype).view(num_layers, num_blocks, *block)
         per_chunk = len(qkv) // BLOCK_SIZE
         # Of less memory than a chunk fills, blocks are used twice.
         order = torch.randperm(max(num_blocks, per_chunk)) % num_blocks
@@ -43,4 +46,5 @@ class KvStore:
 
     def store(self, turn: int) -> None:
         """Launch one chunk's store, as `TaskRunner` does."""
-        reference.store_kv(self.kv, self._k, self._v, self.slots[turn % len(self.slots)])
+        layer = self.layers[turn % len(self.layers)]
+        reference.store_kv(layer, self._k, self._v, self.slots[turn % len(self.slots)])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import accumulate, pairwise
-from statistics import median
+from statistics import fmean, median
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,8 @@ from moe_lightning.profiling.small_kernels import tasks, weights
 
 _HOLD_CYCLES = 4_000_000  # some 2 ms, longer than launching a turn takes
 _TURNS, _CHUNKS = 15, 2
-_STORED_PROMPT = 128  # tokens of the prompt that a token is in, in chunks whose stores are timed by size
+# Tokens of the prompt that a token is in, in chunks whose stores are timed by size: as among MTBench's questions.
+_STORED_PROMPT = 172
 
 
 def prefill(shape: ModelShape, dtype: torch.dtype, effort: Effort, load: Load | None) -> PrefillProfile:
@@ -55,7 +56,7 @@ def _stores(shape: ModelShape, dtype: torch.dtype, effort: Effort, load: Load) -
     """Seconds by bytes of K and V."""
     points: dict[float, float] = {}
     for num_tokens in effort.chunk_tokens:
-        lengths = prompt_lens(_STORED_PROMPT, num_tokens)
+        lengths = prompt_lens(min(_STORED_PROMPT, num_tokens // 2), num_tokens)
         size = 2 * sum(lengths) * shape.num_kv_heads * shape.head_dim * dtype.itemsize
         _, points[size] = _seconds(shape, lengths, dtype, load)
     return TimeCurve(tuple(points), tuple(points.values()))
@@ -113,7 +114,7 @@ class _Chunk(NamedTuple):
 
 
 def _beside(chunk: _Chunk, load: Load | None) -> tuple[float, float]:
-    """Seconds of a chunk's attention and of its store, of each from when it may begin."""
+    """Seconds of a chunk's attention and of its store, of each from when it may begin: means over some chunks."""
     stores = stream_aside()
     _launch(chunk, stores, 0)  # compiles
     torch.cuda.synchronize()
@@ -124,10 +125,9 @@ def _beside(chunk: _Chunk, load: Load | None) -> tuple[float, float]:
             marks = [_launch(chunk, stores, _CHUNKS * turn + n) for n in range(_CHUNKS)]
             torch.cuda.current_stream().synchronize()
             stores.synchronize()
-            found += [
-                (began.elapsed_time(attended) / 1e3, free.elapsed_time(stored) / 1e3)
-                for began, attended, free, stored in marks
-            ]
+            attended = fmean(began.elapsed_time(end) for began, end, _, _ in marks)
+            stored = fmean(free.elapsed_time(end) for _, _, free, end in marks)
+            found.append((attended / 1e3, stored / 1e3))
     torch.cuda.synchronize()
     return median(one for one, _ in found), median(other for _, other in found)
 
