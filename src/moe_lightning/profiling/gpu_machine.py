@@ -47,14 +47,20 @@ def measure_gpu_machine(
     dtype = require_gpu()
     steps = Steps(9 + len(effort.geometries) + 5 * len(shapes), report)
     with _within_budget(effort, gpu_memory) as effort:
-        steps.begin("host memory")
-        memory = HostMemory(effort, has_gpu=True)
-        memory.fill(dtype)
-        found_host, link, loads = _host_and_link(memory, shapes, effort, dtype, steps)
-        steps.begin("launching and handing over")
-        lanes = LanesBench(effort).measure()
-        torch.cuda.empty_cache()
-        return found_host, _kernels(shapes, loads, effort, dtype, link, lanes, steps)
+        return _all(shapes, effort, dtype, steps)  # when it returns, what it had on the GPU is free
+
+
+def _all(
+    shapes: Sequence[ModelShape], effort: Effort, dtype: torch.dtype, steps: Steps
+) -> tuple[HostProfile, GpuProfile]:
+    steps.begin("host memory")
+    memory = HostMemory(effort, has_gpu=True)
+    memory.fill(dtype)
+    found_host, link, loads = _host_and_link(memory, shapes, effort, dtype, steps)
+    steps.begin("launching and handing over")
+    lanes = LanesBench(effort).measure()
+    torch.cuda.empty_cache()
+    return found_host, _kernels(shapes, loads, effort, dtype, link, lanes, steps)
 
 
 @contextmanager
