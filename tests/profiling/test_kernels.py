@@ -45,14 +45,18 @@ def test_tasks_are_norm_product_rotation_then_product_norm_router_and_choice(mon
 
 def test_a_layers_tasks_have_a_point_for_each_number_of_rows_over_several_layers(monkeypatch):
     timed = []
-    monkeypatch.setattr(small_kernels, "task_seconds", lambda works: (timed.append(works), 1e-5)[1])
+    seconds = [1.0, 2.0, 3.0, 4.0]
+    monkeypatch.setattr(
+        small_kernels, "task_seconds", lambda points, load: (timed.extend(points), seconds)[1]
+    )
     monkeypatch.setattr(
         small_kernels, "_COLD_BYTES", 3 * 2 * (SHAPE.qkv_size + SHAPE.q_size) * SHAPE.hidden_size
     )
     with OnCpu():
-        found = small_kernels.small_kernels(SHAPE, torch.bfloat16, TINY)
+        found = small_kernels.small_kernels(SHAPE, torch.bfloat16, TINY, None)
     assert found.pre_attention.sizes == found.post_attention.sizes == TINY.rows and found.is_whole
     assert [len(works) for works in timed] == [3] * 2 * len(TINY.rows)
+    assert found.pre_attention.seconds == (1.0, 2.0) and found.post_attention.seconds == (3.0, 4.0)
 
 
 @pytest.mark.parametrize("num_blocks", [3, 40])

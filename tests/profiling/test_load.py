@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from itertools import chain, cycle
 
 import pytest
 import torch
 from efforts import SHAPE, TINY, OnCpu
 
-from moe_lightning.profiling import link, prefill, queued
+from moe_lightning.errors import DeviceError
+from moe_lightning.kernels import ops
+from moe_lightning.profiling import events, link, load, prefill, queued
+from moe_lightning.profiling.gpu import ExpertsBench
 from moe_lightning.profiling.kv_store import KvStore
 from moe_lightning.profiling.link import Copies
 from moe_lightning.profiling.load import Load, again_and_again
+from moe_lightning.profiling.small_kernels import small_kernels
+from moe_lightning.profiling.steps import Steps
 
 
 def test_work_goes_on_until_the_block_ends() -> None:
@@ -40,6 +46,27 @@ def test_an_error_of_the_work_is_raised_and_one_of_the_block_is_not_hidden() -> 
         raise KeyError
 
 
+def test_work_that_does_not_end_is_an_error_and_does_not_keep_the_process(monkeypatch) -> None:
+    monkeypatch.setattr(load, "LIMIT_S", 0.0)
+    begun, released, workers = threading.Event(), threading.Event(), []
+
+    def stand_still():
+        workers.append(threading.current_thread())
+        begun.set()
+        assert released.wait(10)
+
+    try:
+        with pytest.raises(DeviceError, match="have not ended after 0 s"), again_and_again(stand_still):
+            assert begun.wait(10)
+        with pytest.raises(KeyError), again_and_again(stand_still):
+            raise KeyError
+        assert all(worker.daemon for worker in workers)
+    finally:
+        released.set()
+    for worker in workers:
+        worker.join(10)
+
+
 class Gpu:
     """Streams that are done with all at once; events at times that tests say, in the order of recording."""
 
@@ -57,19 +84,15 @@ class Stream:
     def wait_event(self, event):
         assert event.time is not None
 
-    def synchronize(self):
-        pass
-
 
 class Event:
+    is_done = True
+
     def __init__(self, time):
         self.time = time
 
-    def synchronize(self):
-        pass
-
     def query(self):
-        return True
+        return self.is_done
 
     def elapsed_time(self, other):
         return 1e3 * (other.time - self.time)
@@ -87,7 +110,7 @@ def gpu(monkeypatch):
 
 def test_copies_to_the_gpu_never_cease_and_beside_them_some_go_each_way(gpu, monkeypatch) -> None:
     now = iter(range(1000))
-    monkeypatch.setattr(link, "_record", lambda: Event(next(now)))
+    monkeypatch.setattr(link, "recorded", lambda: Event(next(now)))
     seen = []
 
     class Link:
@@ -105,25 +128,90 @@ def test_copies_to_the_gpu_never_cease_and_beside_them_some_go_each_way(gpu, mon
     assert seen == [("in", copies._stream, 100)] * 5 + [
         ("out", copies._back, 100), ("in", copies._back, 100),
     ] * 2  # fmt: skip
+    assert copies.rates == [100.0], "bytes of a copy, one ending a second after the other"
     waited, last = [], Event(0)
     last.synchronize = lambda: waited.append(gpu.stream)
-    monkeypatch.setattr(link, "_record", lambda: (waited.append(gpu.stream), last)[1])
+    monkeypatch.setattr(link, "recorded", lambda: (waited.append(gpu.stream), last)[1])
     copies.wait()
     assert waited == [copies._stream, "default"], "recorded behind the copies, waited for by who calls"
-    assert copies.rates == [100.0], "bytes of a copy, one ending a second after the other"
 
 
-class Running:
-    """A load of which one knows whether it goes on."""
+def test_queues_of_copies_stay_short_and_the_last_ones_are_waited_for(gpu, monkeypatch) -> None:
+    queued_events, num, waited = [], 0, []
 
-    def __init__(self, kv):
-        self.kv, self.is_running = kv, False
+    def recorded():
+        event = Event(len(queued_events))
+        event.is_done = False
+        queued_events.append(event)
+        return event
+
+    class Link:
+        def copy_to_gpu(self, number, size):
+            nonlocal num
+            num += 1
+
+        copy_from_gpu = copy_to_gpu
+
+    monkeypatch.setattr(link, "recorded", recorded)
+    monkeypatch.setattr(link, "wait_for", waited.append)
+    with Copies(Link(), 100, 4e3) as copies:
+        for _ in range(3):
+            copies.keep_up(240)
+        assert num == 5 + 4, "none is done: five to the GPU and two each way are under way"
+        assert len(queued_events) == 6
+        queued_events[5].is_done = queued_events[0].is_done = True
+        copies.keep_up(240)
+        assert num == 5 + 4 + 1 + 4
+    assert waited == [*queued_events[1:5], *queued_events[6:]]
+    assert copies.rates == [], "one copy has ended: no rate"
+
+
+class Silent(Event):
+    is_done = False
+
+
+def test_who_waits_for_a_gpu_that_does_not_answer_gets_an_error_that_says_what_was_measured(
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr(events, "LIMIT_S", 0.0)
+    steps = Steps(2, lambda *_: None)
+    steps.begin("sweeps")
+    silence = r"while measuring sweeps: the GPU is not done .*`nvidia-smi"
+    with pytest.raises(DeviceError, match=silence), steps.named():
+        events.wait_for(Silent(0))
+
+
+def test_others_go_on_while_one_waits_for_the_gpu(monkeypatch) -> None:
+    polls, answers = [], iter([False, False, True])
+    monkeypatch.setattr(events.time, "sleep", polls.append)
+    event = Event(0)
+    event.query = lambda: next(answers)
+    events.wait_for(event)
+    assert len(polls) == 2 and all(seconds > 0 for seconds in polls)
+
+
+class Running(OnCpu):
+    """A load of which one knows whether it goes on; then nothing may wait for the whole GPU or be allocated."""
+
+    ALLOCATE = (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand, torch.randperm, torch.arange)
+
+    def __init__(self, kv, monkeypatch):
+        super().__init__()
+        self.kv, self.is_running, self.num_runs = kv, False, 0
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
 
     @contextmanager
     def running(self):
-        self.is_running = True
+        self.is_running, self.num_runs = True, self.num_runs + 1
         yield
         self.is_running = False
+
+    def synchronize(self):
+        assert not self.is_running, "beside a load the GPU is never idle"
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert not (self.is_running and func in self.ALLOCATE)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def test_a_load_queues_copies_before_each_layer_of_attention_until_the_block_ends() -> None:
@@ -150,8 +238,10 @@ def test_a_load_queues_copies_before_each_layer_of_attention_until_the_block_end
     assert seen[1:-1] == [240, "attend"] * (len(seen) // 2 - 1) and len(seen) >= 8
 
 
-def test_a_task_waits_for_another_stream_and_its_median_counts(gpu, monkeypatch) -> None:
-    seen, ends = [], iter([9, 1, 2])
+@pytest.fixture
+def seen(gpu, monkeypatch):
+    """What streams were asked to do."""
+    seen = []
     monkeypatch.setattr(queued, "stream_aside", lambda: "aside")
     monkeypatch.setattr(torch.cuda, "_sleep", lambda _: seen.append(("sleep", gpu.stream)))
 
@@ -160,23 +250,47 @@ def test_a_task_waits_for_another_stream_and_its_median_counts(gpu, monkeypatch)
             seen.append(("wait", event.stream))
 
     def recorded():
-        event = Event(next(ends) if seen and seen[-1][0] in "ab" else 0)
+        event = Event(next(gpu.times) if seen and seen[-1][0] not in ("sleep", "wait") else 0)
         event.stream = gpu.stream
         return event
 
     monkeypatch.setattr(torch.cuda, "current_stream", Current)
     monkeypatch.setattr(queued, "recorded", recorded)
-    works = [lambda: seen.append(("a", gpu.stream)), lambda: seen.append(("b", gpu.stream))]
-    assert queued.task_seconds(works, turns=3) == 2.0
+    return seen
+
+
+def test_a_task_waits_for_another_stream_beside_the_load_and_its_median_counts(
+    gpu, seen, monkeypatch
+) -> None:
+    gpu.times = iter([9, 1, 2, 5, 5, 5])
+    beside = Running(None, monkeypatch)
+    a, b, c = (lambda name=name: seen.append((name, gpu.stream, beside.is_running)) for name in "abc")
+    assert queued.task_seconds([[a, b], [c]], beside, turns=3) == [2.0, 5.0]
     held = [("sleep", "aside"), ("wait", "aside")]
-    a, b = ("a", "default"), ("b", "default")
-    assert seen == [a, b, *held, a, *held, b, *held, a], "both are compiled before"
+    first = [(name, "default", False) for name in "abc"]
+    others = [one for name in "abaccc" for one in (*held, (name, "default", True))]
+    assert seen == first + others, "all are compiled before the load begins, and it begins once"
+    assert beside.num_runs == 1
+
+
+def test_sweeps_and_tasks_are_allocated_before_their_load_begins(gpu, seen, monkeypatch) -> None:
+    for name in ("experts_", "rms_norm", "rotate_", "route"):
+        monkeypatch.setattr(ops, name, lambda *_, **__: seen.append(("call", gpu.stream)))
+    gpu.times = iter(range(10**6))
+    with Running(None, monkeypatch) as beside:
+        found = ExpertsBench(SHAPE, torch.float32, TINY).measure(beside)
+        assert beside.num_runs == 1 and found.times.sizes == TINY.tokens
+        assert small_kernels(SHAPE, torch.float32, TINY, beside).pre_attention.sizes == TINY.rows
+        assert beside.num_runs == 2 and not beside.is_running
 
 
 @pytest.fixture
 def chunks(gpu, monkeypatch):
     """Of each chunk attention takes 2 s and the store, which begins later, 4; one chunk is disturbed."""
-    times = iter([1, 2, 6, 3, 1, 2, 99, 99, *[1, 2, 6, 3] * 1000])
+    chunk, disturbed = [1, 2, 6, 3], [1, 2, 99, 99]
+    turn = [*chunk * prefill._CHUNKS, 0]  # and the end of it
+    point = [*chunk, *turn * prefill._TURNS]
+    times = chain(chunk, disturbed, point[8:], cycle(point))
     monkeypatch.setattr(prefill, "recorded", lambda: Event(next(times)))
     monkeypatch.setattr(prefill, "stream_aside", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
@@ -186,17 +300,17 @@ def chunks(gpu, monkeypatch):
 def test_attention_of_prompts_and_their_stores_are_timed_among_a_chunks_tasks_and_beside_the_load(
     chunks, gpu, monkeypatch
 ) -> None:
-    load, launched = Running(torch.zeros(2**22, dtype=torch.uint8)), []
+    beside, launched = Running(torch.zeros(2**22, dtype=torch.uint8), monkeypatch), []
 
     def noted(name):
-        return lambda *_: launched.append((name, load.is_running, gpu.stream == "default"))
+        return lambda *_: launched.append((name, beside.is_running, gpu.stream == "default"))
 
     monkeypatch.setattr(prefill.ops, "prefill_attention", noted("attention"))
     monkeypatch.setattr(prefill, "tasks", lambda *_: [(noted("before"), noted("after"))])
     true_store = KvStore.store
     monkeypatch.setattr(prefill.KvStore, "store", lambda self, n: (noted("store")(), true_store(self, n)))
-    with OnCpu():
-        found = prefill.prefill(SHAPE, torch.bfloat16, TINY, load)
+    with beside:
+        found = prefill.prefill(SHAPE, torch.bfloat16, TINY, beside)
         assert prefill.prefill(SHAPE, torch.bfloat16, TINY, None).store is None
     num_points = len(TINY.prompts) + len(TINY.chunk_tokens)
     chunk = [("before", True), ("store", False), ("attention", True), ("after", True)]
@@ -209,4 +323,4 @@ def test_attention_of_prompts_and_their_stores_are_timed_among_a_chunks_tasks_an
     counts = [sum(prefill.prompt_lens(count // 2, count)) for count in TINY.chunk_tokens]
     assert found.store.sizes == tuple(count * token_bytes for count in counts)
     assert found.store.seconds == pytest.approx((4.0, 4.0))
-    assert load.kv.count_nonzero() > 0
+    assert beside.kv.count_nonzero() > 0

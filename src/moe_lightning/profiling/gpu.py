@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from moe_lightning.kernels import ops
 from moe_lightning.models.spec import AttentionSpec, RouterSpec
 from moe_lightning.pipeline.shape import experts_in
 from moe_lightning.profiling.effort import Effort
+from moe_lightning.profiling.load import Load
 from moe_lightning.profiling.queued import task_seconds
 from moe_lightning.units import MIB
 
@@ -60,61 +62,65 @@ class ExpertsBench:
             shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.pages_per_expert,
             RouterSpec(shape.top_k), AttentionSpec(shape.num_heads, shape.num_kv_heads, shape.head_dim),
         )  # fmt: skip
-        self._tokens = self._fitting()
+        tokens = self._fitting()
+        # One workspace for the most tokens, as passes have it; nothing may be allocated beside a load.
+        self._x = torch.randn(tokens[-1], shape.hidden_size, device="cuda", dtype=dtype)
+        self._hidden = torch.zeros_like(self._x)
+        self._workspace = ops.experts_workspace(
+            tokens[-1], shape.top_k, shape.num_experts, shape.hidden_size, shape.intermediate_size, dtype,
+            self._x.device,
+        )  # fmt: skip
+        numbers = sorted(
+            (n for n in effort.expert_parts if n > 1 and shape.num_experts % n == 0), reverse=True
+        )
+        part_tokens = tuple(count for count in effort.part_tokens if count <= tokens[-1])
+        self._sweeps = {1: tokens} | {n: part_tokens for n in numbers if part_tokens}
+        self._calls = [self._calls_of(count, n) for n, counts in self._sweeps.items() for count in counts]
 
     def compile(self) -> None:
-        """Compile the kernels of all points, several at once: one by one takes most of a first profile."""
-        calls = [self._calls(num_tokens)[0] for num_tokens in self._tokens]
-        calls[0]()  # what all share, such as the driver's own helpers
+        """Compile the kernels of whole sweeps, several at once: one by one takes most of a first profile.
+
+        Sweeps over some of the experts run the same ones.
+        """
+        first, *others = [calls[0] for calls in self._calls[: len(self._sweeps[1])]]
+        first()  # what all share, such as the driver's own helpers
         with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1), initializer=_bind_context) as threads:
-            for done in [threads.submit(call) for call in calls[1:]]:
+            for done in [threads.submit(call) for call in others]:
                 done.result()
         torch.cuda.synchronize()
 
-    def measure(self) -> ExpertsProfile:
-        """Seconds by tokens, of sweeps that begin when their pages are there."""
-        counts = [count for count in self._effort.part_tokens if count <= self._tokens[-1]]
-        numbers = [n for n in self._effort.expert_parts if n > 1 and self._shape.num_experts % n == 0]
-        parts = [PartTimes(1 / n, self._times(counts, n)) for n in sorted(numbers, reverse=True) if counts]
-        whole = self._times(self._tokens)
-        return ExpertsProfile(self._shape, _name(self._dtype), whole, tuple(parts))
+    def measure(self, load: Load | None) -> ExpertsProfile:
+        """Seconds by tokens, of sweeps that begin when their pages are there, while the load goes on."""
+        seconds = iter(task_seconds(self._calls, load))
+        curves = {
+            n: TimeCurve(counts, tuple(islice(seconds, len(counts)))) for n, counts in self._sweeps.items()
+        }
+        whole = curves.pop(1)
+        parts = tuple(PartTimes(1 / n, curve) for n, curve in curves.items())
+        return ExpertsProfile(self._shape, _name(self._dtype), whole, parts)
 
-    def _times(self, counts: Sequence[int], num_parts: int = 1) -> TimeCurve:
-        seconds = [task_seconds(self._calls(count, num_parts)) for count in counts]
-        return TimeCurve(tuple(counts), tuple(seconds))
-
-    def _calls(self, num_tokens: int, num_parts: int = 1) -> list[Callable[[], object]]:
+    def _calls_of(self, num_tokens: int, num_parts: int) -> list[Callable[[], object]]:
         """Calls with other experts each, so that few tokens do not find theirs in the cache."""
-        s = self._shape
-        x = torch.randn(num_tokens, s.hidden_size, device="cuda", dtype=self._dtype)
-        hidden = torch.zeros_like(x)
-        workspace = ops.experts_workspace(
-            num_tokens, s.top_k, s.num_experts, s.hidden_size, s.intermediate_size, self._dtype, x.device
-        )
+        s, x, hidden = self._shape, self._x[:num_tokens], self._hidden[:num_tokens]
         routings = [Routing.random(self._layer, num_tokens) for _ in range(_NUM_ROUTINGS)]
 
         def call(number: int, routing: Routing) -> Callable[[], object]:
             only = experts_in(s.num_experts, num_parts, number % num_parts) if num_parts > 1 else None
             return lambda: ops.experts_(
                 hidden, x, routing.topk_ids, routing.topk_weights, self._frames, self._table,
-                s.pages_per_expert, workspace, only,
+                s.pages_per_expert, self._workspace, only,
             )  # fmt: skip
 
         return [call(number, routing) for number, routing in enumerate(routings)]
 
     def _fitting(self) -> tuple[int, ...]:
-        """Those numbers of tokens whose workspaces fit together beside the pages."""
+        """Those numbers of tokens whose workspace fits beside the pages."""
         s, room = self._shape, self._effort.gpu_bytes - torch.cuda.memory_allocated()
         per_token = (
             s.top_k * (s.hidden_size + s.intermediate_size) + 2 * s.hidden_size
         ) * self._dtype.itemsize
-        fitting: list[int] = []
-        total = 0
-        for num_tokens in sorted(self._effort.tokens):
-            total += num_tokens * per_token
-            if total < 0.9 * room or not fitting:
-                fitting.append(num_tokens)
-        return tuple(fitting)
+        tokens = sorted(self._effort.tokens)
+        return tuple(count for count in tokens if count == tokens[0] or count * per_token < 0.9 * room)
 
 
 def _bind_context() -> None:

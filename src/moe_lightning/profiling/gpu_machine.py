@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -43,10 +43,11 @@ def measure_gpu_machine(
 
     Raises:
         ConfigError: there is too little memory, or no Triton.
+        DeviceError: the GPU does not answer.
     """
     dtype = require_gpu()
     steps = Steps(9 + len(effort.geometries) + 5 * len(shapes), report)
-    with _within_budget(effort, gpu_memory) as effort:
+    with steps.named(), _within_budget(effort, gpu_memory) as effort:
         return _all(shapes, effort, dtype, steps)  # when it returns, what it had on the GPU is free
 
 
@@ -146,15 +147,13 @@ def _kernels(
         bench = gpu.ExpertsBench(shape, dtype, effort)
         bench.compile()
         steps.begin(f"experts of {shape.name} beside copies and the CPU's attention")
-        with load.running() if load else nullcontext():
-            experts.append(bench.measure())
+        experts.append(bench.measure(load))
         del bench
         torch.cuda.empty_cache()
         steps.begin(f"products of {shape.name}")
         dense += gpu.dense(shape, dtype, effort)
         steps.begin(f"before and after attention of {shape.name}, beside the same")
-        with load.running() if load else nullcontext():
-            small.append(small_kernels(shape, dtype, effort))
+        small.append(small_kernels(shape, dtype, effort, load))
         steps.begin(f"attention of prompts of {shape.name}, beside the same")
         prompts.append(prefill(shape, dtype, effort, load))
     return GpuProfile(memory, flops, tuple(experts), tuple(dense), tuple(prompts), link, lanes, tuple(small))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_lightning.hardware.curve import TimeCurve
 from moe_lightning.profiling.effort import Effort
+from moe_lightning.profiling.events import recorded, wait_for
 from moe_lightning.units import MIB
 
 _MOST_COPIES = 256  # a driver queues about a thousand operations of a stream
@@ -66,15 +67,15 @@ class Link:
         torch.cuda.synchronize()
         with torch.cuda.stream(up):
             torch.cuda._sleep(2 * count * _HOLD_CYCLES)
-            start = _record()
+            start = recorded()
             down.wait_event(start)
             for number in range(count):
                 self.copy_to_gpu(2 * number, size)
-            up_end = _record()
+            up_end = recorded()
         with torch.cuda.stream(down):
             for number in range(count):
                 self.copy_from_gpu(2 * number + 1, size)
-            down_end = _record()
+            down_end = recorded()
         torch.cuda.synchronize()
         return (
             size * count / start.elapsed_time(up_end) * 1e3,
@@ -92,10 +93,10 @@ class Link:
         while len(found) < 4 or sum(found) * count < self._effort.point_s:
             with torch.cuda.stream(self._streams[0]):
                 torch.cuda._sleep(count * _HOLD_CYCLES)
-                start = _record()
+                start = recorded()
                 for number in range(count):
                     copy(number + len(found) * count, size)
-                end = _record()
+                end = recorded()
             end.synchronize()
             found.append(start.elapsed_time(end) / 1e3 / count)
         return median(found[1:])
@@ -126,12 +127,14 @@ class Copies:
         self._depth = max(4, min(_MOST_COPIES, int(_AHEAD_S * bandwidth / size) + 1))
         self._stream, self._back = torch.cuda.Stream(), torch.cuda.Stream()
         self._pending: deque[torch.cuda.Event] = deque()
-        self._done: list[torch.cuda.Event] = []
+        self._done: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # the first one and the last
+        self._num_done = 0
+        self._both_ways: torch.cuda.Event | None = None  # the end of what went beside them
         self._number = 0
         self.rates: list[float] = []
 
     def __enter__(self) -> Self:
-        self._done.clear()
+        self._done, self._num_done = None, 0
         self.keep_up()
         return self
 
@@ -140,30 +143,36 @@ class Copies:
     ) -> None:
         """Note the rate that was reached so far, and let the rest end."""
         self._collect()
-        if len(self._done) > 1:
-            seconds = self._done[0].elapsed_time(self._done[-1]) / 1e3
-            self.rates.append(self._size * (len(self._done) - 1) / seconds)
-        self._stream.synchronize()
-        self._back.synchronize()
+        if self._done and self._num_done > 1:
+            seconds = self._done[0].elapsed_time(self._done[1]) / 1e3
+            self.rates.append(self._size * (self._num_done - 1) / seconds)
+        for event in (*self._pending, *filter(None, [self._both_ways])):
+            wait_for(event)
         self._pending.clear()
 
     def keep_up(self, num_bytes: int = 0) -> None:
-        """Queue more, and beside them copies of about so many bytes each way."""
+        """Queue more, and beside them copies of about so many bytes each way, if the last such ones are done.
+
+        So the queues stay short: a launch into a full one blocks in the driver.
+        """
         self._collect()
         with torch.cuda.stream(self._stream):
             while len(self._pending) < self._depth:
                 self._link.copy_to_gpu(self._number, self._size)
                 self._number += 1
-                self._pending.append(_record())
-        with torch.cuda.stream(self._back):
-            for number in range(round(num_bytes / self._size)):
-                self._link.copy_from_gpu(number, self._size)
-                self._link.copy_to_gpu(number, self._size)
+                self._pending.append(recorded())
+        count = round(num_bytes / self._size)
+        if count and (self._both_ways is None or self._both_ways.query()):
+            with torch.cuda.stream(self._back):
+                for number in range(count):
+                    self._link.copy_from_gpu(number, self._size)
+                    self._link.copy_to_gpu(number, self._size)
+                self._both_ways = recorded()
 
     def wait(self) -> None:
         """Wait for those that are queued, as a pass's launcher waits for room: that keeps a core busy."""
         with torch.cuda.stream(self._stream):
-            last = _record()
+            last = recorded()
         last.synchronize()
 
     @property
@@ -173,10 +182,6 @@ class Copies:
 
     def _collect(self) -> None:
         while self._pending and self._pending[0].query():
-            self._done.append(self._pending.popleft())
-
-
-def _record() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+            done = self._pending.popleft()
+            self._done = (self._done[0] if self._done else done, done)
+            self._num_done += 1

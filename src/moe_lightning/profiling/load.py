@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from threading import Event
+from threading import Event, Thread
 
 from torch import Tensor
 
+from moe_lightning.errors import DeviceError
+from moe_lightning.profiling.events import LIMIT_S
 from moe_lightning.profiling.link import Copies
 
 
@@ -31,7 +32,7 @@ class Load:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Both go on inside."""
+        """Both go on inside, where nothing may wait for the whole GPU or be launched for the first time."""
         with self.copies, again_and_again(self._layer):
             yield
 
@@ -40,19 +41,39 @@ class Load:
         self.attend()
 
 
+def running(load: Load | None) -> AbstractContextManager[None]:
+    """The load goes on inside, if there is one."""
+    return load.running() if load else nullcontext()
+
+
 @contextmanager
 def again_and_again(work: Callable[[], object]) -> Iterator[None]:
-    """Work on a thread of its own, as attention does in a pass, until the block ends; its error is raised then."""
-    ended = Event()
+    """Work on a thread of its own, as attention does in a pass, until the block ends; its error is raised then.
+
+    Raises:
+        DeviceError: the work under way does not end.
+    """
+    ended, errors = Event(), list[BaseException]()
 
     def go_on() -> None:
-        while not ended.is_set():
-            work()
-
-    with ThreadPoolExecutor(1, thread_name_prefix="load") as thread:
-        going = thread.submit(go_on)
         try:
-            yield
-        finally:
-            ended.set()
-        going.result()
+            while not ended.is_set():
+                work()
+        except BaseException as error:  # whatever it is, the caller's thread must raise it
+            errors.append(error)
+
+    # A daemon: if it waits for a GPU that does not answer, the process can end all the same.
+    thread = Thread(target=go_on, name="load", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(LIMIT_S)
+    if thread.is_alive():
+        raise DeviceError(
+            f"copies and attention beside a measurement have not ended after {LIMIT_S:.0f} s, which take less than "
+            "one; end other programs that use the GPU or many cores, and run the command again"
+        )
+    if errors:
+        raise errors[0]

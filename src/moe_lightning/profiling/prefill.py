@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from itertools import accumulate, pairwise
 from statistics import fmean, median
 from typing import NamedTuple
@@ -18,10 +17,11 @@ from moe_lightning.kernels import ops
 from moe_lightning.kernels.prefill_plan import PrefillPlan
 from moe_lightning.kernels.reference import Segment
 from moe_lightning.profiling.effort import Effort
+from moe_lightning.profiling.events import recorded, wait_for
 from moe_lightning.profiling.host import name_of
 from moe_lightning.profiling.kv_store import BLOCK_SIZE, CHUNK_TOKENS, KvStore
-from moe_lightning.profiling.load import Load
-from moe_lightning.profiling.queued import recorded, stream_aside
+from moe_lightning.profiling.load import Load, running
+from moe_lightning.profiling.queued import stream_aside
 from moe_lightning.profiling.small_kernels import tasks, weights
 
 _HOLD_CYCLES = 4_000_000  # some 2 ms, longer than launching a turn takes
@@ -116,19 +116,18 @@ class _Chunk(NamedTuple):
 def _beside(chunk: _Chunk, load: Load | None) -> tuple[float, float]:
     """Seconds of a chunk's attention and of its store, of each from when it may begin: means over some chunks."""
     stores = stream_aside()
-    _launch(chunk, stores, 0)  # compiles
+    _launch(chunk, stores, 0)  # compiles, loads and allocates before the load begins, as in `task_seconds`
     torch.cuda.synchronize()
     found: list[tuple[float, float]] = []
-    with load.running() if load else nullcontext():
+    with running(load):
         for turn in range(_TURNS):
             torch.cuda._sleep(_HOLD_CYCLES)
             marks = [_launch(chunk, stores, _CHUNKS * turn + n) for n in range(_CHUNKS)]
-            torch.cuda.current_stream().synchronize()
-            stores.synchronize()
+            wait_for(recorded())
+            wait_for(marks[-1][-1])
             attended = fmean(began.elapsed_time(end) for began, end, _, _ in marks)
             stored = fmean(free.elapsed_time(end) for _, _, free, end in marks)
             found.append((attended / 1e3, stored / 1e3))
-    torch.cuda.synchronize()
     return median(one for one, _ in found), median(other for _, other in found)
 
 

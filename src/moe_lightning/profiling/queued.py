@@ -8,47 +8,52 @@ from statistics import median
 
 import torch
 
+from moe_lightning.profiling.events import recorded, wait_for
+from moe_lightning.profiling.load import Load, running
+
 _TURNS = 15
 _HOLD_CYCLES = 2_000_000  # some 1 ms, longer than launching a task takes
 
+Launch = Callable[[], object]
 
-def task_seconds(works: Sequence[Callable[[], object]], turns: int = _TURNS) -> float:
-    """Seconds of one of some like tasks: the median.
+
+def task_seconds(points: Sequence[Sequence[Launch]], load: Load | None, turns: int = _TURNS) -> list[float]:
+    """Seconds of a task at each point: the median over some like ones, while the load goes on.
 
     Nothing runs before it that its commands and first kernels could hide behind: many tasks of a pass wait for the
     link or the CPU, and the GPU fetches commands over a link that is full of pages.
 
+    All have been launched before the load begins. The first launch of a kernel compiles and loads it and allocates,
+    for which the driver may wait until the GPU is idle, and beside a load it never is.
+
     Args:
-        works: launch a task each, without waiting for the GPU. Each touches other memory, so that none finds its
-            data in the cache.
-        turns: measurements.
+        points: at each, what launches a task without waiting for the GPU. Each touches other memory, so that none
+            finds its data in the cache.
+        load: what goes on meanwhile; None for nothing.
+        turns: measurements of a point.
     """
-    waited_for = stream_aside()
-    for work in works:  # compiles
-        work()
+    for works in points:
+        for work in works:
+            work()
     torch.cuda.synchronize()
-    found: list[float] = []
-    for turn in range(turns):
-        with torch.cuda.stream(waited_for):
-            torch.cuda._sleep(_HOLD_CYCLES)
-            held = recorded()
-        torch.cuda.current_stream().wait_event(held)
-        start = recorded()
-        works[turn % len(works)]()
-        end = recorded()
-        end.synchronize()
-        found.append(start.elapsed_time(end) / 1e3)
-    return median(found)
+    with running(load):
+        return [median(_held(works[turn % len(works)]) for turn in range(turns)) for works in points]
+
+
+def _held(work: Launch) -> float:
+    """Seconds of a task that another stream holds until it is launched."""
+    with torch.cuda.stream(stream_aside()):
+        torch.cuda._sleep(_HOLD_CYCLES)
+        held = recorded()
+    torch.cuda.current_stream().wait_event(held)
+    start = recorded()
+    work()
+    end = recorded()
+    wait_for(end)
+    return float(start.elapsed_time(end)) / 1e3
 
 
 @lru_cache(maxsize=1)
 def stream_aside() -> torch.cuda.Stream:
     """A stream beside the current one, always the same: torch has 32, and then gives the first ones once more."""
     return torch.cuda.Stream()
-
-
-def recorded() -> torch.cuda.Event:
-    """An event of the current stream that knows its time."""
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event

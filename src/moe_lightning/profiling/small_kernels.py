@@ -13,6 +13,7 @@ from moe_lightning.kernels import ops, reference
 from moe_lightning.models.spec import RouterSpec
 from moe_lightning.profiling.effort import Effort
 from moe_lightning.profiling.host import name_of
+from moe_lightning.profiling.load import Load
 from moe_lightning.profiling.queued import task_seconds
 from moe_lightning.units import MIB
 
@@ -23,14 +24,12 @@ _MOST_LAYERS = 8
 Launch = Callable[[], None]
 
 
-def small_kernels(shape: ModelShape, dtype: torch.dtype, effort: Effort) -> SmallKernels:
-    """The tasks of a model's layer, by rows."""
+def small_kernels(shape: ModelShape, dtype: torch.dtype, effort: Effort, load: Load | None) -> SmallKernels:
+    """The tasks of a model's layer, by rows, while the load goes on."""
     layers = weights(shape, dtype)
     works = [tasks(shape, layers, rows) for rows in effort.rows]
-    pre, post = (
-        TimeCurve(effort.rows, tuple(task_seconds([task[n] for task in each]) for each in works))
-        for n in (0, 1)
-    )
+    found = task_seconds([[task[n] for task in each] for n in (0, 1) for each in works], load)
+    pre, post = (TimeCurve(effort.rows, tuple(found[n * len(works) : (n + 1) * len(works)])) for n in (0, 1))
     return SmallKernels(shape, name_of(dtype), pre, post, is_whole=True)
 
 
