@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from moe_lightning.cli import profile
 from moe_lightning.cli.main import main
 from moe_lightning.cli.profile_table import grids, to_text
 from moe_lightning.hardware.kernel_times import ExpertsProfile, ModelShape
@@ -177,3 +179,12 @@ def test_the_file_is_what_json_readers_expect(tmp_path):
     values = json.loads((tmp_path / "p.json").read_text())
     assert values["version"] == 1
     assert values["gpu"]["link"]["h2d"]["sizes"] == [2**20, 2**26]
+
+
+def test_without_a_terminal_each_part_is_a_line_that_says_when_it_begins(monkeypatch, capsys):
+    now = iter([10.0, 10.25, 72.5])
+    monkeypatch.setattr(profile, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    with profile.show_parts() as report:
+        report("host memory", 0, 22)
+        report("sweeps", 1, 22)
+    assert capsys.readouterr().err == "  0.2 s 1/22 host memory\n 62.5 s 2/22 sweeps\n"

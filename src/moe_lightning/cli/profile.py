@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -138,9 +139,12 @@ def print_profile(profile: Profile) -> None:
 
 @contextmanager
 def show_parts() -> Iterator[Callable[[str, int, int], None]]:
-    """A function that shows on stderr what is measured: a bar on a terminal, else a line for each part."""
+    """A function that shows on stderr what is measured: a bar on a terminal, else a line as each part begins."""
     if not sys.stderr.isatty():
-        yield lambda part, done, total: _say(f"{done + 1}/{total} {part}")
+        start = time.perf_counter()
+        yield lambda part, done, total: _say(
+            f"{time.perf_counter() - start:5.1f} s {done + 1}/{total} {part}"
+        )
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

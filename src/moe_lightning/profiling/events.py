@@ -22,7 +22,8 @@ def recorded() -> torch.cuda.Event:
 def wait_for(event: torch.cuda.Event) -> None:
     """Hold the caller until a stream has come to the event; other threads go on.
 
-    Unlike `torch.cuda.synchronize`, which returns when all streams are idle at once: beside a load they never are.
+    Not by `torch.cuda.synchronize`: that may wait until all streams are idle at once, which beside a load never
+    happens.
 
     Raises:
         DeviceError: that takes longer than anything of a profile does.

@@ -24,7 +24,7 @@ def task_seconds(points: Sequence[Sequence[Launch]], load: Load | None, turns: i
     link or the CPU, and the GPU fetches commands over a link that is full of pages.
 
     All have been launched before the load begins. The first launch of a kernel compiles and loads it and allocates,
-    for which the driver may wait until the GPU is idle, and beside a load it never is.
+    for which the driver may wait until the GPU is idle; beside a load it never is.
 
     Args:
         points: at each, what launches a task without waiting for the GPU. Each touches other memory, so that none
