@@ -19,6 +19,7 @@ from moe_lightning.hardware.profile_cache import cache_path
 from moe_lightning.models.from_headers import resolve_to_plan
 from moe_lightning.models.known import KNOWN_MODELS
 from moe_lightning.models.registry import resolve
+from moe_lightning.perf.page_size import page_bytes
 from moe_lightning.units import GIB
 
 MEMORY = ("--gpu-memory", "24GiB", "--host-memory", "120GiB")
@@ -148,11 +149,11 @@ def test_our_plan_says_what_it_reaches_what_holds_it_back_and_what_would_help(ca
 
 def test_our_plan_as_json_is_the_searchs(capsys) -> None:
     values = planned(
-        capsys, "--hardware", "h100-sxm", *MEMORY, "--num-requests", "2500", base=["plan", "mixtral-8x7b"]
+        capsys, "--hardware", "h100-sxm", *MEMORY, "--num-requests", "5000", base=["plan", "mixtral-8x7b"]
     )
     policy, prediction = values["policy"], values["prediction"]
-    assert policy["max_num_seqs"] == prediction["num_seqs"] <= 2500
-    assert prediction["job_s"] == pytest.approx(2500 * 32 / prediction["job_tokens_per_s"])
+    assert policy["max_num_seqs"] >= prediction["num_seqs"]
+    assert prediction["job_s"] == pytest.approx(5000 * 32 / prediction["job_tokens_per_s"])
     assert values["bottleneck"] == max(prediction["lane_s"], key=prediction["lane_s"].get)
     assert 0 < prediction["tokens_per_s"] < values["limit"]["tokens_per_s"]
     memory = values["memory"]
@@ -170,8 +171,8 @@ def test_our_plan_takes_measured_rates(capsys) -> None:
     assert values["machine"]["name"] == "NVIDIA H100 80GB HBM3"
     pages = values["prediction"]["lane_s"]["h2d"]
     per_expert = values["policy"]["pages_per_expert"]
-    page_bytes = 2 * 3 * 4096 * 14336 // per_expert
-    streamed = sum(8 * per_expert - r for r in values["policy"]["resident_pages"]) * page_bytes
+    page = page_bytes(4096, 14336 // per_expert, 2, packed=values["policy"]["packed"])
+    streamed = sum(8 * per_expert - r for r in values["policy"]["resident_pages"]) * page
     assert 45e9 < streamed / pages < 55e9, "the rate of the profile's copies beside attention"
 
 

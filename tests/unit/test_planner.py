@@ -286,16 +286,6 @@ def test_packed_experts_are_faster_where_they_stream_and_plain_ones_where_all_fi
     assert not search(MIXTRAL, "float16", memory, DatasheetRates(H100), WORK).policy.packed
 
 
-def test_plain_experts_run_where_packed_ones_leave_no_room_to_unpack_them():
-    for gpu in range(40, 90):
-        memory = Memory(120 * GIB, gpu * GIB // 10)
-        problem = problem_of(MIXTRAL, "bfloat16", memory, WORK)
-        if smallest_policy(problem) and not smallest_policy(replace(problem, packed=True)):
-            assert not search(MIXTRAL, "bfloat16", memory, DatasheetRates(H100), WORK).policy.packed
-            return
-    pytest.fail("there is no such memory")
-
-
 def left_out(plan, cpu_flops=1.6e12, **lanes):
     """Gains of attention on the GPU, KV there and experts on the CPU, with other seconds of some lanes."""
     lane_s = {**plan.prediction.lane_s, **lanes}
@@ -332,8 +322,8 @@ def lacking(memory, **options):
     [
         (4, 110, [{"gpu"}]),
         (0, 110, [{"gpu"}]),
-        (16, 60, [{"gpu"}, {"host"}]),
-        (4, 60, [{"gpu"}, {"gpu", "host"}]),
+        (16, 40, [{"gpu"}, {"host"}]),
+        (4, 40, [{"gpu"}, {"gpu", "host"}]),
     ],
 )
 def test_what_cannot_fit_says_what_it_needs_and_each_way_that_is_named_is_just_enough(gpu, host, ways):

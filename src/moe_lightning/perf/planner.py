@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from math import ceil, floor
 
-from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
+from moe_lightning.errors import ConfigError
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.choices import starts
 from moe_lightning.perf.default_policy import Memory
@@ -27,6 +26,7 @@ from moe_lightning.perf.trials import Planned, Trials
 from moe_lightning.perf.workload import Workload
 
 _ROUNDS = 2
+_WORTH_PACKING = 0.995  # where plain experts reach this share, they are left as they are
 _SPARE, _ENOUGH = 8, 0.985  # so many times the sequences with which this share is reached are enough
 
 
@@ -72,16 +72,13 @@ def search(
     )  # fmt: skip
     if not (packs and dtype == "bfloat16" and expert_bytes is None):
         return _searched(problem, rates, near)
-    try:
-        packed = _searched(replace(problem, packed=True), rates, near)
-    except NoFeasiblePolicyError as error:
-        with suppress(NoFeasiblePolicyError):  # plain experts need no room for a sweep's unpacked ones
-            return _searched(problem, rates, near)
-        raise error
-    plain = largest_policy(problem, packed.choice)
-    if plain is None or at_best(spec, dtype, plain, rates, workload) <= packed.tokens_per_s:
+    packed = _searched(replace(problem, packed=True), rates, near)
+    least = _WORTH_PACKING * packed.tokens_per_s
+    same = largest_policy(problem, packed.choice)
+    if same is None or at_best(spec, dtype, same, rates, workload) < least:
         return packed
-    return max(packed, _searched(problem, rates, near), key=lambda plan: plan.tokens_per_s)
+    plain = _searched(problem, rates, near)
+    return plain if plain.tokens_per_s >= least else packed
 
 
 def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
