@@ -59,7 +59,8 @@ def search(
         max_model_len: tokens of the longest sequence; default: the workload's.
         max_num_seqs: sequences that may run at once; default: as many as fit.
         expert_bytes: of a weight of an expert; default: the dtype's.
-        near: a plan for a machine that differs a little: it is tried too, and each choice varied from there once.
+        near: a plan for a machine that differs a little: it is tried too, and each choice varied once from there
+            and from the starts.
         packs: experts may be packed.
 
     Raises:
@@ -88,9 +89,8 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
         found.try_plan(near)
         found.vary(near.choice, 1)
     *usual, smallest = starts(problem)
-    if found.best is None:
-        for start in usual:
-            found.vary(start, _ROUNDS)
+    for start in usual:
+        found.vary(start, 1 if near else _ROUNDS)
     if found.best is None:
         found.vary(smallest, _ROUNDS)
     if found.best is None:

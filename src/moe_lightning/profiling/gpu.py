@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ from moe_lightning.profiling.effort import Effort
 from moe_lightning.profiling.load import Load
 from moe_lightning.profiling.queued import task_seconds
 from moe_lightning.units import MIB
+
+if TYPE_CHECKING:
+    from moe_lightning.kernels.experts import Workspace
 
 _COLD_BYTES = 256 * MIB  # more than any cache: matrices are rotated over as much
 _HEAD_ROWS = 512  # rows of logits that exist at once
@@ -66,10 +71,7 @@ class ExpertsBench:
         # One workspace for the most tokens, as passes have it; nothing may be allocated beside a load.
         self._x = torch.randn(tokens[-1], shape.hidden_size, device="cuda", dtype=dtype)
         self._hidden = torch.zeros_like(self._x)
-        self._workspace = ops.experts_workspace(
-            tokens[-1], shape.top_k, shape.num_experts, shape.hidden_size, shape.intermediate_size, dtype,
-            self._x.device,
-        )  # fmt: skip
+        self._workspace = self._workspace_of(tokens[-1])
         numbers = sorted(
             (n for n in effort.expert_parts if n > 1 and shape.num_experts % n == 0), reverse=True
         )
@@ -82,12 +84,17 @@ class ExpertsBench:
 
         Sweeps over some of the experts run the same ones.
         """
-        first, *others = [calls[0] for calls in self._calls[: len(self._sweeps[1])]]
-        first()  # what all share, such as the driver's own helpers
+        first, *others = self._sweeps[1]
+        self._compile(first)  # what all share, such as the driver's own helpers
         with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1), initializer=_bind_context) as threads:
-            for done in [threads.submit(call) for call in others]:
+            for done in [threads.submit(self._compile, num_tokens) for num_tokens in others]:
                 done.result()
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+    def _compile(self, num_tokens: int) -> None:
+        """A sweep in a workspace of its own: threads launch theirs between each other's."""
+        self._call(Routing.random(self._layer, num_tokens), self._workspace_of(num_tokens))
 
     def measure(self, load: Load | None) -> ExpertsProfile:
         """Seconds by tokens, of sweeps that begin when their pages are there, while the load goes on."""
@@ -101,17 +108,36 @@ class ExpertsBench:
 
     def _calls_of(self, num_tokens: int, num_parts: int) -> list[Callable[[], object]]:
         """Calls with other experts each, so that few tokens do not find theirs in the cache."""
-        s, x, hidden = self._shape, self._x[:num_tokens], self._hidden[:num_tokens]
-        routings = [Routing.random(self._layer, num_tokens) for _ in range(_NUM_ROUTINGS)]
+        num_experts = self._shape.num_experts
+        parts = [experts_in(num_experts, num_parts, number % num_parts) for number in range(_NUM_ROUTINGS)]
+        return [
+            partial(
+                self._call,
+                Routing.random(self._layer, num_tokens),
+                self._workspace,
+                part if num_parts > 1 else None,
+            )
+            for part in parts
+        ]
 
-        def call(number: int, routing: Routing) -> Callable[[], object]:
-            only = experts_in(s.num_experts, num_parts, number % num_parts) if num_parts > 1 else None
-            return lambda: ops.experts_(
-                hidden, x, routing.topk_ids, routing.topk_weights, self._frames, self._table,
-                s.pages_per_expert, self._workspace, only,
-            )  # fmt: skip
+    def _call(self, routing: Routing, workspace: Workspace | None, only: range | None = None) -> None:
+        n = len(routing.topk_ids)
+        ops.experts_(
+            self._hidden[:n], self._x[:n], routing.topk_ids, routing.topk_weights, self._frames, self._table,
+            self._shape.pages_per_expert, workspace, only,
+        )  # fmt: skip
 
-        return [call(number, routing) for number, routing in enumerate(routings)]
+    def _workspace_of(self, num_tokens: int) -> Workspace | None:
+        s = self._shape
+        return ops.experts_workspace(
+            num_tokens,
+            s.top_k,
+            s.num_experts,
+            s.hidden_size,
+            s.intermediate_size,
+            self._dtype,
+            self._x.device,
+        )
 
     def _fitting(self) -> tuple[int, ...]:
         """Those numbers of tokens whose workspace fits beside the pages."""
