@@ -73,6 +73,9 @@ def search(
     )  # fmt: skip
     if not (packs and dtype == "bfloat16" and expert_bytes is None):
         return _searched(problem, rates, near)
+    usual = largest_policy(problem, starts(problem)[0])
+    if usual and not usual.num_frames:  # nothing streams
+        return _searched(problem, rates, near)
     packed = _searched(replace(problem, packed=True), rates, near)
     least = _WORTH_PACKING * packed.tokens_per_s
     same = largest_policy(problem, packed.choice)

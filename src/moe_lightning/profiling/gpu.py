@@ -31,6 +31,7 @@ _COLD_BYTES = 256 * MIB  # more than any cache: matrices are rotated over as muc
 _HEAD_ROWS = 512  # rows of logits that exist at once
 _NUM_ROUTINGS = 4
 _COMPILERS = 8
+_FEW_TOKENS = 1024
 
 
 def memory_rate(effort: Effort) -> float:
@@ -86,9 +87,13 @@ class ExpertsBench:
         """
         first, *others = self._sweeps[1]
         self._compile(first)  # what all share, such as the driver's own helpers
+        few = [num_tokens for num_tokens in others if num_tokens <= _FEW_TOKENS]
         with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1), initializer=_bind_context) as threads:
-            for done in [threads.submit(self._compile, num_tokens) for num_tokens in others]:
+            for done in [threads.submit(self._compile, num_tokens) for num_tokens in few]:
                 done.result()
+        torch.cuda.synchronize()
+        for num_tokens in others[len(few) :]:  # whose workspaces do not all fit beside each other
+            self._call(Routing.random(self._layer, num_tokens), self._workspace)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
