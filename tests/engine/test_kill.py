@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from forked_job import start_job
 
 NUM_KILLS = 20
 NUM_REQUESTS = 60
@@ -54,15 +55,17 @@ def requests(tmp_path):
     return path
 
 
-def _start(model, requests, output):
-    command = [
-        sys.executable, "-m", "moe_lightning", "run-batch", "-i", requests, "-o", output, "--model", model,
-        "--max-num-seqs", "2",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        list(map(str, command)), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+def _job(model, requests, output):
+    return ["run-batch", "-i", requests, "-o", output, "--model", model, "--max-num-seqs", "2"]
+
+
+def _run_whole(job):
+    """Run the command as users do, to its end."""
+    done = subprocess.run(
+        [*map(str, (sys.executable, "-m", "moe_lightning", *job))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def _answers(output):
@@ -72,44 +75,42 @@ def _answers(output):
     return answers
 
 
-def _kill_at_random(process, output, draw):
+def _kill_at_random(process, output, log, draw):
     """SIGKILL while it starts, or once it has written a few more lines: anywhere in a pass or a write."""
     lines = draw.choice([0, 1, 1, 2, 3])
     size = output.stat().st_size if output.exists() else 0
-    deadline = time.monotonic() + (60 if lines else draw.uniform(0, 3))
+    deadline = time.monotonic() + (60 if lines else draw.uniform(0, 0.5))
     seen = 0
-    while seen < lines and process.poll() is None and time.monotonic() < deadline:
+    while seen < lines and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.002)
         now = output.stat().st_size if output.exists() else 0
         seen, size = seen + (now > size), max(now, size)
     time.sleep(draw.uniform(0, 0.05) if lines else max(0.0, deadline - time.monotonic()))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    return process.returncode == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
+    return process.exitcode != 0
 
 
 @pytest.mark.timeout(900)
 def test_a_job_killed_at_random_moments_ends_with_each_answer_once(model, requests, tmp_path):
     whole = tmp_path / "whole.jsonl"
-    process = _start(model, requests, whole)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    _run_whole(_job(model, requests, whole))
     expected = _answers(whole)
     assert len(expected) == NUM_REQUESTS
 
-    draw, output = random.Random(11), tmp_path / "killed.jsonl"
+    draw, output, log = random.Random(11), tmp_path / "killed.jsonl", tmp_path / "log"
+    job = _job(model, requests, output)
     kills = 0
     for _ in range(5 * NUM_KILLS):
         if kills == NUM_KILLS:
             break
-        if _kill_at_random(_start(model, requests, output), output, draw):
+        if _kill_at_random(start_job(job, log), output, log, draw):
             kills += 1
         else:  # it was the faster one: the next kills strike a new job
             assert _answers(output) == expected
             output.unlink()
     assert kills == NUM_KILLS
-    process = _start(model, requests, output)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    _run_whole(job)
     assert _answers(output) == expected
     assert not (tmp_path / "killed.errors.jsonl").exists()

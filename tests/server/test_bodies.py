@@ -171,6 +171,23 @@ def test_half_surrogates_and_deep_nesting_are_refused_wherever_they_are(app):
         assert len(error_of(status, data)) < 400
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"n": 3}, "one request gets 2 at most"),
+        ({"stop": ["a", "b"]}, "stop has 2 entries; give 1 at most"),
+        ({"stop_token_ids": [3, 4]}, "stop_token_ids has 2 entries; give 1 at most"),
+        ({"guided_json": {"type": "object", "properties": {"a": {}}}}, "nested more than 2 levels deep"),
+        ({"guided_regex": "a{5}"}, "more than 4 times in sum"),
+    ],
+)
+def test_what_is_larger_than_the_limits_is_refused(alone, body, message):
+    limits = Limits(max_choices=2, max_stops=1, max_form_depth=2, max_form_count=4)
+    app = create_app(alone, Settings(limits=limits))
+    status, _, data = asyncio.run(send(app, "/v1/completions", encode({"prompt": "a", **body})))
+    assert message in error_of(status, data)
+
+
 class EndlessForms:
     """Compilations that end when they are let. Waits for them end, whatever the clock says, once two are at work
     and as many wait as are expected to."""

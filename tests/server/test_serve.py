@@ -192,6 +192,27 @@ def test_limits_of_batches_are_flags_and_variables(monkeypatch):
     assert limits == BatchLimits(file_bytes=2**20, uploads=3, upload_idle_seconds=2.5, requests=2048)
 
 
+def test_limits_of_requests_are_flags(capsys):
+    from moe_lightning.cli.flags import settings_of
+    from moe_lightning.cli.main import build_parser
+    from moe_lightning.server.config import ServerConfig
+    from moe_lightning.server.limits import Limits
+
+    def limits_of(*flags):
+        return settings_of(ServerConfig, build_parser().parse_args(["serve", "m", *flags])).limits
+
+    assert limits_of() == Limits()
+    flags = ["--max-queued-tokens", "2k", "--max-choices", "3", "--max-stops", "4", "--max-form-depth", "5",
+             "--max-form-count", "6"]  # fmt: skip
+    assert limits_of(*flags) == Limits(
+        max_queued_tokens=2048, max_choices=3, max_stops=4, max_form_depth=5, max_form_count=6
+    )
+    for flag in ("--max-form-depth", "--max-form-count"):
+        with pytest.raises(SystemExit):
+            limits_of(flag, "1m")
+        assert "too large; give" in capsys.readouterr().err
+
+
 def test_paths_in_the_document_exist():
     for path in re.findall(r"benchmarks/[\w/]+\.py", DOCUMENT.read_text(encoding="utf-8")):
         assert (Path(ROOT) / path).exists()

@@ -92,6 +92,17 @@ class TestQueue:
                 assert answer.result()[1]["choices"][0]["text"] == want.outputs[0].text
             assert server.post(COMPLETIONS, SHORT)[0] == 200
 
+    def test_prompts_longer_than_all_that_may_wait_are_refused(self, mixtral):
+        with server_of(mixtral, Limits(max_queued_tokens=10)) as server, ThreadPoolExecutor(1) as threads:
+            body = {"prompt": [3] * 8, "max_tokens": 1}
+            with server.held():
+                running = threads.submit(server.post, COMPLETIONS, body)
+                server.until(lambda: server.desk.num_interactive == 1)
+                status, answer = server.post(COMPLETIONS, body)
+                assert status == 429
+                assert "prompts of 8 tokens are in work and 10 is the most" in answer["error"]["message"]
+            assert running.result()[0] == 200
+
     def test_a_request_larger_than_the_queue_is_taken_when_there_is_no_other(self, mixtral):
         with server_of(mixtral, Limits(max_queue=1)) as server:
             status, body = server.post(COMPLETIONS, {**SHORT, "n": 8})

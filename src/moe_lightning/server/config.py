@@ -48,6 +48,17 @@ def parse_positive(parse: Callable[[str], int]) -> Callable[[str], int]:
     return parse_one
 
 
+def _parse_up_to(largest: int) -> Callable[[str], int]:
+    """What parses numbers from 1 to the largest."""
+
+    def parse(text: str) -> int:
+        if (value := parse_positive(parse_count)(text)) > largest:
+            raise ConfigError(f"{text!r} is too large; give {largest} at most")
+        return value
+
+    return parse
+
+
 def _parse_names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
@@ -87,6 +98,18 @@ class ServerConfig:
         _DEFAULTS.max_queue, "answers that may wait beside those that run", parse=parse_positive(parse_count),
         metavar="N",
     )  # fmt: skip
+    max_queued_tokens: int = setting(
+        _DEFAULTS.max_queued_tokens, "tokens of the prompts of all answers that run or wait",
+        parse=parse_positive(parse_count), metavar="N",
+    )  # fmt: skip
+    max_choices: int = setting(
+        _DEFAULTS.max_choices, "answers to one request, prompts times n", parse=parse_positive(parse_count),
+        metavar="N",
+    )  # fmt: skip
+    max_stops: int = setting(
+        _DEFAULTS.max_stops, "stop strings, and stop tokens, of one request", parse=parse_positive(parse_count),
+        metavar="N",
+    )  # fmt: skip
     max_body_size: int = setting(
         _DEFAULTS.max_body_bytes, "of one request", parse=parse_positive(parse_bytes), metavar="SIZE"
     )
@@ -98,6 +121,14 @@ class ServerConfig:
     max_forms: int = setting(
         _DEFAULTS.max_forms, "forms of answers that are being compiled or wait for it",
         parse=parse_positive(parse_count), metavar="N",
+    )  # fmt: skip
+    max_form_depth: int = setting(
+        _DEFAULTS.max_form_depth, "levels of objects and lists of an answer's form; the default is the most",
+        parse=_parse_up_to(_DEFAULTS.max_form_depth), metavar="N",
+    )  # fmt: skip
+    max_form_count: int = setting(
+        _DEFAULTS.max_form_count, "repetitions in an answer's form, all together; the default is the most",
+        parse=_parse_up_to(_DEFAULTS.max_form_count), metavar="N",
     )  # fmt: skip
     head_seconds: float = setting(
         _DEFAULTS.head_seconds, "that a connection may take to the end of a request's head", parse=parse_seconds,
@@ -143,10 +174,15 @@ class ServerConfig:
         """What clients may ask for."""
         return Limits(
             max_queue=self.max_queue,
+            max_queued_tokens=self.max_queued_tokens,
+            max_choices=self.max_choices,
+            max_stops=self.max_stops,
             max_body_bytes=self.max_body_size,
             max_bodies_bytes=max(_DEFAULTS.max_bodies_bytes, 4 * self.max_body_size),
             max_connections=self.max_connections,
             max_forms=self.max_forms,
+            max_form_depth=self.max_form_depth,
+            max_form_count=self.max_form_count,
             head_seconds=self.head_seconds,
             body_seconds=self.body_seconds,
             form_seconds=self.form_seconds,

@@ -136,10 +136,16 @@ class Desk:
         if not held.answers:  # one alone is always taken: its size has a limit of its own
             return
         if held.answers + answers > room or held.tokens + tokens > self._limits.max_queued_tokens:
+            full = f"{held.answers} answers are in work and {room} is the most", "--max-queue"
+            if held.answers + answers <= room:
+                most = self._limits.max_queued_tokens
+                full = (
+                    f"prompts of {held.tokens} tokens are in work and {most} is the most",
+                    "--max-queued-tokens",
+                )
             raise HttpError(
                 429,
-                f"{held.answers} answers are in work and {room} is the most; send it again in "
-                f"{self.retry_after} s, or start the server with a larger --max-queue",
+                f"{full[0]}; send it again in {self.retry_after} s, or start the server with a larger {full[1]}",
                 "queue_full",
                 self.retry_after,
             )

@@ -106,6 +106,7 @@ class FormCompiler:
     def _compiled(self, form: StructuredOutputsParams) -> Exception | None:
         self._began[form.key] = monotonic()
         try:
+            self._limits.check_form(form)
             self._compile_form(form)
         except Exception as error:  # for those who still wait
             return error

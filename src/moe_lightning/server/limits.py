@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_lightning.engine.form_bounds import MAX_COUNT, MAX_DEPTH, check_bounds
+from moe_lightning.engine.structured import StructuredOutputsParams
 from moe_lightning.errors import RequestError
 from moe_lightning.protocol import ChatCall, CompletionCall
 from moe_lightning.protocol.native import NativeCall
@@ -24,6 +26,8 @@ class Limits:
         max_body_bytes: of one request's body.
         max_bodies_bytes: of all bodies at a time that are being read, or wait to be tokenized.
         max_forms: forms of answers at a time that are being compiled or wait for it.
+        max_form_depth: levels of objects and lists of a form; the engine takes no more than the default.
+        max_form_count: repetitions of a form in sum; likewise.
         max_connections: requests in progress, whatever they are for; what comes then is refused with 503. Twice as
             many connections may be open; what comes then is closed.
         head_seconds: that a connection may take to the end of a request's head.
@@ -41,6 +45,8 @@ class Limits:
     max_body_bytes: int = 16 * MIB
     max_bodies_bytes: int = 256 * MIB
     max_forms: int = 1024
+    max_form_depth: int = MAX_DEPTH
+    max_form_count: int = MAX_COUNT
     max_connections: int = 8192
     head_seconds: float = 30.0
     body_seconds: float = 60.0
@@ -48,6 +54,14 @@ class Limits:
     write_seconds: float = 60.0
     form_seconds: float = 20.0
     shutdown_seconds: float = 30.0
+
+    def check_form(self, form: StructuredOutputsParams) -> None:
+        """Make sure that a form is not larger than forms may be.
+
+        Raises:
+            RequestError: it is; the message says the limit.
+        """
+        check_bounds(form, self.max_form_depth, self.max_form_count)
 
     def check(self, call: ChatCall | CompletionCall | NativeCall) -> None:
         """Make sure that a call is not larger than calls may be.
