@@ -10,7 +10,7 @@ from moe_lightning.errors import ConfigError
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.choices import starts
 from moe_lightning.perf.default_policy import Memory
-from moe_lightning.perf.outlook import at_best
+from moe_lightning.perf.outlook import at_best, estimate
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.shortfall import no_feasible_policy
 from moe_lightning.perf.sizing import (
@@ -79,20 +79,21 @@ def search(
     packed = _searched(replace(problem, packed=True), rates, near)
     least = _WORTH_PACKING * packed.tokens_per_s
     same = largest_policy(problem, packed.choice)
-    if same is None or at_best(spec, dtype, same, rates, workload) < least:
+    if same is None or estimate(spec, dtype, same, rates, workload) < least:
         return packed
-    plain = _searched(problem, rates, near)
+    plain = _searched(problem, rates, packed, beside=True)
     return plain if plain.tokens_per_s >= least else packed
 
 
-def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
+def _searched(problem: Problem, rates: Rates, near: Planned | None, *, beside: bool = False) -> Planned:
+    """The search for one way to store experts; `beside` a plan, its choices alone are varied."""
     problem = _with_enough(problem, rates)
     found = Trials(problem, rates)
     if near:
         found.try_plan(near)
         found.vary(near.choice, 1)
     *usual, smallest = starts(problem)
-    for start in usual:
+    for start in () if beside and found.best else usual:
         found.vary(start, 1 if near else _ROUNDS)
     if found.best is None:
         found.vary(smallest, _ROUNDS)
