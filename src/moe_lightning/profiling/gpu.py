@@ -78,7 +78,6 @@ class ExpertsBench:
         )
         part_tokens = tuple(count for count in effort.part_tokens if count <= tokens[-1])
         self._sweeps = {1: tokens} | {n: part_tokens for n in numbers if part_tokens}
-        self._calls = [self._calls_of(count, n) for n, counts in self._sweeps.items() for count in counts]
 
     def compile(self) -> None:
         """Compile the kernels of whole sweeps, several at once: one by one takes most of a first profile.
@@ -103,7 +102,9 @@ class ExpertsBench:
 
     def measure(self, load: Load | None) -> ExpertsProfile:
         """Seconds by tokens, of sweeps that begin when their pages are there, while the load goes on."""
-        seconds = iter(task_seconds(self._calls, load))
+        # Kept by nobody: calls that the bench held would hold the bench and all its GPU memory.
+        calls = [self._calls_of(count, n) for n, counts in self._sweeps.items() for count in counts]
+        seconds = iter(task_seconds(calls, load))
         curves = {
             n: TimeCurve(counts, tuple(islice(seconds, len(counts)))) for n, counts in self._sweeps.items()
         }
