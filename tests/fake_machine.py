@@ -67,9 +67,7 @@ class FakeMachine(SerialExecutor):
         self._rates = self._change(self.num_passes) or self._rates
         super().run(schedule, runner)
         llm = self._llm
-        work = pass_work(
-            llm.spec, "float32", llm.policy.pages_per_expert, self._step, schedule.shape.num_parts
-        )
+        work = pass_work(llm.spec, "float32", llm.policy, self._step, schedule.shape.num_parts)
         timeline = simulate(schedule, self._rates.seconds(work))
         self.now += timeline.until_tokens
         return lambda: timeline

@@ -36,7 +36,9 @@ WORK = Workload((40, 76, 200), gen_len=64)
 @pytest.fixture(scope="module")
 def planned():
     memory, rates = Memory(30 * GIB, 7 * GIB), DatasheetRates(preset("h100-sxm"))
-    return problem_of(SHALLOW, "bfloat16", memory, WORK), search(SHALLOW, "bfloat16", memory, rates, WORK)
+    found = search(SHALLOW, "bfloat16", memory, rates, WORK)
+    problem = problem_of(SHALLOW, "bfloat16", memory, WORK)
+    return replace(problem, packed=found.policy.packed), found
 
 
 def test_neighbours_are_other_policies_that_fit(planned):

@@ -11,7 +11,7 @@ from math import ceil
 import pytest
 import torch
 
-from checkpoints import load, prompts_of
+from checkpoints import load, prompts_of, tiny_policy
 from fake_machine import RATES, FakeMachine, slower
 from moe_lightning import SamplingParams
 from moe_lightning.engine.background import at_once, in_thread
@@ -145,7 +145,9 @@ class Watched:
         row = DecodeRow(1, 63, (0,), None)
         self.step = Step(decode=((row,) * 4, (row,) * 4))
         shape = PassShape(SPEC.num_layers, 0, 2, 2**16, 4, (8, 8, 8), 16, preloaded=True)
-        self.facts = PassFacts("cgopipe", shape, pass_work(SPEC, "float32", 1, self.step))
+        self.facts = PassFacts(
+            "cgopipe", shape, pass_work(SPEC, "float32", tiny_policy(pages_per_expert=1), self.step)
+        )
 
     def note(self, factor, recorded=False):
         timeline = self.facts.predict(Refitted(RATES, dict.fromkeys(TaskKind, factor)))

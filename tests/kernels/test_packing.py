@@ -154,7 +154,7 @@ def test_a_list_of_escapes_that_is_full_comes_back_and_one_more_is_refused(num_t
     assert _returns(values)
     values[0] = 1e-20
     with pytest.raises(
-        NotPackableError, match=rf"^{capacity + 1} of {len(values)} .* {capacity}: .* unpacked"
+        NotPackableError, match=rf"^{capacity + 1} of {len(values)} .* {capacity}; .* packing=off"
     ):
         _packed(values)
 
