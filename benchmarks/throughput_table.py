@@ -41,7 +41,8 @@ def main() -> int:
     args = _arguments()
     is_one = args.cell is not None
     texts = args.cell or (*TABLE, *CURVES)
-    todo = [(CellSpec.parse(text), repetition) for repetition in range(args.repeat) for text in texts]
+    # One after the other, as the same plan finds its pages in place.
+    todo = [(CellSpec.parse(text), repetition) for text in texts for repetition in range(args.repeat)]
     todo = [c for c in todo if not (args.out / c[0].file_name(_name(args), c[1])).exists()]
     print(f"{len(todo)} results to measure" + ("" if is_one else " of the default cells"), flush=True)
     config = EngineConfig(

@@ -106,8 +106,34 @@ def test_a_weight_that_is_no_number_is_noticed_although_both_sides_have_it(name,
 def test_what_cannot_be_compared_is_not_equal():
     assert not Verification((), torch.float32).is_equal
     assert not Verification((PromptCheck(0, 0, 1),), torch.float32).is_equal
-    assert not Verification((PromptCheck(4, 0, 1, (0.0,)),), torch.bfloat16).is_equal
-    assert Verification((PromptCheck(4, 0, 0, (0.0,)),), torch.float32).is_equal
+    assert not Verification((PromptCheck(4, 0, 1, 0, (0.0,)),), torch.bfloat16).is_equal
+    assert Verification((PromptCheck(4, 0, 0, 0, (0.0,)),), torch.float32).is_equal
+
+
+@pytest.mark.parametrize(
+    ("num_wrong", "of_plain", "is_equal"), [(10, 0, True), (11, 0, False), (16, 8, True), (17, 8, False)]
+)
+def test_the_engine_may_have_twice_the_wrong_tokens_that_plain_pytorch_has(num_wrong, of_plain, is_equal):
+    half, quarter = (
+        PromptCheck(60, num_wrong, 0, of_plain - of_plain // 2),
+        PromptCheck(40, 0, 0, of_plain // 2),
+    )
+    assert Verification((half, quarter), torch.bfloat16).is_equal is is_equal
+
+
+def test_float32_allows_no_wrong_token_whatever_plain_pytorch_has():
+    assert not Verification((PromptCheck(100, 1, 0, 50),), torch.float32).is_equal
+
+
+def test_plain_pytorch_in_half_precision_turns_near_ties_too(tmp_path):
+    """And in float32 there is nothing that it could have rounded."""
+    random_model("mixtral", 1).to(torch.bfloat16).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    llm = load(tmp_path)
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=TOP)
+    outputs = llm.generate(PROMPTS, params)
+    found = check(outputs, llm.spec, from_memory(llm._worker._weights), torch.bfloat16)
+    assert sum(c.num_rounded_wrong for c in found)
 
 
 class TestCommand:

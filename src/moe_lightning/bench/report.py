@@ -48,7 +48,9 @@ def _check(found: Verification) -> dict[str, Any]:
     total = found.all
     return {
         "is_equal": found.is_equal, "num_answers": len(found.checks), "num_tokens": total.num_tokens,
-        "num_wrong": total.num_wrong, "num_not_finite": total.num_not_finite,
+        "num_wrong": total.num_wrong, "num_rounded_wrong": total.num_rounded_wrong,
+        "wrong_by_answer": [[one.num_tokens, one.num_wrong, one.num_rounded_wrong] for one in found.checks],
+        "num_not_finite": total.num_not_finite,
         "median_difference": total.median_difference, "max_difference": total.max_difference,
         "max_median": found.max_median, "max_wrong": found.max_wrong,
     }  # fmt: skip
@@ -95,8 +97,9 @@ def _lines(cell: Cell, m: Measured) -> Iterator[str]:
         c = _check(m.check)
         yield (
             f"  checked {c['num_answers']} answers: {'equal' if c['is_equal'] else 'NOT EQUAL'}; "
-            f"{c['num_wrong']} of {c['num_tokens']} tokens wrong ({c['max_wrong']} may be), median difference "
-            f"{c['median_difference']:.1e} ({c['max_median']:.1e} may be)"
+            f"{c['num_wrong']} of {c['num_tokens']} tokens wrong ({c['max_wrong']} may be, plain PyTorch has "
+            f"{c['num_rounded_wrong']}), median difference {c['median_difference']:.1e} "
+            f"({c['max_median']:.1e} may be)"
         )
     if m.lanes:
         yield from _lane_lines(cell, m)
