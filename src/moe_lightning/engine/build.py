@@ -13,6 +13,7 @@ from moe_lightning.engine.worker import Worker
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.gpu_memory import pci_bus_id
 from moe_lightning.hardware.numa import gpu_node
+from moe_lightning.kernels import ops
 from moe_lightning.memory import checkpoint
 from moe_lightning.memory.arena import Arena, HostArena, OnRows
 from moe_lightning.memory.dummy import RandomWeights
@@ -68,7 +69,10 @@ def build_worker(
         sweep = pages_of_largest_part(policy, spec.experts.num_experts)
         weights = allocate(spec, layout, placement, dtype, device, pages, sweep)
         kv = KVCache(spec.num_layers, spec.attention, policy.num_blocks, policy.block_size, dtype, blocks)
-        _fill(weights, kv, tensors, seed, progress)
+        with ThreadPoolExecutor(1, thread_name_prefix="compile") as background:
+            compiled = background.submit(_compile, weights, policy)
+            _fill(weights, kv, tensors, seed, progress)
+            compiled.result()
         return Worker(weights, policy, kv, lanes, device)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
@@ -83,6 +87,17 @@ def make_executor(name: str, device: torch.device) -> Executor:
         is_serial = name == "serial"
         return SerialExecutor(torch.cuda.synchronize) if is_serial else CudaExecutor(device)
     return ThreadedExecutor() if name == "threads" else SerialExecutor()
+
+
+def _compile(weights: Weights, policy: Policy) -> None:
+    """Kernels that passes will need, while weights come in."""
+    spec, pages = weights.spec, weights.pages
+    unpacked = pages.unpacked
+    rows, table = (unpacked.pages, unpacked.table) if unpacked else (pages.frames, pages.page_table[0])
+    num_tokens = policy.max_num_seqs + policy.prefill_tokens
+    ops.compile_experts(
+        rows, table, policy.pages_per_expert, spec.hidden_size, spec.experts.top_k, num_tokens
+    )
 
 
 def _fill(

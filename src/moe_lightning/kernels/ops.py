@@ -111,6 +111,28 @@ def experts_workspace(
     return Workspace.allocate(tokens, top_k, num_experts, hidden_size, intermediate_size, dtype, device)
 
 
+def compile_experts(
+    frames: Tensor, page_table: Tensor, pages_per_expert: int, hidden_size: int, top_k: int, num_tokens: int
+) -> None:
+    """Compile what `experts_` needs for calls of up to `num_tokens` tokens; nothing on a CPU.
+
+    Args:
+        frames: as `experts_` is going to be given them; what they hold does not matter.
+        page_table: of a layer.
+        pages_per_expert: slices of each expert.
+        hidden_size: H.
+        top_k: experts per token.
+        num_tokens: of the largest call.
+    """
+    if not frames.is_cuda:
+        return
+    from moe_lightning.kernels import experts_ahead
+
+    tokens = min(num_tokens, EXPERTS_AT_ONCE)
+    with torch.cuda.device(frames.device):  # a thread begins on the first GPU
+        experts_ahead.compile_experts(frames, page_table, pages_per_expert, hidden_size, top_k, tokens)
+
+
 def experts_(
     hidden: Tensor,
     x: Tensor,
