@@ -78,7 +78,7 @@ def read_rate(files: list[Path]) -> float:
     return total / (time.perf_counter() - start)
 
 
-def measure(layers: int, directory: Path) -> dict[str, Any]:
+def measure(layers: int, directory: Path, *, packed: bool) -> dict[str, Any]:
     config = HFConfig({**KNOWN_MODELS["mixtral-8x7b"], "num_hidden_layers": layers}, "mixtral-8x7b")
     spec = spec_from_config(config)
     files = write(spec, directory)
@@ -88,6 +88,7 @@ def measure(layers: int, directory: Path) -> dict[str, Any]:
     policy = Policy(
         max_num_seqs=8, micro_batch_size=8, group_size=8, look_ahead=2, prefill_tokens=64, chunk_tokens=64,
         pages_per_expert=14, resident_pages=(8,) * layers, num_frames=112, num_blocks=64,
+        packed=packed,
     )  # fmt: skip
     for _ in range(2):
         forget(files)
@@ -100,6 +101,7 @@ def measure(layers: int, directory: Path) -> dict[str, Any]:
         del worker
     return (facts() if torch.cuda.is_available() else {}) | {
         "bytes": size,
+        "packed": packed,
         "read_bytes_per_s": rates,
         "load_s": seconds,
         "share": size / min(seconds) / max(rates),
@@ -112,11 +114,12 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--directory", type=Path, default=Path("/tmp/moe-lightning-load"))
+    parser.add_argument("--packed", action="store_true", help="pack the experts")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.directory.mkdir(parents=True)
     try:
-        result = measure(args.layers, args.directory)
+        result = measure(args.layers, args.directory, packed=args.packed)
     finally:
         shutil.rmtree(args.directory)
     read = ", ".join(f"{rate / 1e9:.2f}" for rate in result["read_bytes_per_s"])
