@@ -10,7 +10,9 @@ from torch import Tensor
 from moe_lightning.kernels.expert_config import ExpertsConfig, ExpertsShape, select
 from moe_lightning.kernels.experts import Workspace, capability, experts_
 
-_FEW = 16  # tokens: what is compiled does not depend on how many there are
+# Tokens of a call: what is compiled does not depend on how many there are, but that the workspace has room for many
+# more of them, since sums are cut into shares where they fit.
+_FEW, _ROOM = 1, 64
 
 
 def compile_experts(
@@ -41,7 +43,7 @@ def compile_experts(
         capability(device),
     )
     workspace = Workspace.allocate(
-        _FEW, top_k, num_experts, hidden_size, rows * pages_per_expert, dtype, device
+        _ROOM, top_k, num_experts, hidden_size, rows * pages_per_expert, dtype, device
     )
     x = torch.zeros((_FEW, hidden_size), dtype=dtype, device=device)
     ids = torch.arange(_FEW * top_k, device=device).view(_FEW, top_k) % num_experts

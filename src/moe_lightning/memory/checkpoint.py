@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -115,14 +116,19 @@ def _some(names: list[str]) -> str:
     )
 
 
-def read_tensor(stored: StoredTensor) -> Tensor:
+def read_tensor(stored: StoredTensor, buffer: Tensor | None = None) -> Tensor:
     """A tensor's values, in the file's dtype.
+
+    Args:
+        stored: where they are.
+        buffer: bytes that it is read into, as many or more; None for new memory.
 
     Raises:
         CheckpointError: the file cannot be read to the tensor's end.
     """
-    values = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype])
-    view = memoryview(values.view(-1).view(torch.uint8).numpy().data)
+    held = torch.empty(stored.num_bytes, dtype=torch.uint8) if buffer is None else buffer[: stored.num_bytes]
+    values = held.view(_DTYPES[stored.dtype]).view(stored.shape)
+    view = memoryview(held.numpy().data)
     done = 0
     with open_file(stored.path) as file:
         while done < len(view):
@@ -139,9 +145,20 @@ def load(tensors: Tensors, weights: Weights, num_readers: int = 4, progress: Pro
     Raises:
         CheckpointError: a file cannot be read, or has changed since it was opened.
     """
-    total, done = sum(stored.num_bytes for _, stored in tensors), 0
-    with ThreadPoolExecutor(num_readers, thread_name_prefix="load") as readers:
-        futures = [readers.submit(_fill, weights, tensor, stored) for tensor, stored in tensors]
+    sizes = [stored.num_bytes for _, stored in tensors]
+    total, done = sum(sizes), 0
+    # A reader's buffer is used again and again: new memory would be brought in for each tensor, which takes as long
+    # as reading a fifth of it.
+    of_reader = threading.local()
+
+    def begin() -> None:
+        of_reader.buffer = torch.empty(max(sizes), dtype=torch.uint8)
+
+    def fill(tensor: TensorSpec, stored: StoredTensor) -> int:
+        return _fill(weights, tensor, stored, of_reader.buffer)
+
+    with ThreadPoolExecutor(num_readers, thread_name_prefix="load", initializer=begin) as readers:
+        futures = [readers.submit(fill, tensor, stored) for tensor, stored in tensors]
         try:
             for future in as_completed(futures):
                 done += future.result()
@@ -152,8 +169,8 @@ def load(tensors: Tensors, weights: Weights, num_readers: int = 4, progress: Pro
             raise
 
 
-def _fill(weights: Weights, tensor: TensorSpec, stored: StoredTensor) -> int:
-    filled = weights.put(tensor, read_tensor(stored))
+def _fill(weights: Weights, tensor: TensorSpec, stored: StoredTensor, buffer: Tensor) -> int:
+    filled = weights.put(tensor, read_tensor(stored, buffer))
     if filled != tensor.num_elements:
         raise CheckpointError(
             f"{tensor.name}: {format_bytes(stored.num_bytes)} read, "
