@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from efforts import TINY
 from moe_lightning.hardware.curve import TimeCurve
 from moe_lightning.profiling import attention
 from moe_lightning.profiling.attention import AttentionBench, block_tables, spread_lengths
+from moe_lightning.profiling.effort import FULL
 
 
 @pytest.mark.parametrize("mean", [16, 140, 2048])
@@ -58,7 +60,7 @@ def clock(monkeypatch):
 def test_calls_are_of_a_layers_micro_batches_all_over_its_memory(clock):
     kernel, memory = Kernel(), torch.zeros(2**22, dtype=torch.uint8)
     bench = AttentionBench(kernel, memory, (8, 2, 64), torch.bfloat16, TINY)
-    assert bench._seconds([spread_lengths(8, 33)], 0.1) == [1.0], "those of a layer, by six"
+    assert bench._seconds(bench._layers_of([spread_lengths(8, 33)]), 0.1) == [1.0], "those of a layer, by six"
     found = [(q.data_ptr(), kv.data_ptr(), tables) for q, kv, tables, _ in kernel.calls]
     assert len({q for q, _, _ in found}) == 6 and len({kv for _, kv, _ in found[:6]}) == 1
     assert found[0][0] == found[6][0]
@@ -72,7 +74,7 @@ def test_each_turn_is_a_layer_in_memory_of_its_own_until_all_memory_was_read(clo
     kernel, memory = Kernel(), torch.zeros(26 * 2**20 + 5, dtype=torch.uint8)
     bench = AttentionBench(kernel, memory[:-5], (8, 2, 64), torch.bfloat16, TINY)
     for _ in range(3):  # what is measured next goes on where this ended
-        bench._seconds([bench.lengths(33)], 0.1)
+        bench._seconds(bench._layers_of([bench.lengths(33)]), 0.1)
     caches = [kv for _, kv, _, _ in kernel.calls]
     assert [len({kv.data_ptr() for kv in caches[n : n + 6]}) for n in range(0, 36, 6)] == [1] * 6
     starts = [kv.data_ptr() - memory.data_ptr() for kv in caches[::6]]
@@ -91,7 +93,7 @@ def test_copies_go_on_before_each_layer_and_the_bytes_are_those_that_were_read(c
     bench = AttentionBench(kernel, memory, (8, 2, 64), torch.bfloat16, TINY)
     kept = []
     call = TimeCurve((1, 1000), (0.1, 0.1))
-    found = bench._rates(call, kept.append)
+    found = bench._rates(bench._contexts(), call, kept.append)
     short, long = (kernel.calls[n][3] for n in (0, 6))
     assert kept == [6 * len(lengths) * 12 * 64 * 2 for lengths in (short, long)] * 2
     assert len(pauses) == 4
@@ -103,14 +105,14 @@ def test_copies_go_on_before_each_layer_and_the_bytes_are_those_that_were_read(c
 def test_contexts_take_turns_and_each_reads_other_layers_in_each_round(clock):
     kernel, memory = Kernel(), torch.zeros(2**22, dtype=torch.uint8)
     bench = AttentionBench(kernel, memory, (8, 2, 64), torch.bfloat16, TINY)
-    bench._rates(TimeCurve((1, 1000), (0.1, 0.1)))
+    bench._rates(bench._contexts(), TimeCurve((1, 1000), (0.1, 0.1)))
     layers = [(len(lengths), kv.data_ptr()) for _, kv, _, lengths in kernel.calls[::6]]
     counts = [count for count, _ in layers]
     assert counts == counts[:2] * 2 and counts[0] != counts[1]
     assert layers[0][1] != layers[2][1] and layers[1][1] != layers[3][1]
 
 
-def test_beside_copies_one_waits_for_them_as_a_launcher_does(clock):
+def test_beside_copies_one_waits_for_them_as_a_launcher_does(clock, monkeypatch):
     class Beside:
         def __init__(self):
             self.is_open, self.waited = False, threading.Event()
@@ -130,8 +132,27 @@ def test_beside_copies_one_waits_for_them_as_a_launcher_does(clock):
             assert self.waited.wait(10)
 
     bench = AttentionBench(Kernel(), torch.zeros(2**22, dtype=torch.uint8), (8, 2, 64), torch.bfloat16, TINY)
-    copies = Beside()
+    copies, make = Beside(), bench.layer
+
+    def layer(lengths):
+        assert not copies.is_open, "copies would stand still until it is made"
+        return make(lengths)
+
+    monkeypatch.setattr(bench, "layer", layer)
     found = bench.measure(copies)
     assert copies.waited.is_set() and not copies.is_open
     assert found.rate_under_copies is not None and found.rate_under_copies.sizes == TINY.contexts
     assert bench.measure(None).rate_under_copies is None
+
+
+@pytest.mark.parametrize(
+    ("elapsed_s", "done", "point_s"), [(8.0, 0, 0.2), (16.0, 1, 0.125), (21.0, 2, 0.05), (40.0, 0, 0.05)]
+)
+def test_attention_is_measured_for_a_shorter_time_where_the_machine_was_slow_before(elapsed_s, done, point_s):
+    four = (1, 2, 3, 4)
+    effort = replace(TINY, point_s=0.2, attention_s=22.0, num_seqs=four, contexts=four, geometries=four[:3])
+    assert effort.paced(elapsed_s, done).point_s == pytest.approx(point_s)
+
+
+def test_a_full_profile_has_time_for_all_of_its_attention():
+    assert all(FULL.paced(8.0 + 4.4 * done, done) == FULL for done in range(len(FULL.geometries)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, cycle
 
 import pytest
@@ -15,7 +16,7 @@ from moe_lightning.kernels import ops
 from moe_lightning.profiling import events, link, load, prefill, queued
 from moe_lightning.profiling.gpu import ExpertsBench
 from moe_lightning.profiling.kv_store import KvStore
-from moe_lightning.profiling.link import Copies
+from moe_lightning.profiling.link import Copies, Link
 from moe_lightning.profiling.load import Load, again_and_again
 from moe_lightning.profiling.small_kernels import small_kernels
 from moe_lightning.profiling.steps import Steps
@@ -134,6 +135,25 @@ def test_copies_to_the_gpu_never_cease_and_beside_them_some_go_each_way(gpu, mon
     monkeypatch.setattr(link, "recorded", lambda: (waited.append(gpu.stream), last)[1])
     copies.wait()
     assert waited == [copies._stream, "default"], "recorded behind the copies, waited for by who calls"
+
+
+def test_copies_of_a_size_are_measured_for_so_long_however_short_they_are(gpu, monkeypatch) -> None:
+    """Those of 64 KiB are launched in a batch that is held for five times as long as it takes."""
+    now, batches = [0.0], []
+
+    def ended():
+        event = Event(now[0])
+        event.synchronize = lambda: (batches.append(event), now.append(now.pop() + 0.05))
+        return event
+
+    monkeypatch.setattr(link.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(link, "recorded", ended)
+    with OnCpu():
+        measured = Link(
+            torch.zeros(4, TINY.copy_sizes[-1], dtype=torch.uint8), replace(TINY, gpu_point_s=0.4)
+        )
+    seconds = measured._seconds(lambda number, size: now.append(now.pop() + 1e-6), TINY.copy_sizes[0])
+    assert len(batches) == 8 and seconds == pytest.approx(1e-6)
 
 
 def test_queues_of_copies_stay_short_and_the_last_ones_are_waited_for(gpu, monkeypatch) -> None:

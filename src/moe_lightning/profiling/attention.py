@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,14 @@ _BLOCK_SIZE = 16
 _CALLS = 6  # micro-batches of a layer, each of other blocks
 _LEAST_LAYERS = 4  # so that no cache holds what was read when its turn comes again
 _LEAST_SHARE = 0.25  # of a call's time that reading takes: less is noise in the cost of calls
+
+
+class _Layer(NamedTuple):
+    """What runs a layer's calls."""
+
+    lengths: Tensor  # [sequences], of each call
+    run: Callable[[], None]
+    num_bytes: int  # of their queries, keys and values
 
 
 class AttentionBench:
@@ -62,11 +71,13 @@ class AttentionBench:
         effort = self._effort
         counts = [count for count in effort.num_seqs if count <= self._layers.shape[1]] or [1]
         ones = [torch.ones(n, dtype=torch.int64) for n in counts]
-        call = TimeCurve(tuple(counts), tuple(self._seconds(ones, effort.point_s)))
-        alone, beside = self._rates(call), None
+        call = TimeCurve(tuple(counts), tuple(self._seconds(self._layers_of(ones), effort.point_s)))
+        # Made before copies begin: their queue would be empty before all are there, and their rate count that time.
+        contexts = self._contexts()
+        alone, beside = self._rates(contexts, call), None
         if copies is not None:
             with copies, again_and_again(copies.wait):
-                beside = self._rates(call, copies.keep_up)
+                beside = self._rates(contexts, call, copies.keep_up)
         dtype = str(self._dtype).removeprefix("torch.")
         return AttentionProfile(
             self._num_heads, self._num_kv_heads, self._head_dim, dtype, alone, beside, call
@@ -96,37 +107,45 @@ class AttentionBench:
 
         return run, _CALLS * rows.nbytes
 
-    def _rates(self, call: TimeCurve, before: Callable[[int], object] | None = None) -> RateCurve:
+    def _contexts(self) -> list[_Layer]:
+        """A layer's calls at each context."""
+        return self._layers_of([self.lengths(context) for context in self._effort.contexts])
+
+    def _layers_of(self, lengths: Sequence[Tensor]) -> list[_Layer]:
+        return [_Layer(each, *self.layer(each)) for each in lengths]
+
+    def _rates(
+        self, layers: Sequence[_Layer], call: TimeCurve, before: Callable[[int], object] | None = None
+    ) -> RateCurve:
         """Bytes of K and V a second by context, without what the call itself takes.
 
         Args:
-            call: what that is.
+            layers: a layer's calls at each context.
+            call: what a call takes.
             before: called when a layer's calls begin, with the bytes that come from the GPU for them; what is
                 measured with it is what plans go by, and gets three times the time.
         """
-        contexts = self._effort.contexts
-        lengths = [self.lengths(context) for context in contexts]
-        found = self._seconds(lengths, self._effort.point_s * (3 if before else 1), before)
+        found = self._seconds(layers, self._effort.point_s * (3 if before else 1), before)
         rates = []
-        for each, seconds in zip(lengths, found, strict=True):
-            reading = max(seconds - call.seconds_at(len(each)), _LEAST_SHARE * seconds)
-            rates.append(int(each.sum()) * self._token_bytes / reading)
-        return RateCurve(contexts, tuple(rates))
+        for layer, seconds in zip(layers, found, strict=True):
+            reading = max(seconds - call.seconds_at(len(layer.lengths)), _LEAST_SHARE * seconds)
+            rates.append(int(layer.lengths.sum()) * self._token_bytes / reading)
+        return RateCurve(self._effort.contexts, tuple(rates))
 
     def _seconds(
-        self, lengths: Sequence[Tensor], budget_s: float, before: Callable[[int], object] | None = None
+        self, layers: Sequence[_Layer], budget_s: float, before: Callable[[int], object] | None = None
     ) -> list[float]:
-        """Of a call of each of the lengths [sequences], on average."""
-        layers = [self.layer(each) for each in lengths]
+        """Of a call of each of the layers, on average."""
 
         def begin(number: int) -> None:
             if number == 0 and len(layers) > 1:
                 self._num_runs += 1  # else each of the works would always read the same layers
             time.sleep(self._effort.pause_s)
             if before:
-                before(layers[number][1])
+                before(layers[number].num_bytes)
 
-        return [seconds / _CALLS for seconds in seconds_in_turn([run for run, _ in layers], budget_s, begin)]
+        runs = [layer.run for layer in layers]
+        return [seconds / _CALLS for seconds in seconds_in_turn(runs, budget_s, begin)]
 
     def _call(self, qkv: Tensor, lengths: Tensor, order: Tensor) -> Callable[[Tensor], None]:
         """Attention of a micro-batch's rows [sequences, q, k and v], its blocks the first ones of an order."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_lightning.units import GIB, KIB, MIB
+
+_RUNS_OF_CONTEXT = 4  # alone, and three times as long beside copies
+_MAKING_S = 0.5  # what calls of attention read is made before it is measured
+_LEAST_SHARE = 0.25  # of the time that measurements should have: what they then say is rough, but is said
 
 
 @dataclass(frozen=True)
@@ -12,8 +16,9 @@ class Effort:
     """Sizes, repetitions and bounds of a profile.
 
     Attributes:
-        point_s: seconds of repeating one measurement of the host or the link.
-        gpu_point_s: the same of the GPU, which varies less.
+        point_s: seconds of repeating one measurement of the host.
+        gpu_point_s: the same of the GPU or the link, which vary less.
+        attention_s: seconds after the beginning by which CPU attention should be measured; it is the longest part.
         host_bytes: memory that K and V, copies and reads take, page-locked where there is a GPU: much of what
             passes touch, as not all of it is equally fast. A 24th of it is enough where nothing is copied.
         gpu_bytes: GPU memory that tensors take at most.
@@ -23,7 +28,7 @@ class Effort:
         copy_sizes: bytes of a copy.
         hop_sizes: bytes of hidden states on their way.
         contexts: tokens that a sequence holds.
-        num_seqs: sequences of a call.
+        num_seqs: sequences of a call that reads next to nothing; what it takes rises evenly between and beyond.
         geometries: query heads, KV heads, head dimension.
         tokens: of a sweep over experts.
         part_tokens: of a sweep over a share of the experts; the cost of fewer follows.
@@ -40,6 +45,7 @@ class Effort:
 
     point_s: float = 0.2
     gpu_point_s: float = 0.08
+    attention_s: float = 22.0
     host_bytes: int = 24 * GIB
     gpu_bytes: int = 4 * GIB
     call_bytes: int = 256 * MIB
@@ -48,7 +54,7 @@ class Effort:
     copy_sizes: tuple[int, ...] = (64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
     hop_sizes: tuple[int, ...] = (64 * KIB, 256 * KIB, MIB)
     contexts: tuple[int, ...] = (64, 128, 512, 2048)
-    num_seqs: tuple[int, ...] = (1, 16, 128, 1024, 4096)
+    num_seqs: tuple[int, ...] = (1, 128, 1024)
     geometries: tuple[tuple[int, int, int], ...] = ((32, 32, 128), (32, 8, 128), (32, 4, 128))
     tokens: tuple[int, ...] = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     part_tokens: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
@@ -61,6 +67,15 @@ class Effort:
     cpu_products: tuple[int, ...] = (512, 1024, 2048, 4096)
     cpu_experts_s: float = 3.0
     chain: int = 40
+
+    def paced(self, elapsed_s: float, done: int) -> Effort:
+        """For the next geometry of attention, after so many: shorter where what came before took long.
+
+        What follows attention takes as long as it takes: kernels have to be compiled.
+        """
+        planned_s = self.point_s * (len(self.num_seqs) + _RUNS_OF_CONTEXT * len(self.contexts))
+        left_s = (self.attention_s - elapsed_s) / (len(self.geometries) - done) - _MAKING_S
+        return replace(self, point_s=self.point_s * min(1.0, max(_LEAST_SHARE, left_s / planned_s)))
 
 
 FULL = Effort()

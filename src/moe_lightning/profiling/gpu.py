@@ -1,37 +1,35 @@
-"""Measures the GPU: its memory, its products, and the kernels at a model's shapes."""
+"""Measures the GPU: its memory, its products, and sweeps over a model's experts."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from moe_lightning.bench.shapes import LayerShape, Routing
 from moe_lightning.bench.timing import seconds_of
 from moe_lightning.hardware.curve import TimeCurve
-from moe_lightning.hardware.kernel_times import DenseProfile, ExpertsProfile, ModelShape, PartTimes
+from moe_lightning.hardware.kernel_times import ExpertsProfile, ModelShape, PartTimes
 from moe_lightning.kernels import ops
+from moe_lightning.kernels.expert_config import ExpertsShape
 from moe_lightning.models.spec import AttentionSpec, RouterSpec
 from moe_lightning.pipeline.shape import experts_in
 from moe_lightning.profiling.effort import Effort
+from moe_lightning.profiling.expert_kernels import SmallCall, small_calls
+from moe_lightning.profiling.host import name_of
 from moe_lightning.profiling.load import Load
 from moe_lightning.profiling.queued import task_seconds
-from moe_lightning.units import MIB
 
 if TYPE_CHECKING:
     from moe_lightning.kernels.experts import Workspace
 
-_COLD_BYTES = 256 * MIB  # more than any cache: matrices are rotated over as much
-_HEAD_ROWS = 512  # rows of logits that exist at once
 _NUM_ROUTINGS = 4
 _COMPILERS = 8
-_FEW_TOKENS = 1024
 
 
 def memory_rate(effort: Effort) -> float:
@@ -80,25 +78,37 @@ class ExpertsBench:
         self._sweeps = {1: tokens} | {n: part_tokens for n in numbers if part_tokens}
 
     def compile(self) -> None:
-        """Compile the kernels of whole sweeps, several at once: one by one takes most of a first profile.
+        """Compile all kernels of the sweeps, several at once: one by one takes most of a first profile."""
+        from moe_lightning.kernels.expert_sort import CHUNK
 
-        Sweeps over some of the experts run the same ones.
-        """
-        first, *others = self._sweeps[1]
-        self._compile(first)  # what all share, such as the driver's own helpers
-        few = [num_tokens for num_tokens in others if num_tokens <= _FEW_TOKENS]
+        # A small kernel first: it brings what all share, such as the driver's own helpers.
+        ops.rms_norm(self._x[:1], self._x[0], 1e-5, out=torch.empty_like(self._x[:1]))
+        groups = small_calls(self._sweeps, self._expert_shape(), len(self._x), CHUNK)
         with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1), initializer=_bind_context) as threads:
-            for done in [threads.submit(self._compile, num_tokens) for num_tokens in few]:
+            for done in [threads.submit(self._compile, calls) for calls in groups]:
                 done.result()
-        torch.cuda.synchronize()
-        for num_tokens in others[len(few) :]:  # whose workspaces do not all fit beside each other
-            self._call(Routing.random(self._layer, num_tokens), self._workspace)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
-    def _compile(self, num_tokens: int) -> None:
-        """A sweep in a workspace of its own: threads launch theirs between each other's."""
-        self._call(Routing.random(self._layer, num_tokens), self._workspace_of(num_tokens))
+    def _compile(self, calls: Sequence[SmallCall]) -> None:
+        """Sweeps in workspaces of their own: threads launch theirs between each other's."""
+        from moe_lightning.kernels.experts import experts_
+
+        for call in calls:
+            workspace, routing = self._workspace_of(call.room), Routing.random(self._layer, call.num_tokens)
+            assert workspace is not None
+            experts_(
+                torch.zeros_like(self._x[: call.num_tokens]), self._x[: call.num_tokens], routing.topk_ids,
+                routing.topk_weights, self._frames, self._table, self._shape.pages_per_expert, workspace,
+                call.config, range(call.num_experts),
+            )  # fmt: skip
+
+    def _expert_shape(self) -> ExpertsShape:
+        s = self._shape
+        return ExpertsShape(
+            1, s.top_k, s.num_experts, s.hidden_size, s.intermediate_size // s.pages_per_expert,
+            s.pages_per_expert, self._dtype.itemsize, torch.cuda.get_device_capability(),
+        )  # fmt: skip
 
     def measure(self, load: Load | None) -> ExpertsProfile:
         """Seconds by tokens, of sweeps that begin when their pages are there, while the load goes on."""
@@ -110,7 +120,7 @@ class ExpertsBench:
         }
         whole = curves.pop(1)
         parts = tuple(PartTimes(1 / n, curve) for n, curve in curves.items())
-        return ExpertsProfile(self._shape, _name(self._dtype), whole, parts)
+        return ExpertsProfile(self._shape, name_of(self._dtype), whole, parts)
 
     def _calls_of(self, num_tokens: int, num_parts: int) -> list[Callable[[], object]]:
         """Calls with other experts each, so that few tokens do not find theirs in the cache."""
@@ -158,48 +168,3 @@ class ExpertsBench:
 def _bind_context() -> None:
     """Give a thread the GPU's context, which Triton's first launch expects to be there."""
     torch.zeros(1, device="cuda")
-
-
-def dense(shape: ModelShape, dtype: torch.dtype, effort: Effort) -> list[DenseProfile]:
-    """Projections of queries, keys and values, of the attention's output, and the head."""
-    matrices = {
-        "qkv": (shape.hidden_size, shape.qkv_size),
-        "output": (shape.q_size, shape.hidden_size),
-        "head": (shape.hidden_size, shape.vocab_size),
-    }
-    return [
-        DenseProfile(
-            f"{name} of {shape.name}", inputs, outputs, _name(dtype),
-            _product_times(name, inputs, outputs, dtype, effort),
-        )
-        for name, (inputs, outputs) in matrices.items()
-    ]  # fmt: skip
-
-
-def _product_times(name: str, inputs: int, outputs: int, dtype: torch.dtype, effort: Effort) -> TimeCurve:
-    number = max(1, min(16, _COLD_BYTES // (inputs * outputs * dtype.itemsize)))
-    weights = [
-        torch.empty(outputs, inputs, device="cuda", dtype=dtype).normal_(std=inputs**-0.5)
-        for _ in range(number)
-    ]
-    counts = tuple(rows for rows in effort.rows if name != "head" or rows <= _HEAD_ROWS)
-    seconds = []
-    for rows in counts:
-        x = torch.randn(rows, inputs, device="cuda", dtype=dtype)
-        out = torch.zeros(rows, outputs, device="cuda", dtype=dtype)
-        product = _added_product if name == "output" else _product
-        seconds.append(seconds_of([product(x, w, out) for w in weights], effort.gpu_point_s))
-    return TimeCurve(counts, tuple(seconds))
-
-
-def _product(x: Tensor, weight: Tensor, out: Tensor) -> Callable[[], object]:
-    return lambda: torch.mm(x, weight.t(), out=out)
-
-
-def _added_product(x: Tensor, weight: Tensor, out: Tensor) -> Callable[[], object]:
-    """Into the residual stream, which is read too."""
-    return lambda: out.addmm_(x, weight.t())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -20,6 +20,7 @@ from moe_lightning.memory.mapped import device_view
 from moe_lightning.profiling import gpu, host
 from moe_lightning.profiling.arena import HostMemory
 from moe_lightning.profiling.attention import AttentionBench
+from moe_lightning.profiling.dense import dense
 from moe_lightning.profiling.effort import Effort
 from moe_lightning.profiling.lanes import LanesBench
 from moe_lightning.profiling.link import Copies, Link
@@ -115,9 +116,10 @@ def _host_and_link(
     steps.begin("CPU products")
     flops = {host.name_of(d): host.product_flops(d, effort) for d in _HOST_DTYPES}
     attention = []
-    for geometry in effort.geometries:
+    for done, geometry in enumerate(effort.geometries):
         steps.begin(f"CPU attention beside copies, {host.describe(geometry)}")
-        attention.append(AttentionBench(kernel, memory.read, geometry, dtype, effort).measure(copies))
+        paced = effort.paced(steps.elapsed_s, done)
+        attention.append(AttentionBench(kernel, memory.read, geometry, dtype, paced).measure(copies))
     under = (copies.median_rate if copies else None) or h2d.best_rate
     loads: list[Load | None] = [None] * len(shapes)
     if copies is not None:
@@ -141,7 +143,7 @@ def _kernels(
     memory = gpu.memory_rate(effort)
     steps.begin("GPU products")
     flops = {host.name_of(d): gpu.product_flops(d, effort) for d in dict.fromkeys((dtype, *_GPU_DTYPES))}
-    experts, dense, prompts, small = [], [], [], []
+    experts, products, prompts, small = [], [], [], []
     for shape, load in zip(shapes, loads, strict=True):
         steps.begin(f"compiling experts of {shape.name}")
         bench = gpu.ExpertsBench(shape, dtype, effort)
@@ -151,12 +153,14 @@ def _kernels(
         del bench
         torch.cuda.empty_cache()
         steps.begin(f"products of {shape.name}")
-        dense += gpu.dense(shape, dtype, effort)
+        products += dense(shape, dtype, effort)
         steps.begin(f"before and after attention of {shape.name}, beside the same")
         small.append(small_kernels(shape, dtype, effort, load))
         steps.begin(f"attention of prompts of {shape.name}, beside the same")
         prompts.append(prefill(shape, dtype, effort, load))
-    return GpuProfile(memory, flops, tuple(experts), tuple(dense), tuple(prompts), link, lanes, tuple(small))
+    return GpuProfile(
+        memory, flops, tuple(experts), tuple(products), tuple(prompts), link, lanes, tuple(small)
+    )
 
 
 def _on_gpu(memory: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from statistics import median
@@ -90,7 +91,9 @@ class Link:
         """Of one copy among many that are queued before the first begins."""
         count = max(2, min(_MOST_COPIES, _BATCH_BYTES // size))
         found: list[float] = []
-        while len(found) < 4 or sum(found) * count < self._effort.point_s:
+        # Not seconds of copies: small ones are held much longer than they take.
+        end_s = time.perf_counter() + self._effort.gpu_point_s
+        while len(found) < 4 or time.perf_counter() < end_s:
             with torch.cuda.stream(self._streams[0]):
                 torch.cuda._sleep(count * _HOLD_CYCLES)
                 start = recorded()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,12 @@ class Steps:
     def __init__(self, total: int, report: Report) -> None:
         self.total, self.begun = total, 0
         self._report, self._part = report, ""
+        self._start = time.perf_counter()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the first part could begin."""
+        return time.perf_counter() - self._start
 
     def begin(self, part: str) -> None:
         """Say what comes now; what came before is done."""

@@ -1,0 +1,48 @@
+"""Small calls stand for all sweeps over experts: each kernel that these run is compiled by one of those."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from moe_lightning.kernels.expert_config import ExpertsShape, select
+from moe_lightning.profiling.expert_kernels import small_calls
+
+CHUNK = 1024
+MIXTRAL = ExpertsShape(1, 2, 8, 4096, 1024, 14, 2, (9, 0))
+QWEN = ExpertsShape(1, 8, 128, 2048, 768, 1, 2, (9, 0))
+ONE = ExpertsShape(1, 1, 4, 1024, 512, 1, 4, (8, 9))  # an expert a token, in float32
+SWEEPS = {1: (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192), 4: (256, 1024, 8192)}
+
+
+def kernels(shape, config, num_tokens, num_experts, room):
+    """What of a call its kernels are compiled for, as `ExpertsCall` and `sort_slots` have it."""
+    shares = min(config.split_k, room * shape.itemsize // 4 // num_tokens)
+    return replace(config, split_k=max(1, shares)), num_tokens * shape.top_k > CHUNK, num_experts
+
+
+@pytest.mark.parametrize("shape", [MIXTRAL, QWEN, ONE])
+def test_each_kernel_of_the_sweeps_is_run_by_a_call_of_few_tokens(shape):
+    room = max(SWEEPS[1])
+    wanted = {
+        kernels(
+            shape, select(replace(shape, num_tokens=count)), count, shape.num_experts // num_parts, room
+        )
+        for num_parts, counts in SWEEPS.items()
+        for count in counts
+    }  # fmt: skip
+    groups = small_calls(SWEEPS, shape, room, CHUNK)
+    calls = [call for calls in groups for call in calls]
+    assert {kernels(shape, c.config, c.num_tokens, c.num_experts, c.room) for c in calls} == wanted
+    assert len(calls) == len(wanted) < sum(map(len, SWEEPS.values()))
+    assert max(c.num_tokens for c in calls) == CHUNK // shape.top_k + 1
+    assert all(c.num_tokens <= c.room <= 8 * c.num_tokens for c in calls), "workspaces stay small"
+
+
+@pytest.mark.parametrize("shape", [MIXTRAL, QWEN, ONE])
+def test_threads_have_configurations_of_their_own(shape):
+    groups = small_calls(SWEEPS, shape, max(SWEEPS[1]), CHUNK)
+    configs = [{call.config for call in calls} for calls in groups]
+    assert all(len(some) == 1 for some in configs)
+    assert len(set.union(*configs)) == len(groups)
