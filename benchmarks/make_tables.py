@@ -101,14 +101,16 @@ def peers(results: Iterable[Values]) -> str:
 def schedules(results: Iterable[Values]) -> str:
     """A row for each variant of the ablation."""
     rows = [
-        "| variant | sequences | tokens/s | ratio | predicted ratio | pass, s | predicted, s |",
-        "| --- " * 7 + "|",
+        "| variant | experts | sequences | tokens/s | ratio | predicted ratio | pass, s | predicted, s |",
+        "| --- " * 8 + "|",
     ]
     for values in results:
         for row in values.get("rows", ()):
+            experts = "packed" if row["policy"].get("packed") else "plain"
             rows.append(
-                f"| {row['what']} | {row['num_seqs']:,} | {row['tokens_per_s']:,.0f} | {row['ratio']:.2f} | "
-                f"{row['predicted_ratio']:.2f} | {row['pass_s']:.2f} | {row['predicted_pass_s']:.2f} |"
+                f"| {row['what']} | {experts} | {row['num_seqs']:,} | {row['tokens_per_s']:,.0f} "
+                f"| {row['ratio']:.2f} | {row['predicted_ratio']:.2f} | {row['pass_s']:.2f} "
+                f"| {row['predicted_pass_s']:.2f} |"
             )
     return "\n".join(rows)
 

@@ -61,21 +61,26 @@ def main() -> None:
     usable = args.host_memory - max(3 * GIB, ceil(0.03 * args.host_memory))
     memory = Memory(usable, args.gpu_memory - _CONTEXT)
     problem = problem_of(spec, "bfloat16", memory, work)
-    ours = search(spec, "bfloat16", memory, rates, work).policy
+    ours = {
+        packs: search(spec, "bfloat16", memory, rates, work, packs=packs).policy for packs in (True, False)
+    }
     machine = PaperMachine.of(preset(args.card))
     machine = replace(machine, gpu_memory=args.gpu_memory, host_memory=args.host_memory)
     paper, first = paper_plan(spec, machine, work), 0.0
-    print("| variant | sequences | micro-batches of | pages resident | pass, s | tokens/s | ratio |")
-    print("| --- " * 7 + "|")
+    print(
+        "| variant | experts | sequences | micro-batches of | pages resident | pass, s | tokens/s | ratio |"
+    )
+    print("| --- " * 8 + "|")
     for variant in VARIANTS.values():
-        policy = policy_of(variant, ours, problem, paper)
+        policy = policy_of(variant, ours[variant.packs], problem, paper)
         pass_s, rate = predicted(variant, policy, spec, rates, work)
         first = first or rate
         resident = sum(policy.resident_pages) / (
             spec.num_layers * spec.experts.num_experts * policy.pages_per_expert
         )
         sizes = f"{num_decoding(policy, work):,} | {policy.micro_batch_size} | {resident:.0%}"
-        print(f"| {variant.what} | {sizes} | {pass_s:.2f} | {rate:,.0f} | {rate / first:.2f} |")
+        experts = "packed" if policy.packed else "plain"
+        print(f"| {variant.what} | {experts} | {sizes} | {pass_s:.2f} | {rate:,.0f} | {rate / first:.2f} |")
 
 
 def _arguments() -> argparse.Namespace:

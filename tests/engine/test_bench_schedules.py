@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from checkpoints import tiny_policy
 from moe_lightning.bench import schedules, schedules_report
+from moe_lightning.bench.passes import PassRecord
+from moe_lightning.bench.peaks import Peaks
 from moe_lightning.bench.session import Session
 from moe_lightning.bench.variants import VARIANTS, paper_plan
 from moe_lightning.config import EngineConfig
@@ -46,8 +49,11 @@ def session(mixtral, monkeypatch):
     return Session(config, spec, shares_memory=True)
 
 
-def rows_of(session, names=tuple(VARIANTS), work=WORK, **options):
-    plan = make_plan(session.config, tiny_policy(pages_per_expert=1, resident_pages=(2, 2, 2), num_frames=7))
+OURS = tiny_policy(pages_per_expert=1, resident_pages=(2, 2, 2), num_frames=7)
+
+
+def rows_of(session, names=tuple(VARIANTS), work=WORK, ours=OURS, **options):
+    plan = make_plan(session.config, ours)
     variants = [VARIANTS[name] for name in names]
     return list(schedules.measure(session, plan, work, variants, DatasheetRates(L4), L4, **options))
 
@@ -65,7 +71,7 @@ def test_every_variant_runs_as_it_says(session):
             assert all(p.prompt_tokens == 0 and p.generated == row.num_seqs for p in row.passes)
         else:
             assert sum(p.prompt_tokens for p in row.passes) > 0
-        assert (name in ("grouped", "plan")) == (row.policy.group_size > 1)
+        assert (name in ("grouped", "plain", "plan")) == (row.policy.group_size > 1)
     assert "load_kv" in found["flexgen"].lanes.seconds_by_kind
     assert "attention" not in found["flexgen"].lanes.seconds_by_kind
     assert found["continuous"].num_seqs > found["paper"].num_seqs
@@ -74,6 +80,33 @@ def test_every_variant_runs_as_it_says(session):
     assert values[0]["ratio"] == values[0]["predicted_ratio"] == 1.0
     assert values[3]["ratio"] == pytest.approx(rows[3].tokens_per_s / rows[0].tokens_per_s)
     assert len(schedules_report.to_text(rows).splitlines()) == 2 * len(VARIANTS) + 2
+
+
+def test_only_the_plan_itself_runs_on_packed_experts(session, monkeypatch):
+    """The others run on those of the checkpoint, with a plan for these."""
+    searched, told = [], []
+
+    def search(spec, dtype, memory, rates, work, *, packs):
+        searched.append((dtype, memory.host, packs))
+        return SimpleNamespace(policy=OURS)
+
+    def row(session, plan, variant, *_):
+        passes = (PassRecord(1.0, 6, 6, 0),)
+        return schedules.Row(
+            variant, plan.policy, 6, 6.0, 6.0, passes, 0.0, 1.0, None, Peaks(None, None, 1, 1, 1)
+        )
+
+    monkeypatch.setattr(schedules, "search", search)
+    monkeypatch.setattr(schedules, "_row", row)
+    session.config = replace(session.config, dtype="bfloat16")
+    names = ("grouped", "plain", "plan")
+    rows = rows_of(session, names, ours=replace(OURS, packed=True), num_passes=1, show=told.append)
+    assert [row.variant.name for row in rows] == list(names)
+    assert [row.policy.packed for row in rows] == [False, False, True]
+    assert rows[1].policy == OURS and set(searched) == {("bfloat16", session.host_memory, False)}
+    assert len(searched) == 1, "once for all"
+    assert [line.split()[-2] for line in told if line.split(":")[0] in names] == ["plain", "plain", "packed"]
+    assert schedules_report.to_text(rows).splitlines()[3].split()[8] == "packed"
 
 
 def test_a_variant_that_does_not_fit_stops_no_other(session, monkeypatch):

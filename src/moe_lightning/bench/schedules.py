@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import mean, median
 
 from moe_lightning.bench.lanes import Lanes, summarize
@@ -18,7 +19,7 @@ from moe_lightning.hardware.spec import HardwareSpec
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.paper_model import PaperMachine
 from moe_lightning.perf.passes import Passes
-from moe_lightning.perf.planner import problem_of
+from moe_lightning.perf.planner import problem_of, search
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.policy import Policy
@@ -72,14 +73,14 @@ def measure(
     num_passes: int = 4,
     show: Show = show_nothing,
 ) -> Iterator[Row]:
-    """A row for each variant that fits, over the same weights in host memory.
+    """A row for each variant that fits, over the same weights in host memory; those of packed experts are others.
 
     A batch after the other is measured in parts: passes that take prompts in, of which there are as many as the
     batch needs, and passes with the whole batch at half its answers, one for each token of an answer.
 
     Args:
         session: where the model is loaded; its configuration limits GPU memory.
-        plan: our planner's, for the workload.
+        plan: our planner's, for the workload; where it packs experts, variants that do not get another.
         work: what is computed.
         variants: to measure.
         rates: that the prediction takes.
@@ -106,10 +107,20 @@ def measure(
         replace(PaperMachine.of(machine), gpu_memory=gpu_memory, host_memory=session.limit_host_memory),
         work,
     )
+
+    @cache
+    def plain() -> Policy:
+        return search(plan.spec, problem.dtype, problem.memory, rates, work, packs=False).policy
+
     for variant in variants:
         try:
-            policy = policy_of(variant, plan.policy, problem, paper)
-            show(f"{variant.name}: {variant.what}; {num_decoding(policy, work)} sequences, {policy.schedule}")
+            ours = plan.policy if variant.packs or not plan.policy.packed else plain()
+            policy = policy_of(variant, ours, problem, paper)
+            experts = "packed" if policy.packed else "plain"
+            show(
+                f"{variant.name}: {variant.what}; {num_decoding(policy, work)} sequences, {policy.schedule}, "
+                f"{experts} experts"
+            )
             row = _row(session, replace(plan, policy=policy), variant, work, rates, num_passes, show)
         except MoELightningError as error:  # it stops no other
             show(f"{variant.name}: {error}")

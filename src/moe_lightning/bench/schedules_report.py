@@ -31,7 +31,7 @@ def to_text(rows: Sequence[Row]) -> str:
     """A table for people."""
     lines = [
         f"{'':12} {'tokens/s':>9} {'ratio':>6} {'predicted':>9} {'ratio':>6} {'pass s':>7} {'predicted':>9} "
-        f"{'seqs':>5}  lanes busy"
+        f"{'seqs':>5} experts  lanes busy"
     ]
     for row, values in zip(rows, to_json(rows), strict=True):
         use = row.lanes.use if row.lanes else {}
@@ -39,6 +39,6 @@ def to_text(rows: Sequence[Row]) -> str:
         lines.append(
             f"{row.variant.name:12} {row.tokens_per_s:9.1f} {values['ratio']:6.2f} "
             f"{row.predicted_tokens_per_s:9.1f} {values['predicted_ratio']:6.2f} {row.pass_s:7.3f} "
-            f"{row.predicted_pass_s:9.3f} {row.num_seqs:5}  {busy}"
+            f"{row.predicted_pass_s:9.3f} {row.num_seqs:5} {'packed' if row.policy.packed else 'plain':7}  {busy}"
         )
     return "\n".join([*lines, "", *(f"{row.variant.name}: {row.variant.what}" for row in rows)])

@@ -30,6 +30,7 @@ class Variant:
         is_paper: micro-batches, residency and batch of the paper's planner; else ours.
         is_grouped: one sweep over a layer's experts for all micro-batches; else one for each.
         in_batches: nobody is admitted before all have ended.
+        packs: experts are packed if our planner packs them; else they are as they are.
     """
 
     name: str
@@ -38,25 +39,32 @@ class Variant:
     is_paper: bool = True
     is_grouped: bool = False
     in_batches: bool = True
+    packs: bool = False
 
 
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
         Variant("paper", "CGOPipe as in the paper, batch after batch", "cgopipe"),
-        Variant("continuous", "the same with continuous admission", "cgopipe", in_batches=False),
-        Variant(
-            "grouped", "and one sweep over the experts a pass", "cgopipe", is_grouped=True, in_batches=False
-        ),
-        Variant(
-            "plan", "and our planner's policy", "cgopipe", is_paper=False, is_grouped=True, in_batches=False
-        ),
         Variant("whole_layer", "the paper's, but weights copied layer by layer", "whole_layer"),
         Variant("flexgen_cpu", "FlexGen with attention on the CPU", "flexgen_cpu"),
         Variant("flexgen", "FlexGen with attention on the GPU", "flexgen"),
         Variant("no_overlap", "one task after the other", "no_overlap"),
+        Variant("continuous", "the paper's with continuous admission", "cgopipe", in_batches=False),
+        Variant(
+            "grouped", "and one sweep over the experts a pass", "cgopipe", is_grouped=True, in_batches=False
+        ),
+        Variant(
+            "plain", "and our planner's policy, experts not packed", "cgopipe",
+            is_paper=False, is_grouped=True, in_batches=False,
+        ),
+        # The last one: host memory is brought in anew for pages of another size.
+        Variant(
+            "plan", "and packed experts", "cgopipe",
+            is_paper=False, is_grouped=True, in_batches=False, packs=True,
+        ),
     )
-}
+}  # fmt: skip
 
 
 def policy_of(variant: Variant, ours: Policy, problem: Problem, paper: PaperPlan) -> Policy:
@@ -64,7 +72,7 @@ def policy_of(variant: Variant, ours: Policy, problem: Problem, paper: PaperPlan
 
     Args:
         variant: which.
-        ours: our planner's.
+        ours: our planner's, which may pack experts or may not, as the variant says.
         problem: what it has to fit.
         paper: the plan of the paper's planner.
 
