@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import ceil
 
 from moe_lightning.models.spec import ModelSpec
@@ -55,9 +55,12 @@ class Passes:
         return max(shape.streamed_pages) + 5 * shape.num_micro_batches + 2 * shape.num_parts
 
     def steady(self, decode: int, prefill: int, depth: int = 8) -> tuple[float, dict[str, float]]:
-        """Seconds of a pass in the middle of many, and of each lane in it; simulated are `depth` layers at most."""
+        """Seconds of a pass in the middle of many, and of each lane in it; simulated are `depth` layers at most.
+
+        All of them where that is no more work.
+        """
         layers = self.spec.num_layers
-        long = min(depth, layers)
+        long = layers if depth + (depth - _SHORT) >= layers else depth
         end, lanes = self._simulated(decode, prefill, long)
         if long < layers:
             short = depth - _SHORT
@@ -109,8 +112,7 @@ class Passes:
         # As each simulated page stands for several, or layers have a page more or less than those left out.
         pages = self._streamed_of_layer * layers / max(sum(shape.streamed_pages), 1)
         if self.policy.schedule == "cgopipe":
-            tasks = cgopipe.launched(shape).tasks()
-            return until_tokens(tasks, _remembered(self.rates.seconds(work), work, pages))
+            return until_tokens(_launched(shape), _remembered(self.rates.seconds(work), work, pages))
         schedule = SCHEDULES[self.policy.schedule](shape)
         starts, ends = times(schedule, _remembered(self.rates.seconds(work), work, pages))
         last, lanes = 0.0, dict.fromkeys(Lane, 0.0)
@@ -138,6 +140,12 @@ class Passes:
         )  # fmt: skip
 
 
+@lru_cache(maxsize=32)
+def _launched(shape: PassShape) -> tuple[Task, ...]:
+    """A pass's tasks: those of a policy are asked for again at other rates."""
+    return cgopipe.launched(shape).tasks()
+
+
 def _with_fewer_pages(shape: PassShape, most: int) -> PassShape:
     """About the same pass, no layer of which streams more than so many pages, each standing for several."""
     several = max(shape.streamed_pages) / most
@@ -158,14 +166,15 @@ def _remembered(seconds: Callable[[Task], float], work: PassWork, pages: float) 
     sizes = list(zip(work.tokens, work.context_tokens, work.sampled_rows, strict=True))
     # Of like micro-batches, the first.
     firsts = {size: j for j, size in reversed(list(enumerate(sizes)))}
-    like = [firsts[size] for size in sizes]
+    like: dict[tuple[int, ...], Hashable] = {(j,): firsts[size] for j, size in enumerate(sizes)}
 
     def of(task: Task) -> float:
         members = task.micro_batches
-        key = task.kind, like[members[0]] if len(members) == 1 else members, task.part
-        if key not in known:
-            known[key] = seconds(task) * (pages if task.kind is TaskKind.LOAD_PAGE else 1.0)
-        return known[key]
+        key = task.kind, like.get(members, members), task.part
+        found = known.get(key)
+        if found is None:
+            found = known[key] = seconds(task) * (pages if task.kind is TaskKind.LOAD_PAGE else 1.0)
+        return found
 
     return of
 

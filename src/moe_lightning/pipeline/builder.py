@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import accumulate
 
 from moe_lightning.errors import ScheduleError
 from moe_lightning.pipeline import hazards
+from moe_lightning.pipeline.common import attention, buffer, load_page, own
 from moe_lightning.pipeline.task import Buffer, Lane, PassShape, Schedule, Task, TaskKind
 from moe_lightning.pipeline.task import BufferKind as B
-
-# Passes of other shapes have these in common; made anew they took a third of a schedule's time and half its memory.
-buffer = lru_cache(maxsize=2**16)(Buffer)
-
-
-@lru_cache(maxsize=2**16)
-def _load_page(layer: int, page: int, frame: int, next_pass: bool) -> Task:
-    into = (buffer(B.FRAME, frame),)
-    return Task(
-        TaskKind.LOAD_PAGE, Lane.H2D, layer, (), (), into, page=page, frame=frame, next_pass=next_pass
-    )
 
 
 class PassBuilder:
@@ -51,29 +40,25 @@ class PassBuilder:
 
     def embed(self, j: int) -> None:
         """Token ids of j to hidden states."""
-        self._add(TaskKind.EMBED, Lane.GPU, -1, (j,), writes=(buffer(B.HIDDEN, j),))
+        self._tasks.append(own(TaskKind.EMBED, Lane.GPU, -1, j))
 
     def pre_attention(self, layer: int, j: int) -> None:
         """Norm, QKV projection and RoPE; the first layer's comes with the embedding."""
         if layer == 0:
             self.embed(j)
-        hidden, qkv = buffer(B.HIDDEN, j), buffer(B.QKV, j)
-        self._add(TaskKind.PRE_ATTENTION, Lane.GPU, layer, (j,), (hidden,), (qkv,))
+        self._tasks.append(own(TaskKind.PRE_ATTENTION, Lane.GPU, layer, j))
 
     def offload_qkv(self, layer: int, j: int) -> None:
         """Queries, keys and values of a decode micro-batch to the host."""
-        qkv, host = buffer(B.QKV, j), buffer(B.HOST_QKV, j)
-        self._add(TaskKind.OFFLOAD_QKV, Lane.D2H, layer, (j,), (qkv,), (host,))
+        self._tasks.append(own(TaskKind.OFFLOAD_QKV, Lane.D2H, layer, j))
 
     def attention(self, layer: int, j: int) -> None:
         """Decode attention on the CPU, which also appends k and v to the cache."""
-        host, kv, out = buffer(B.HOST_QKV, j), self._kv(layer, j), buffer(B.HOST_OUT, j)
-        self._add(TaskKind.ATTENTION, Lane.CPU, layer, (j,), (host, kv), (kv, out))
+        self._tasks.append(attention(layer, j, self._kv(layer, j)))
 
     def load_hidden(self, layer: int, j: int, lane: Lane = Lane.H2D) -> None:
         """The attention output back to the GPU."""
-        host, out = buffer(B.HOST_OUT, j), buffer(B.ATTENTION_OUT, j)
-        self._add(TaskKind.LOAD_HIDDEN, lane, layer, (j,), (host,), (out,))
+        self._tasks.append(own(TaskKind.LOAD_HIDDEN, lane, layer, j))
 
     def prefill_attention(self, layer: int, j: int) -> None:
         """Causal attention of a chunk over itself and the chunks before it."""
@@ -95,8 +80,7 @@ class PassBuilder:
 
     def post_attention(self, layer: int, j: int) -> None:
         """Output projection, norm and router."""
-        out, hidden, experts_in = (buffer(kind, j) for kind in (B.ATTENTION_OUT, B.HIDDEN, B.EXPERTS_IN))
-        self._add(TaskKind.POST_ATTENTION, Lane.GPU, layer, (j,), (out, hidden), (hidden, experts_in))
+        self._tasks.append(own(TaskKind.POST_ATTENTION, Lane.GPU, layer, j))
 
     def experts(self, layer: int, group: int, part: int = 0) -> None:
         """One sweep over a part of a layer's experts for a group, once all its pages are launched."""
@@ -115,7 +99,7 @@ class PassBuilder:
 
     def sample(self, j: int) -> None:
         """Final norm, head and sampling."""
-        self._add(TaskKind.SAMPLE, Lane.GPU, -1, (j,), (buffer(B.HIDDEN, j),), (buffer(B.TOKENS, j),))
+        self._tasks.append(own(TaskKind.SAMPLE, Lane.GPU, -1, j))
 
     # Streamed pages.
 
@@ -132,7 +116,7 @@ class PassBuilder:
         stop = min(target, num_pages + self.shape.pages_ahead, self._num_swept + num_frames)
         for page in range(self._next_page, stop):
             layer, of_layer = self._pages[page % num_pages]
-            self._tasks.append(_load_page(layer, of_layer, page % num_frames, page >= num_pages))
+            self._tasks.append(load_page(layer, of_layer, page % num_frames, page >= num_pages))
         self._next_page = max(self._next_page, stop)
 
     def _count_swept(self) -> None:

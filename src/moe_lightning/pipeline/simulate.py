@@ -58,9 +58,10 @@ def until_tokens(tasks: Iterable[Task], seconds: Callable[[Task], float]) -> tup
     free, busy = dict.fromkeys(Lane, 0.0), dict.fromkeys(Lane, 0.0)
     written: dict[Buffer, float] = {}  # when the last writer has ended
     touched: dict[Buffer, float] = {}  # when it and all readers since have
-    last = 0.0
     for task in tasks:
-        lane, duration = task.lane, _duration(task, seconds)
+        lane, duration = task.lane, seconds(task)
+        if not 0 <= duration < math.inf:
+            raise _no_duration(task, duration)
         start = free[lane]
         for buffer in task.reads:
             if (since := written.get(buffer, 0.0)) > start:
@@ -75,13 +76,16 @@ def until_tokens(tasks: Iterable[Task], seconds: Callable[[Task], float]) -> tup
                 touched[buffer] = end
         for buffer in task.writes:
             written[buffer] = touched[buffer] = end
-        if lane is not Lane.H2D and end > last:
-            last = end
+    last = max(end for lane, end in free.items() if lane is not Lane.H2D)
     return last or max(free.values()), busy
 
 
 def _duration(task: Task, seconds: Callable[[Task], float]) -> float:
     duration = seconds(task)
     if not 0 <= duration < math.inf:
-        raise ScheduleError(f"{task} would take {duration} s; give a finite duration of 0 or more")
+        raise _no_duration(task, duration)
     return duration
+
+
+def _no_duration(task: Task, duration: float) -> ScheduleError:
+    return ScheduleError(f"{task} would take {duration} s; give a finite duration of 0 or more")
