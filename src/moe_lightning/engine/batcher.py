@@ -12,14 +12,13 @@ from moe_lightning.engine.forecast import AnswerLengths, Forecast
 from moe_lightning.engine.sequence import Sequence
 from moe_lightning.engine.waiting import Turns, Waiting
 from moe_lightning.memory.blocks import BlockAllocator, num_blocks_for
+from moe_lightning.perf.filling import CHEAP
 from moe_lightning.perf.memory import HEAD_ROWS
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step
 
 _UNLIMITED = 512
-# In a job whose prompts are no longer than so many times their answers, sequences are admitted while there is
-# memory: computing some anew costs less than memory that is left for them to grow into.
-_CHEAP, _MANY = 4, 256
+_MANY = 256
 _IN_ORDER = Turns()
 
 
@@ -279,7 +278,7 @@ class Batcher:
         """None in a job whose sequences may be put back: their prompts cost little beside what they generate."""
         if self._turns.together > 1:
             known = [*running, *self.waiting.next(_MANY)]
-            if sum(s.num_prompt_tokens for s in known) <= _CHEAP * share * sum(map(_allowed, known)):
+            if sum(s.num_prompt_tokens for s in known) <= CHEAP * share * sum(map(_allowed, known)):
                 return None
         remaining = [_remaining(s, share) for s in running]
         candidates = self.waiting.next(max(1, self._max_num_seqs - len(running)))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.passes import ALL_PAGES, Passes
+from moe_lightning.perf.filling import kinds_of_passes, most_prompts
+from moe_lightning.perf.passes import Passes
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.policy import Policy
 
-_LONG = 6  # layers simulated at least: a pass takes a constant and so much a layer
-_RAMP, _SHORT_RAMP = 4, 2  # layers of a pass that has prompts only
+_LONG, _SHORT = 6, 4  # layers simulated at least: a pass takes a constant and so much a layer
 _FEW_PAGES = 24  # of a layer: for an estimate, several are taken for one
-_MOST_TASKS = 8_000  # of a simulated pass, about: all layers beyond are alike
+_MOST_TASKS = 5_000  # of a simulated pass, about: all layers beyond are alike
 
 
 @dataclass(frozen=True)
@@ -58,23 +59,33 @@ def outlook(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload:
         ConfigError: the policy's pages are not the model's, or the machine has no rate for the dtype.
     """
     plan = _Whole(spec, dtype, policy, rates, workload)
-    deep = max(_LONG, _MOST_TASKS // plan.passes.tasks_of_layer(plan.num_seqs, plan.steady_prompts))
-    return plan.prediction(*plan.steady(deep), plan.passes.ramp(plan.ramp_prompts, _RAMP))
+    n, prompts = plan.num_seqs, plan.steady_prompts
+    deep = max(_LONG, _MOST_TASKS // plan.passes.tasks_of_layer(n, prompts))
+    pass_s, lane_s = plan.passes.steady(n, prompts, deep)
+    job_s = plan.job_s(partial(plan.simulated, depth=_LONG), pass_s)
+    return Prediction(
+        pass_s, lane_s, n, prompts, plan.num_tokens / (plan.num_passes * pass_s), plan.num_tokens / job_s,
+        job_s if workload.num_requests else None,
+    )  # fmt: skip
 
 
 def estimate(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload: Workload) -> float:
-    """Generated tokens/s of the whole job, about as `outlook` has them: quicker, from a few layers and pages."""
-    plan = _Whole(spec, dtype, policy, rates, workload, _FEW_PAGES)
-    ramp_s = plan.passes.ramp(plan.ramp_prompts, _SHORT_RAMP)
-    return plan.prediction(*plan.steady(_LONG), ramp_s).job_tokens_per_s
+    """Generated tokens/s of the whole job, about as `outlook` has them: quicker, from fewer layers.
+
+    Where nothing or next to nothing decodes, lanes seldom wait for each other.
+    """
+    plan = _Whole(spec, dtype, policy, rates, workload)
+
+    def seconds(decode: int, prompts: int) -> float:
+        return plan.simulated(decode, prompts, _SHORT) if decode > 1 else plan.busiest(decode, prompts)
+
+    return plan.num_tokens / plan.job_s(seconds)
 
 
 def at_best(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload: Workload) -> float:
     """Generated tokens/s of the whole job if the busiest lane never waited: what no schedule exceeds."""
     plan = _Whole(spec, dtype, policy, rates, workload)
-    lanes = plan.passes.lane_seconds(plan.num_seqs, plan.steady_prompts)
-    ramp = plan.passes.lane_seconds(0, plan.ramp_prompts)
-    return plan.prediction(max(lanes.values()), {}, max(ramp.values())).job_tokens_per_s
+    return plan.num_tokens / plan.job_s(plan.busiest)
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,6 @@ class _Whole:
     policy: Policy
     rates: Rates
     workload: Workload
-    most_pages: int = ALL_PAGES
 
     @cached_property
     def passes(self) -> Passes:
@@ -94,14 +104,7 @@ class _Whole:
         work = self.workload
         context, prompt = work.mean_context(), work.mean_prompt
         return Passes(
-            self.spec,
-            self.dtype,
-            self.policy,
-            self.rates,
-            context,
-            prompt,
-            self.most_pages,
-            work.token_prompt,
+            self.spec, self.dtype, self.policy, self.rates, context, prompt, token_prompt=work.token_prompt
         )
 
     @cached_property
@@ -115,26 +118,37 @@ class _Whole:
         steady = round(self.num_seqs * self.workload.mean_prompt / self.workload.gen_len)
         return min(steady, self.policy.prefill_tokens)
 
-    @cached_property
-    def ramp_prompts(self) -> int:
-        """Prompt tokens of a pass while memory fills."""
-        wanted = round(self.num_seqs * self.workload.mean_prompt)
-        return min(self.num_seqs + self.policy.prefill_tokens, wanted)
+    @property
+    def num_requests(self) -> int:
+        """Of the job; where they never end, twice those that fill memory."""
+        return self.workload.num_requests or 2 * self.num_seqs
 
-    def steady(self, depth: int) -> tuple[float, dict[str, float]]:
-        """Seconds of a pass while memory is full, and of each lane in it."""
-        return self.passes.steady(self.num_seqs, self.steady_prompts, depth)
+    @property
+    def num_tokens(self) -> int:
+        """Generated in the job."""
+        return self.num_requests * self.workload.gen_len
 
-    def prediction(self, pass_s: float, lane_s: dict[str, float], ramp_s: float) -> Prediction:
-        """From seconds of a steady pass and of one that has prompts only to those of a job."""
-        n, prefill, work = self.num_seqs, self.policy.prefill_tokens, self.workload
-        ramp = n * work.mean_prompt / (n + prefill)
-        requests = work.num_requests or 2 * n
-        # Passes that the answers need, or the prompts where those are what takes long.
-        passes = max(requests * work.gen_len / n, requests * work.mean_prompt / prefill)
-        job_s = ramp * max(ramp_s, pass_s / 2) + passes * pass_s
-        return Prediction(
-            pass_s, lane_s, n, self.steady_prompts, requests * work.gen_len / (passes * pass_s),
-            requests * work.gen_len / job_s,
-            job_s if work.num_requests else None,
-        )  # fmt: skip
+    @property
+    def num_passes(self) -> float:
+        """Steady ones that the answers need, or the prompts where those are what takes long."""
+        prompts = self.num_requests * self.workload.mean_prompt
+        return max(self.num_tokens / self.num_seqs, prompts / self.policy.prefill_tokens)
+
+    def simulated(self, decode: int, prompts: int, depth: int) -> float:
+        """Seconds of a pass with so many sequences and prompt tokens, from `depth` layers and few pages of each."""
+        return replace(self.passes, most_pages=_FEW_PAGES).steady(decode, prompts, depth)[0]
+
+    def busiest(self, decode: int, prompts: int) -> float:
+        """Seconds that the busiest lane of a pass works."""
+        return max(self.passes.lane_seconds(decode, prompts).values())
+
+    def job_s(self, seconds: Callable[[int, int], float], steady_s: float | None = None) -> float:
+        """Of the whole job: its passes are between the extremes, and are taken to be so in time as well."""
+        kinds, n = kinds_of_passes(self.policy, self.workload), self.num_seqs
+        most = most_prompts(self.policy, self.workload)
+        job_s = kinds.quiet * seconds(1, 0) + kinds.full * seconds(n, 0)
+        job_s += kinds.ramp * seconds(0, most) + kinds.crowded * seconds(n, max(1, most - n))
+        if kinds.steady:
+            share = self.num_passes * n / self.num_tokens  # more than 1 where prompts are what takes long
+            job_s += kinds.steady * share * (steady_s or seconds(n, self.steady_prompts))
+        return job_s

@@ -71,11 +71,6 @@ class Passes:
         between = _HOST_S + _HOST_SEQ_S * decode
         return max(lanes[Lane.H2D], end + between), {lane.value: lanes[lane] for lane in Lane}
 
-    def ramp(self, prefill: int, depth: int) -> float:
-        """Seconds of a pass that has prompts only; simulated are `depth` layers at most."""
-        layers = min(depth, self.spec.num_layers)
-        return self._simulated(0, prefill, layers)[0] * self.spec.num_layers / layers
-
     def lane_seconds(self, decode: int, prefill: int) -> dict[Lane, float]:
         """Seconds that each lane works in a pass, but for embedding and sampling."""
         shape, work = self._pass(decode, prefill, self.spec.num_layers)

@@ -1,0 +1,172 @@
+"""How full the passes of a job are, from its first to its last: the batcher's rules, over a sample of sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import ceil
+
+import numpy as np
+
+from moe_lightning.perf.workload import Workload, num_decoding
+from moe_lightning.policy import Policy
+
+# In a job whose prompts are no longer than so many times their answers, sequences are admitted while there is
+# memory: computing some anew costs less than memory that is left for them to grow into.
+CHEAP = 4
+_SAMPLE = 512  # sequences that stand for those that fill memory
+_STEPS = 64  # of an answer, at most: several of its tokens are taken for one
+_TIMES = 3  # what fills memory so many times is followed; in what comes after, sequences are of all ages
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """How many passes of each extreme kind take as long as those of a job.
+
+    Attributes:
+        quiet: one sequence decodes.
+        full: as many decode as fill memory.
+        ramp: prompts only, as many as a pass has room for.
+        crowded: both.
+        steady: memory is full of sequences of all ages.
+    """
+
+    quiet: float
+    full: float
+    ramp: float
+    crowded: float
+    steady: float
+
+
+def most_prompts(policy: Policy, workload: Workload) -> int:
+    """Tokens of prompts in a pass in which nothing decodes, at most."""
+    return min(policy.max_num_seqs + policy.prefill_tokens, ceil(policy.max_num_seqs * workload.mean_prompt))
+
+
+def kinds_of_passes(policy: Policy, workload: Workload) -> Kinds:
+    """Those of a job; without a number of requests, of one with twice those that fill memory."""
+    n = num_decoding(policy, workload)
+    times = (workload.num_requests or 2 * n) / n
+    scale = min(1.0, _SAMPLE / n)
+    sample = round(n * scale)
+    return _followed(
+        _Job(
+            workload.prompt_lens, workload.gen_len, round(min(times, _TIMES) * sample), sample,
+            round(policy.num_blocks * scale), policy.block_size, ceil(policy.max_num_seqs * scale),
+            round(policy.prefill_tokens * scale), round(most_prompts(policy, workload) * scale),
+            foresees=not policy.num_frames or workload.mean_prompt > CHEAP * workload.gen_len,
+        ),
+        max(0.0, times - _TIMES),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A sample of a job, and the limits of its passes; `foresees`: nobody is admitted who might be put back."""
+
+    prompt_lens: tuple[int, ...]
+    gen_len: int
+    num_requests: int
+    num_seqs: int
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    prefill_tokens: int
+    most_prompts: int
+    foresees: bool
+
+    @cached_property
+    def step(self) -> int:
+        """Passes that are taken for one."""
+        return ceil(self.gen_len / _STEPS)
+
+    def blocks(self, tokens: np.ndarray) -> np.ndarray:
+        """That sequences hold."""
+        return -(-tokens // self.block_size)
+
+    def sequences(self) -> np.ndarray:
+        """Tokens that each holds and has left to generate, in no order."""
+        lens, count = np.sort(self.prompt_lens), self.num_requests
+        some = lens[np.arange(count) * len(lens) // count]
+        prompts = np.random.default_rng(0).permutation(some)
+        return np.stack([prompts, np.full(count, self.gen_len)], axis=1)
+
+
+@lru_cache(maxsize=256)
+def _followed(job: _Job, times_more: float) -> Kinds:
+    queue = _Queue(job)
+    found = np.zeros((2, 2))  # few and many sequences, few and many prompts
+    while queue.has_work:
+        decode, prompts = queue.next()
+        many = min(decode / job.num_seqs, 1.0)
+        share = min(prompts / max(job.most_prompts - decode, 1), 1.0)
+        found += job.step * np.outer((1 - many, many), (1 - share, share))
+    (quiet, ramp), (full, crowded) = found.tolist()
+    return Kinds(quiet, full, ramp, crowded, times_more * job.gen_len)
+
+
+class _Queue:
+    """Sequences that wait and that run, as `engine.batcher` has them in a job."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self._new = job.sequences()
+        self._running, self._put_back = self._new[:0], self._new[:0]
+        self._ahead = 0  # tokens of prompts that were more than a pass has room for
+
+    @property
+    def has_work(self) -> bool:
+        """Some sequence is not finished."""
+        return bool(len(self._new) + len(self._running) + len(self._put_back))
+
+    def next(self) -> tuple[int, float]:
+        """Run passes, those of a step; the sequences that decoded in each, and tokens of prompts."""
+        step, prompts = self._job.step, 0
+        self._running = _most_left_first(self._running)
+        held = self._job.blocks(self._running[:, 0] + step - 1).cumsum()
+        longest = self._running[:1]  # runs in any case
+        num_kept = max(int(np.searchsorted(held, self._job.num_blocks, side="right")), len(longest))
+        going, self._running = self._running[num_kept:], self._running[:num_kept]
+        if len(going):
+            self._put_back = _most_left_first(np.concatenate([self._put_back, going]))
+        else:
+            prompts = self._admit(self._job.num_blocks - (int(held[-1]) if num_kept else 0))
+        self._running = self._running + np.array([step, -step])
+        self._running = self._running[self._running[:, 1] > 0]
+        return num_kept, prompts / step
+
+    def _admit(self, num_free: int) -> int:
+        job, num_running = self._job, len(self._running)
+        waiting = np.concatenate([self._new[: job.max_num_seqs], self._put_back])[: job.max_num_seqs]
+        before = waiting[:, 0].cumsum() - waiting[:, 0]
+        room = job.step * (job.max_num_seqs + job.prefill_tokens - num_running) - self._ahead
+        together = num_running + np.arange(len(waiting))
+        fits = (before < room) & (together < job.max_num_seqs)
+        fits &= job.blocks(waiting[:, 0]).cumsum() + job.blocks(together) <= num_free
+        if job.foresees:
+            fits &= self._demand(waiting) <= job.num_blocks
+        count = len(fits) if fits.all() else int(fits.argmin())
+        if not num_running:
+            count = max(count, 1)
+        admitted = waiting[:count]
+        of_new = min(count, len(self._new))
+        self._new, self._put_back = self._new[of_new:], self._put_back[count - of_new :]
+        self._running = np.concatenate([self._running, admitted])
+        prompts = int(admitted[:, 0].sum())
+        self._ahead = max(0, prompts - room)
+        return prompts
+
+    def _demand(self, waiting: np.ndarray) -> np.ndarray:
+        """Blocks at the worst time to come if the first so many are admitted."""
+        times = np.arange(0, self._job.gen_len, self._job.step)
+
+        def held(sequences: np.ndarray) -> np.ndarray:
+            tokens, left = sequences[:, :1], sequences[:, 1:]
+            return np.where(left > times, self._job.blocks(tokens + times), 0)
+
+        worst: np.ndarray = (held(self._running).sum(axis=0) + held(waiting).cumsum(axis=0)).max(axis=1)
+        return worst
+
+
+def _most_left_first(sequences: np.ndarray) -> np.ndarray:
+    return sequences[np.argsort(-sequences[:, 1], kind="stable")]

@@ -1,0 +1,97 @@
+"""How full the passes of a job are foreseen to be, beside the passes of the batcher itself."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from math import ceil
+
+import numpy as np
+import pytest
+
+from moe_lightning.bench.workloads import workload
+from moe_lightning.engine.batcher import Batcher
+from moe_lightning.engine.request import Request, SamplingParams
+from moe_lightning.engine.sequence import Sequence
+from moe_lightning.engine.stopping import Finish
+from moe_lightning.engine.waiting import Turns
+from moe_lightning.perf.filling import kinds_of_passes, most_prompts
+from moe_lightning.perf.sizing import ROOM
+from moe_lightning.perf.workload import Workload, num_decoding
+from moe_lightning.policy import Policy
+
+
+def policy_for(work, num_seqs, prefill, num_frames=1):
+    """KV memory for so many sequences, and room for `prefill` times the prompts of a steady pass."""
+    return Policy(
+        max_num_seqs=ceil(ROOM * num_seqs), micro_batch_size=64, group_size=2**16, look_ahead=8,
+        prefill_tokens=max(work.longest, ceil(prefill * num_seqs * work.mean_prompt / work.gen_len)),
+        chunk_tokens=2048, pages_per_expert=1, resident_pages=(0,), num_frames=num_frames,
+        num_blocks=ceil(num_seqs * work.mean_blocks(16)), block_size=16,
+    )  # fmt: skip
+
+
+def passes_of_batcher(policy, work, count):
+    """Sequences that decode and tokens of prompts, of each pass of a job of so many requests."""
+    batcher, passes = Batcher(policy, (), Turns.of_job(policy)), []
+    params = SamplingParams(max_tokens=work.gen_len, temperature=0, ignore_eos=True)
+    lens = np.random.default_rng(5).permutation(np.resize(work.prompt_lens, count))
+    for number, length in enumerate(lens):
+        request = Request(str(number), (1,) * int(length), params)
+        batcher.add(Sequence(request, 0, number, work.longest, None))
+    while batcher.has_work:
+        batch = batcher.next()
+        passes.append((sum(map(len, batch.decode)), sum(s.num_tokens for s in batch.admitted)))
+        for sequence in batcher.running:
+            sequence.output_ids.append(1)
+            if len(sequence.output_ids) == work.gen_len:
+                sequence.finish = Finish("length", None, "")
+        batcher.retire()
+    return passes
+
+
+@pytest.mark.parametrize(
+    ("work", "prefill", "num_frames"),
+    [
+        (workload("mtbench", 32), 4.0, 1),
+        (workload("mtbench", 32), 1.25, 1),
+        (workload("mtbench", 100), 3.0, 1),  # two tokens of an answer are taken for one
+        (workload("mtbench", 32), 2.0, 0),  # nothing streams, so nobody is admitted who may be put back
+        (Workload((150, 250, 400), 16), 2.0, 1),  # the same, as prompts are long
+        (Workload((20,), 1), 2.0, 1),
+    ],
+    ids=["full", "few prompts", "steps", "resident", "long prompts", "one token"],
+)
+def test_passes_of_a_job_are_about_those_of_the_batcher(work, prefill, num_frames):
+    policy = policy_for(work, 1000, prefill, num_frames)
+    n, most = num_decoding(policy, work), most_prompts(policy, work)
+    kinds = kinds_of_passes(policy, work)
+    decode, prompts = np.array(passes_of_batcher(policy, work, 2 * n)).T
+    assert sum(astuple(kinds)) == pytest.approx(len(decode), rel=0.03, abs=1)
+    many, share = np.minimum(decode / n, 1), np.minimum(prompts / np.maximum(most - decode, 1), 1)
+    near = {"rel": 0.1, "abs": 0.02 * len(decode) + 0.5}
+    assert kinds.quiet == pytest.approx(((1 - many) * (1 - share)).sum(), **near)
+    assert kinds.full == pytest.approx((many * (1 - share)).sum(), **near)
+    assert kinds.ramp == pytest.approx(((1 - many) * share).sum(), **near)
+    assert kinds.crowded == pytest.approx((many * share).sum(), **near)
+    assert kinds.steady == 0
+
+
+def test_a_sample_stands_for_a_job_of_any_size_and_what_comes_after_three_memories_is_steady():
+    small, large = (
+        kinds_of_passes(policy_for(work, num_seqs, 2.0), work)
+        for work, num_seqs in ((workload("mtbench", 64), 600), (workload("mtbench", 64), 60_000))
+    )
+    assert astuple(small) == pytest.approx(astuple(large), rel=0.05, abs=1)
+    work = workload("mtbench", 64)
+    policy = policy_for(work, 600, 2.0)
+    n = num_decoding(policy, work)
+    three, ten = (kinds_of_passes(policy, Workload(work.prompt_lens, 64, times * n)) for times in (3, 10))
+    assert three.steady == 0 and ten.steady == pytest.approx(7 * 64)
+    assert astuple(three)[:4] == astuple(ten)[:4]
+
+
+@pytest.mark.parametrize(("num_seqs", "num_requests"), [(1, 1), (1, 3), (2, 5)])
+def test_the_smallest_jobs_end(num_seqs, num_requests):
+    work = Workload((10, 300), 40, num_requests)
+    kinds = kinds_of_passes(policy_for(work, num_seqs, 2.0), work)
+    assert sum(astuple(kinds)) >= 40
