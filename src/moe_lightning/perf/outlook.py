@@ -13,7 +13,9 @@ from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.policy import Policy
 
-_LONG, _SHORT = 6, 4  # layers simulated at least: a pass takes a constant and so much a layer
+# Layers simulated at least, and for an estimate: a pass takes a constant and so much a layer.
+_LONG, _SHORT, _SHORTEST = 6, 4, 2
+_MANY_TASKS = 300  # of a layer: of these, fewer layers are enough
 _FEW_PAGES = 24  # of a layer: for an estimate, several are taken for one
 _MOST_TASKS = 5_000  # of a simulated pass, about: all layers beyond are alike
 
@@ -77,7 +79,10 @@ def estimate(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload
     plan = _Whole(spec, dtype, policy, rates, workload)
 
     def seconds(decode: int, prompts: int) -> float:
-        return plan.simulated(decode, prompts, _SHORT) if decode > 1 else plan.busiest(decode, prompts)
+        if decode <= 1:
+            return plan.busiest(decode, prompts)
+        has_many = plan.passes.tasks_of_layer(decode, prompts) > _MANY_TASKS
+        return plan.simulated(decode, prompts, _SHORTEST if has_many else _SHORT)
 
     return plan.num_tokens / plan.job_s(seconds)
 

@@ -63,7 +63,7 @@ class Passes:
         long = layers if depth + (depth - _SHORT) >= layers else depth
         end, lanes = self._simulated(decode, prefill, long)
         if long < layers:
-            short = depth - _SHORT
+            short = max(1, depth - _SHORT)
             end_of_short, lanes_of_short = self._simulated(decode, prefill, short)
             more = (layers - long) / (long - short)
             end += (end - end_of_short) * more
