@@ -13,7 +13,7 @@ from moe_lightning.pipeline.shape import experts_in
 
 pytest.importorskip("triton")
 from moe_lightning.kernels import expert_sort as sorting
-from moe_lightning.kernels import experts, experts_ahead, ops
+from moe_lightning.kernels import experts
 
 _SMALL = ExpertsConfig(16, 2, Tile(16, 16, 4, 2), Tile(32, 16, 4, 2))
 _LOADS = {
@@ -199,41 +199,3 @@ def test_the_chosen_configuration_gives_the_reference_on_this_gpu(tokens, case, 
         pytest.skip("needs a CUDA device")
     case = dataclasses.replace(case, tokens=tokens)
     _check(case, torch.device("cuda"), dtype, assert_close, config=None)
-
-
-@pytest.mark.parametrize("capability", [(0, 0), (7, 5), (8, 6), (9, 0)])
-@pytest.mark.parametrize(
-    "key", [(4096, 14336 // 7, 7, 8, 2), (2048, 768, 1, 128, 8), (80, 40, 1, 20, 3)], ids=str
-)
-def test_what_is_compiled_ahead_is_what_calls_of_any_size_choose(capability, key):
-    hidden, rows, pages, num_experts, top_k = key
-    shapes = [ExpertsShape(n, top_k, num_experts, hidden, rows, pages, 2, capability) for n in range(1, 2101)]
-    ahead = experts_ahead.configurations(shapes[-1])
-    assert {select(shape) for shape in shapes} == set(ahead) and len(ahead) <= 12
-
-
-def test_compiling_ahead_runs_each_configuration_and_leaves_frames_alone(device):
-    frames = torch.full((5, 3 * 24 * 48), float("nan"), device=device)
-    table = torch.tensor([4, 0, 1, 2], dtype=torch.int32, device=device)
-    assert experts_ahead.compile_experts(frames, table, 2, 48, 2, 100) >= 1
-    assert frames.isnan().all()
-
-
-@pytest.mark.gpu
-def test_after_compiling_ahead_no_call_compiles(monkeypatch):
-    """Shapes of Mixtral's, whose configurations were measured on Hopper; two of its pages an expert."""
-    device, hidden, rows = torch.device("cuda"), 4096, 7168
-    frames = torch.zeros((16, 3 * rows * hidden), dtype=torch.bfloat16, device=device)
-    table = torch.arange(16, dtype=torch.int32, device=device)
-    ops.compile_experts(frames, table, 2, hidden, 2, 2048)
-    compiled = []
-    knobs = pytest.importorskip("triton").knobs
-    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **found: compiled.append(found))
-    workspace = ops.experts_workspace(2048, 2, 8, hidden, 2 * rows, torch.bfloat16, device)
-    for count in (1, 2, 3, 15, 16, 33, 64, 100, 350, 512, 1000, 2048):
-        x = torch.zeros((count, hidden), dtype=torch.bfloat16, device=device)
-        ids = torch.zeros((count, 2), dtype=torch.int64, device=device)
-        weights = torch.zeros((count, 2), device=device)
-        for only in (None, range(3, 8)):
-            ops.experts_(x.clone(), x, ids, weights, frames, table, 2, workspace, only)
-    assert not compiled

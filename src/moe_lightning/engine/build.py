@@ -91,13 +91,13 @@ def make_executor(name: str, device: torch.device) -> Executor:
 
 def _compile(weights: Weights, policy: Policy) -> None:
     """Kernels that passes will need, while weights come in."""
-    spec, pages = weights.spec, weights.pages
-    unpacked = pages.unpacked
+    spec, pages, unpacked = weights.spec, weights.pages, weights.pages.unpacked
     rows, table = (unpacked.pages, unpacked.table) if unpacked else (pages.frames, pages.page_table[0])
-    num_tokens = policy.max_num_seqs + policy.prefill_tokens
-    ops.compile_experts(
-        rows, table, policy.pages_per_expert, spec.hidden_size, spec.experts.top_k, num_tokens
-    )
+    most = policy.max_num_seqs + policy.prefill_tokens
+    # Configurations change where tokens double, or nearly.
+    counts = sorted({1 << i for i in range(most.bit_length())} | {most})
+    sweeps = {policy.expert_parts: counts}
+    ops.compile_experts(rows, table, policy.pages_per_expert, spec.hidden_size, spec.experts.top_k, sweeps)
 
 
 def _fill(

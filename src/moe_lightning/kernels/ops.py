@@ -6,6 +6,7 @@ tensor comes, so that a machine without a GPU needs no Triton. Results go into b
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -112,9 +113,15 @@ def experts_workspace(
 
 
 def compile_experts(
-    frames: Tensor, page_table: Tensor, pages_per_expert: int, hidden_size: int, top_k: int, num_tokens: int
+    frames: Tensor,
+    page_table: Tensor,
+    pages_per_expert: int,
+    hidden_size: int,
+    top_k: int,
+    sweeps: Mapping[int, Iterable[int]],
+    num_threads: int = 1,
 ) -> None:
-    """Compile what `experts_` needs for calls of up to `num_tokens` tokens; nothing on a CPU.
+    """Compile what `experts_` needs; nothing on a CPU.
 
     Args:
         frames: as `experts_` is going to be given them; what they hold does not matter.
@@ -122,15 +129,18 @@ def compile_experts(
         pages_per_expert: slices of each expert.
         hidden_size: H.
         top_k: experts per token.
-        num_tokens: of the largest call.
+        sweeps: tokens of each, by the parts of a layer that sweeps are over.
+        num_threads: that compile at once.
     """
     if not frames.is_cuda:
         return
     from moe_lightning.kernels import experts_ahead
 
-    tokens = min(num_tokens, EXPERTS_AT_ONCE)
-    with torch.cuda.device(frames.device):  # a thread begins on the first GPU
-        experts_ahead.compile_experts(frames, page_table, pages_per_expert, hidden_size, top_k, tokens)
+    fitting = {n: [min(count, EXPERTS_AT_ONCE) for count in counts] for n, counts in sweeps.items()}
+    room = max(max(counts) for counts in fitting.values())
+    experts_ahead.compile_experts(
+        frames, page_table, pages_per_expert, hidden_size, top_k, fitting, room, num_threads
+    )
 
 
 def experts_(

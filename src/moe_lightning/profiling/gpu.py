@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -16,11 +15,9 @@ from moe_lightning.bench.timing import seconds_of
 from moe_lightning.hardware.curve import TimeCurve
 from moe_lightning.hardware.kernel_times import ExpertsProfile, ModelShape, PartTimes
 from moe_lightning.kernels import ops
-from moe_lightning.kernels.expert_config import ExpertsShape
 from moe_lightning.models.spec import AttentionSpec, RouterSpec
 from moe_lightning.pipeline.shape import experts_in
 from moe_lightning.profiling.effort import Effort
-from moe_lightning.profiling.expert_kernels import SmallCall, small_calls
 from moe_lightning.profiling.host import name_of
 from moe_lightning.profiling.load import Load
 from moe_lightning.profiling.queued import task_seconds
@@ -79,36 +76,13 @@ class ExpertsBench:
 
     def compile(self) -> None:
         """Compile all kernels of the sweeps, several at once: one by one takes most of a first profile."""
-        from moe_lightning.kernels.expert_sort import CHUNK
-
-        # A small kernel first: it brings what all share, such as the driver's own helpers.
-        ops.rms_norm(self._x[:1], self._x[0], 1e-5, out=torch.empty_like(self._x[:1]))
-        groups = small_calls(self._sweeps, self._expert_shape(), len(self._x), CHUNK)
-        with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1), initializer=_bind_context) as threads:
-            for done in [threads.submit(self._compile, calls) for calls in groups]:
-                done.result()
+        s = self._shape
+        ops.compile_experts(
+            self._frames, self._table, s.pages_per_expert, s.hidden_size, s.top_k, self._sweeps,
+            num_threads=min(_COMPILERS, os.cpu_count() or 1),
+        )  # fmt: skip
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-
-    def _compile(self, calls: Sequence[SmallCall]) -> None:
-        """Sweeps in workspaces of their own: threads launch theirs between each other's."""
-        from moe_lightning.kernels.experts import experts_
-
-        for call in calls:
-            workspace, routing = self._workspace_of(call.room), Routing.random(self._layer, call.num_tokens)
-            assert workspace is not None
-            experts_(
-                torch.zeros_like(self._x[: call.num_tokens]), self._x[: call.num_tokens], routing.topk_ids,
-                routing.topk_weights, self._frames, self._table, self._shape.pages_per_expert, workspace,
-                call.config, range(call.num_experts),
-            )  # fmt: skip
-
-    def _expert_shape(self) -> ExpertsShape:
-        s = self._shape
-        return ExpertsShape(
-            1, s.top_k, s.num_experts, s.hidden_size, s.intermediate_size // s.pages_per_expert,
-            s.pages_per_expert, self._dtype.itemsize, torch.cuda.get_device_capability(),
-        )  # fmt: skip
 
     def measure(self, load: Load | None) -> ExpertsProfile:
         """Seconds by tokens, of sweeps that begin when their pages are there, while the load goes on."""
@@ -163,8 +137,3 @@ class ExpertsBench:
         ) * self._dtype.itemsize
         tokens = sorted(self._effort.tokens)
         return tuple(count for count in tokens if count == tokens[0] or count * per_token < 0.9 * room)
-
-
-def _bind_context() -> None:
-    """Give a thread the GPU's context, which Triton's first launch expects to be there."""
-    torch.zeros(1, device="cuda")
