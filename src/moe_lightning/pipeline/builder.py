@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import accumulate
 
 from moe_lightning.errors import ScheduleError
-from moe_lightning.pipeline import hazards
-from moe_lightning.pipeline.common import attention, buffer, load_page, own
+from moe_lightning.pipeline import common, hazards
+from moe_lightning.pipeline.common import buffer, own
 from moe_lightning.pipeline.task import Buffer, Lane, PassShape, Schedule, Task, TaskKind
 from moe_lightning.pipeline.task import BufferKind as B
 
@@ -54,7 +54,7 @@ class PassBuilder:
 
     def attention(self, layer: int, j: int) -> None:
         """Decode attention on the CPU, which also appends k and v to the cache."""
-        self._tasks.append(attention(layer, j, self._kv(layer, j)))
+        self._tasks.append(common.attention(layer, j, self._kv(layer, j)))
 
     def load_hidden(self, layer: int, j: int, lane: Lane = Lane.H2D) -> None:
         """The attention output back to the GPU."""
@@ -62,12 +62,11 @@ class PassBuilder:
 
     def prefill_attention(self, layer: int, j: int) -> None:
         """Causal attention of a chunk over itself and the chunks before it."""
-        chunks = tuple(buffer(B.QKV, chunk) for chunk in range(j + 1))
-        self._add(TaskKind.PREFILL_ATTENTION, Lane.GPU, layer, (j,), chunks, (buffer(B.ATTENTION_OUT, j),))
+        self._tasks.append(common.prefill_attention(layer, j))
 
     def store_kv(self, layer: int, j: int) -> None:
         """Keys and values to the cache in host memory."""
-        self._add(TaskKind.STORE_KV, Lane.D2H, layer, (j,), (buffer(B.QKV, j),), (self._kv(layer, j),))
+        self._tasks.append(common.store_kv(layer, j, self._kv(layer, j)))
 
     def load_kv(self, layer: int, j: int, slot: int) -> None:
         """The cache of a decode micro-batch to a staging slot on the GPU."""
@@ -87,12 +86,11 @@ class PassBuilder:
         first, streamed = self.pages_before(layer), self.shape.streamed_in(layer, part)
         self.load_pages(first + streamed.stop)
         members = self.shape.groups[group]
-        hidden = tuple(buffer(B.HIDDEN, j) for j in members)
-        inputs = tuple(buffer(B.EXPERTS_IN, j) for j in members)
+        hidden, inputs = common.swept(members)
         if (layer, part) not in self._frames:
             n = self.shape.num_frames
             self._frames[layer, part] = tuple(buffer(B.FRAME, (first + page) % n) for page in streamed)
-        reads = hidden + inputs + self._frames[layer, part]
+        reads = inputs + self._frames[layer, part]
         self._add(TaskKind.EXPERTS, Lane.GPU, layer, members, reads, hidden, part)
         self._groups_done[layer][part].add(group)
         self._count_swept()
@@ -116,7 +114,7 @@ class PassBuilder:
         stop = min(target, num_pages + self.shape.pages_ahead, self._num_swept + num_frames)
         for page in range(self._next_page, stop):
             layer, of_layer = self._pages[page % num_pages]
-            self._tasks.append(load_page(layer, of_layer, page % num_frames, page >= num_pages))
+            self._tasks.append(common.load_page(layer, of_layer, page % num_frames, page >= num_pages))
         self._next_page = max(self._next_page, stop)
 
     def _count_swept(self) -> None:

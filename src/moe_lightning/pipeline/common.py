@@ -35,6 +35,27 @@ def attention(layer: int, j: int, kv: Buffer) -> Task:
 
 
 @lru_cache(maxsize=2**16)
+def prefill_attention(layer: int, j: int) -> Task:
+    """Causal attention of a chunk over itself and the chunks before it."""
+    chunks = tuple(buffer(B.QKV, chunk) for chunk in range(j + 1))
+    into = (buffer(B.ATTENTION_OUT, j),)
+    return Task(TaskKind.PREFILL_ATTENTION, Lane.GPU, layer, (j,), chunks, into)
+
+
+@lru_cache(maxsize=2**16)
+def store_kv(layer: int, j: int, kv: Buffer) -> Task:
+    """Keys and values of a chunk to its cache."""
+    return Task(TaskKind.STORE_KV, Lane.D2H, layer, (j,), (buffer(B.QKV, j),), (kv,))
+
+
+@lru_cache(maxsize=2**12)
+def swept(members: tuple[int, ...]) -> tuple[tuple[Buffer, ...], tuple[Buffer, ...]]:
+    """What sweeps over experts write of a group, and what they read of it."""
+    hidden = tuple(buffer(B.HIDDEN, j) for j in members)
+    return hidden, hidden + tuple(buffer(B.EXPERTS_IN, j) for j in members)
+
+
+@lru_cache(maxsize=2**16)
 def load_page(layer: int, page: int, frame: int, next_pass: bool) -> Task:
     """A page of a layer, of the next pass perhaps, to a place in the ring."""
     into = (buffer(B.FRAME, frame),)
