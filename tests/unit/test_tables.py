@@ -79,7 +79,7 @@ def driver(monkeypatch, tmp_path):
 
 def test_cells_are_measured_once_and_checked_in_the_first_repetition(driver, tmp_path):
     assert driver.run("--repeat=2", "--check=3") == 0
-    assert driver.measured == [(24, n, 3) for n in (32, 64, 128)] + [(24, n, 0) for n in (32, 64, 128)]
+    assert driver.measured == [(24, n, checked) for n in (32, 64, 128) for checked in (3, 0)]
     assert len(list(tmp_path.glob("cell_*.json"))) == 6
     next(tmp_path.glob("*gen64_job_1.json")).unlink()
     assert driver.run("--repeat=2") == 0
