@@ -16,6 +16,7 @@ from moe_lightning.kernels import (
     paged_attention,
     rope,
     router,
+    store_kv,
     unpack,
     varlen_attention,
 )
@@ -81,6 +82,7 @@ def small_kernels(shape: LayerShape, tokens: int, dtype: torch.dtype, arch: int)
     kv = empty(NUM_FRAMES, 2, a.num_kv_heads, BLOCK_SIZE, a.head_dim, dtype=dtype)
     host_rows.load_host_blocks(kv, empty(9, dtype=torch.int64), empty(9, *kv.shape[1:], dtype=dtype))
     q, k, v = qkv.view(len(qkv), -1, a.head_dim).split((a.num_heads, a.num_kv_heads, a.num_kv_heads), dim=1)
+    store_kv.store_kv(kv, k[:tokens], v[:tokens], empty(tokens, dtype=torch.int64))
     if arch >= 80:  # on Turing PyTorch attends
         blocks = empty(-(-tokens // 64), 4, dtype=torch.int32)
         varlen_attention.varlen_attention(q, k, v, blocks, 3, a.sliding_window, out)

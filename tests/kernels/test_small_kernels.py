@@ -11,7 +11,7 @@ from moe_lightning.memory.mapped import device_view
 from moe_lightning.models.spec import RopeSpec, RouterScoring, RouterSpec
 
 pytest.importorskip("triton")
-from moe_lightning.kernels import host_rows, norm, rope
+from moe_lightning.kernels import host_rows, norm, rope, store_kv
 from moe_lightning.kernels import router as router_kernel
 
 pytestmark = pytest.mark.filterwarnings(
@@ -122,3 +122,28 @@ def _route(logits, router, device, ids_dtype):
     weights = torch.full(shape, float("nan"), device=device)
     router_kernel.route(logits.to(device), router, ids, weights)
     return ids.cpu(), weights.cpu()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kv_heads", "head_dim"), [(0, 2, 16), (1, 1, 80), (37, 3, 24), (300, 8, 128)]
+)
+def test_keys_and_values_come_to_their_slots_and_nothing_else_is_written(
+    device, dtype, tokens, kv_heads, head_dim
+):
+    """Into host memory, from rows of a wider projection, to slots in any order."""
+    block = (2, kv_heads, 16, head_dim)
+    arena = HostArena((1, 40, *block), dtype)
+    arena.prepare(pin=device.type == "cuda")
+    blocks = arena.tensor[0]
+    expected = blocks.copy_(torch.randn(blocks.shape)).clone()
+    qkv = torch.randn(tokens, (2 + 2 * kv_heads) * head_dim).to(dtype)
+    slots = torch.randperm(40 * 16)[:tokens]
+    _, k, v = qkv.view(tokens, 2 + 2 * kv_heads, head_dim).split((2, kv_heads, kv_heads), dim=1)
+    reference.store_kv(expected, k, v, slots)
+    _, k, v = qkv.to(device).view(tokens, 2 + 2 * kv_heads, head_dim).split((2, kv_heads, kv_heads), dim=1)
+    store_kv.store_kv(
+        device_view(blocks, device) if device.type == "cuda" else blocks, k, v, slots.to(device)
+    )
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(blocks, expected)

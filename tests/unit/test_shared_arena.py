@@ -75,3 +75,17 @@ def test_what_no_engine_has_used_is_told_from_what_one_has():
     shared.pages((4, ROW), torch.float32)
     assert shared.filled_before(shared.blocks((6, ROW), torch.float32).tensor) == 3 * ROW
     assert shared.filled_before(shared.blocks((2, ROW), torch.float32).tensor) == 2 * ROW
+
+
+def test_where_a_packed_page_was_there_is_no_number():
+    shared = SharedArena(10 * ROW * 4)
+
+    def filled_of(pages, rows):
+        shared.pages((pages, ROW * 4), torch.uint8)
+        return shared.filled_before(shared.blocks((rows, ROW), torch.float32).tensor)
+
+    assert filled_of(4, 4) == 0
+    assert filled_of(6, 3) == 2 * ROW, "KV before, but for its last row"
+    assert filled_of(7, 2) == 2 * ROW
+    assert filled_of(5, 5) == 0, "two rows of pages come first"
+    assert filled_of(5, 5) == 5 * ROW

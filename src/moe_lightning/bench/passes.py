@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from moe_lightning.bench.workloads import prompts
 from moe_lightning.engine.engine import Engine
 from moe_lightning.engine.request import Request, RequestOutput, SamplingParams
+from moe_lightning.errors import DeviceError
 from moe_lightning.perf.workload import Workload
 from moe_lightning.verify.comparison import TOP
 
@@ -87,6 +88,9 @@ def run_passes(
         count: requests to add.
         num_passes: to run.
         show: told of each.
+
+    Raises:
+        DeviceError: the model's logits were not finite.
     """
     left, number = count if count is not None else 2**62, 0
     while num_passes is None or number < num_passes:
@@ -99,6 +103,7 @@ def run_passes(
         start = time.perf_counter()
         outputs = engine.step()
         seconds = time.perf_counter() - start
+        _check_finite(outputs)
         source.keep(outputs)
         record = PassRecord(
             seconds, engine.num_generated_tokens - generated, engine.num_running,
@@ -110,6 +115,16 @@ def run_passes(
             f"{record.prompt_tokens} prompt tokens, {engine.num_waiting} waiting"
         )
         yield record
+
+
+def _check_finite(outputs: list[RequestOutput]) -> None:
+    """Sequences that end early would make a pass of few of them look like one of many."""
+    failed = [o.request_id for o in outputs if any(answer.finish_reason == "error" for answer in o.outputs)]
+    if failed:
+        raise DeviceError(
+            f"{len(failed)} sequences ended because their logits were not finite, {failed[0]!r} first: their "
+            "weights or their KV are damaged, and nothing was measured"
+        )
 
 
 def begin_midway(

@@ -74,6 +74,16 @@ def load_host_blocks(host: Tensor, blocks: Tensor, out: Tensor) -> None:
     host_rows.load_host_blocks(host, blocks, out)
 
 
+def store_kv(kv: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """Write k and v [T, num_kv_heads, D] into a layer's blocks, as k's device sees them; see `reference`."""
+    if not k.is_cuda:
+        reference.store_kv(kv, k, v, slots)
+        return
+    from moe_lightning.kernels import store_kv as kernel
+
+    kernel.store_kv(kv, k, v, slots)
+
+
 def unpack_pages(packed: Tensor, table: Tensor, first: int, count: int, out: Tensor, num_values: int) -> None:
     """Pages first .. first + count - 1 of a layer, packed by `packing.pack`; page p into row p % rows of `out`.
 

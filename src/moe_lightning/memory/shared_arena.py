@@ -32,7 +32,7 @@ class SharedArena:
         self._arena: HostArena | None = None
         self._is_in = False
         self._num_pages, self._num_filled = 0, 0
-        self._num_used = 0  # bytes that have held weights or KV
+        self._numbers = 0, 0  # bytes from and to which there are numbers, of weights or KV
 
     @property
     def arena(self) -> HostArena:
@@ -51,7 +51,7 @@ class SharedArena:
             self._arena = None  # before there is another
             num_rows = max(1, math.ceil(self._num_bytes / (math.prod(row) * dtype.itemsize)))
             self._arena = HostArena((num_rows, *row), dtype)
-            self._is_in, self._num_filled, self._num_used = False, 0, 0
+            self._is_in, self._num_filled, self._numbers = False, 0, (0, 0)
         self._check(shape[0] * self._row_bytes)
         self._num_pages = shape[0]
         self._num_filled = min(self._num_filled, self._num_pages)  # what follows will hold KV
@@ -87,11 +87,18 @@ class SharedArena:
         self._num_filled = last if on_rows is not None else 0
 
     def filled_before(self, blocks: Tensor) -> int:
-        """Elements at the beginning of an engine's KV that hold numbers already; from now on, all of them do."""
+        """Elements at the beginning of an engine's KV that hold numbers already; from now on, all of them do.
+
+        Where pages are bytes, what was a page is none: as KV it may be anything, NaN too.
+        """
         start = blocks.data_ptr() - self.arena.tensor.data_ptr()
-        known = (self._num_used - start) // blocks.itemsize
-        self._num_used = max(self._num_used, start + blocks.nbytes)
-        return min(max(known, 0), blocks.numel())
+        begin, end = self._numbers
+        end = end if begin <= start else start
+        self._numbers = (
+            start if self.arena.tensor.dtype is torch.uint8 else 0,
+            max(end, start + blocks.nbytes),
+        )
+        return min(max((end - start) // blocks.itemsize, 0), blocks.numel())
 
     @property
     def _row_bytes(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lightning.kernels import reference
+from moe_lightning.kernels import ops
 from moe_lightning.units import GIB
 
 CHUNK_TOKENS = 2048  # of prompts that a pass computes together
@@ -47,4 +47,4 @@ class KvStore:
     def store(self, turn: int) -> None:
         """Launch one chunk's store, as `TaskRunner` does."""
         layer = self.layers[turn % len(self.layers)]
-        reference.store_kv(layer, self._k, self._v, self.slots[turn % len(self.slots)])
+        ops.store_kv(layer, self._k, self._v, self.slots[turn % len(self.slots)])

@@ -118,7 +118,7 @@ class TaskRunner:
         if k.is_cuda and not self._kv.arena.is_pinned:  # then kernels cannot reach it, and the launcher waits
             reference.store_kv(self._kv.layer(task.layer), k.cpu(), v.cpu(), batch.slots.cpu())
             return
-        reference.store_kv(self._kv.layer_on(k.device, task.layer), k, v, batch.slots)
+        ops.store_kv(self._kv.layer_on(k.device, task.layer), k, v, batch.slots)
 
     def _load_kv(self, task: Task) -> None:
         batch, slot = self._batch(task), task.writes[0].index
@@ -134,7 +134,7 @@ class TaskRunner:
             rows = piece.rows
             if rows.start:
                 stage(self._kv, task.layer, piece, kv)
-            reference.store_kv(kv, k[rows], v[rows], piece.slots)
+            ops.store_kv(kv, k[rows], v[rows], piece.slots)
             ops.decode_attention(q[rows], kv, piece.tables, piece.context_lens, window, out[rows])
 
     def _post_attention(self, task: Task) -> None:
