@@ -73,6 +73,7 @@ class Gpu:
 
     def __init__(self, times=()):
         self.times, self.stream = iter(times), "default"
+        self.are_late = cycle([False])  # launchers, for as long as another stream holds their tasks
 
     @contextmanager
     def inside(self, stream):
@@ -272,6 +273,7 @@ def seen(gpu, monkeypatch):
     def recorded():
         event = Event(next(gpu.times) if seen and seen[-1][0] not in ("sleep", "wait") else 0)
         event.stream = gpu.stream
+        event.is_done = gpu.stream != "aside" or next(gpu.are_late)
         return event
 
     monkeypatch.setattr(torch.cuda, "current_stream", Current)
@@ -291,6 +293,25 @@ def test_a_task_waits_for_another_stream_beside_the_load_and_its_median_counts(
     others = [one for name in "abaccc" for one in (*held, (name, "default", True))]
     assert seen == first + others, "all are compiled before the load begins, and it begins once"
     assert beside.num_runs == 1
+
+
+def test_a_task_that_was_launched_late_does_not_count_and_is_held_longer_next_time(
+    gpu, seen, monkeypatch
+) -> None:
+    gpu.times, gpu.are_late, holds = iter([9, 1, 8, 2]), iter([True, False, True, False]), []
+    monkeypatch.setattr(
+        torch.cuda, "_sleep", lambda cycles: [holds.append(cycles), seen.append(("sleep", ""))]
+    )
+    work = lambda: seen.append(("work", gpu.stream))  # noqa: E731
+    assert queued.task_seconds([[work]], None, turns=2) == [1.5]
+    assert [cycles / holds[0] for cycles in holds] == [1, 2, 2, 4]
+
+
+def test_where_all_were_launched_late_they_count_and_there_is_an_end(gpu, seen) -> None:
+    gpu.times, gpu.are_late = iter([5, 1, 5, 9, 5, 5]), cycle([True])
+    work = lambda: seen.append(("work", gpu.stream))  # noqa: E731
+    assert queued.task_seconds([[work]], None, turns=2) == [5.0]
+    assert next(gpu.times, None) is None
 
 
 def test_sweeps_and_tasks_are_allocated_before_their_load_begins(gpu, seen, monkeypatch) -> None:
