@@ -19,17 +19,18 @@ def points_of(results: Iterable[Values]) -> list[Values]:
 def accuracy(results: Iterable[Values]) -> str:
     """A row for each plan: tokens/s and seconds of each lane, measured and how far that is from predicted."""
     rows = [
-        "| model | GPU memory | answers | predicted tokens/s | measured | off | H2D s | GPU s | CPU s | D2H s |",
-        "| --- " * 10 + "|",
+        "| model | GPU memory | answers | commit | predicted tokens/s | measured | off "
+        "| H2D s | GPU s | CPU s | D2H s |",
+        "| --- " * 11 + "|",
     ]
     for values in points_of(results):
         if values["point"] != "plan":
             continue
-        found = values["measured"][0]
+        found, commit = values["measured"][0], values.get("commit", "")[:7]
         lanes = " | ".join(_lane(found["lanes"], name) for name in ("h2d", "gpu", "cpu", "d2h"))
         rows.append(
             f"| {values['name']} | {values['gpu_memory'] / 2**30:g} GiB | {values['workload']['gen_len']} "
-            f"| {found['predicted_tokens_per_s']:,.0f} | {found['tokens_per_s']:,.0f} "
+            f"| {commit} | {found['predicted_tokens_per_s']:,.0f} | {found['tokens_per_s']:,.0f} "
             f"| {_off(found['tokens_per_s'], found['predicted_tokens_per_s'], RATE_TOLERANCE)} | {lanes} |"
         )
     return "\n".join(rows)
@@ -93,11 +94,14 @@ def _wrong(found: Values) -> Iterator[str]:
 
 
 def _cells(results: Iterable[Values]) -> Iterator[tuple[str, float, list[Values]]]:
-    """Name, rate of the plan (the mean where it was measured twice), and all points of a cell with neighbours."""
-    cells: dict[str, list[Values]] = {}
+    """Name, rate of the plan (the mean where it was measured twice), and all points of a cell with neighbours.
+
+    Those of one commit: others were measured on other machines.
+    """
+    cells: dict[tuple[str, str], list[Values]] = {}
     for values in points_of(results):
-        cells.setdefault(_title(values), []).append(values)
-    for name, of in cells.items():
+        cells.setdefault((_title(values), values.get("commit", "")), []).append(values)
+    for (name, _), of in cells.items():
         plans = [_rate(values) for values in of if values["point"] in _PLAN]
         if plans and len(of) > len(plans):
             yield name, sum(plans) / len(plans), sorted(of, key=_rate, reverse=True)

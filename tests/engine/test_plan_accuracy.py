@@ -139,12 +139,20 @@ class TestTables:
             "mixtral, 24 GiB, 128: as predicted",
             "mixtral, 24 GiB, 128: 1 neighbour, the fastest is ring 1, +2.0% to the plan",
         ]
-        assert "| mixtral | 24 GiB | 128 | 105 | 100 | -4.8% | 1.000 (+0.0%) |  | 0.900 |  |" in accuracy(
+        assert "| mixtral | 24 GiB | 128 |  | 105 | 100 | -4.8% | 1.000 (+0.0%) |  | 0.900 |  |" in accuracy(
             results
         )
         assert (
             beside(results).splitlines()[2].startswith("| mixtral, 24 GiB, 128 | ring 1 | 3,000 | 104 | 103")
         )
+
+    def test_a_plan_is_compared_with_neighbours_of_its_own_commit_alone(self):
+        others = [point(name, rate, 100) | {"commit": "b"} for name, rate in (("plan", 90), ("ring 1", 89))]
+        results = [point("plan", 100, 100) | {"commit": "a0b1c2d3e4"}, *others]
+        lines, _ = verdicts(results, 0.05)
+        assert lines[-1].endswith("1 neighbour, the fastest is plan, +0.0% to the plan")
+        assert len(beside(results).splitlines()) == 2 + 2
+        assert "| 128 | a0b1c2d |" in accuracy(results)
 
     @pytest.mark.parametrize(
         ("results", "what"),
