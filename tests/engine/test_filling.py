@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from math import ceil
 
 import numpy as np
@@ -95,3 +95,16 @@ def test_the_smallest_jobs_end(num_seqs, num_requests):
     work = Workload((10, 300), 40, num_requests)
     kinds = kinds_of_passes(policy_for(work, num_seqs, 2.0), work)
     assert sum(astuple(kinds)) >= 40
+
+
+@pytest.mark.parametrize("num_requests", [1, 32])
+def test_a_job_far_smaller_than_what_a_policy_has_room_for_is_no_job_of_nothing(num_requests):
+    kinds = kinds_of_passes(policy_for(workload("mtbench", 32), 2314, 2.0), Workload((77,), 32, num_requests))
+    assert sum(astuple(kinds)) >= 32
+
+
+def test_a_prompt_longer_than_a_pass_has_room_for_is_admitted_all_the_same():
+    """As after a plan was made smaller; the batcher takes one in each pass."""
+    work = Workload((5000,), 4, 30)
+    policy = replace(policy_for(work, 10, 2.0), prefill_tokens=1000)
+    assert sum(astuple(kinds_of_passes(policy, work))) < 2 * len(passes_of_batcher(policy, work, 30))

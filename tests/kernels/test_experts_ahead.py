@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from moe_lightning.kernels.expert_config import ExpertsShape, select
 from moe_lightning.pipeline.shape import experts_in
 
 pytest.importorskip("triton")
+from moe_lightning.kernels import experts_ahead
 from moe_lightning.kernels.expert_sort import CHUNK
 from moe_lightning.kernels.experts_ahead import compile_experts, small_calls
 
@@ -53,11 +55,19 @@ def test_threads_have_configurations_of_their_own(shape):
     assert len(set.union(*configs)) == len(groups)
 
 
-def test_kernels_are_run_whatever_frames_hold(device):
+def test_kernels_are_run_whatever_frames_hold_and_until_that_is_stopped(device, monkeypatch):
     frames = torch.full((5, 3 * 24 * 48), float("nan"), device=device)
     table = torch.tensor([4, 0, 1, 2], dtype=torch.int32, device=device)
-    compile_experts(frames, table, 2, 48, 2, {1: (1, 100), 2: (7,)}, room=100, num_threads=2)
-    assert frames.isnan().all()
+    calls, real = [], experts_ahead.experts_
+    monkeypatch.setattr(experts_ahead, "experts_", lambda *call: [calls.append(call), real(*call)])
+    stopped = threading.Event()
+    sweeps = {1: (1, 100), 2: (7,)}
+    compile_experts(frames, table, 2, 48, 2, sweeps, room=100, num_threads=2, stopped=stopped)
+    assert frames.isnan().all() and calls
+    stopped.set()
+    calls.clear()
+    compile_experts(frames, table, 2, 48, 2, sweeps, room=100, num_threads=2, stopped=stopped)
+    assert not calls
 
 
 @pytest.mark.gpu
@@ -67,7 +77,7 @@ def test_after_that_no_call_compiles(parts, monkeypatch):
     device, hidden, rows = torch.device("cuda"), 4096, 7168
     frames = torch.zeros((16, 3 * rows * hidden), dtype=torch.bfloat16, device=device)
     table = torch.arange(16, dtype=torch.int32, device=device)
-    ops.compile_experts(frames, table, 2, hidden, 2, {parts: [1 << i for i in range(12)]})
+    ops.compile_experts(frames, table, 2, hidden, 2, {parts: range(1, 2049)})
     compiled = []
     knobs = pytest.importorskip("triton").knobs
 

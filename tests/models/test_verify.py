@@ -10,6 +10,7 @@ import torch
 from checkpoints import load, prompts_of, random_model, rewrite, write_checkpoint, write_tokenizer
 from moe_lightning import SamplingParams
 from moe_lightning.cli.main import main
+from moe_lightning.engine.request import CompletionOutput, Logprob
 from moe_lightning.models import registry
 from moe_lightning.verify import (
     PlainModel,
@@ -20,7 +21,7 @@ from moe_lightning.verify import (
     from_memory,
     verify,
 )
-from moe_lightning.verify.comparison import TOP
+from moe_lightning.verify.comparison import TOP, _compare
 
 PROMPTS = prompts_of((5, 14, 25, 9))
 NORM, LAYERS = "model.norm.weight", "model.layers.1."
@@ -111,7 +112,8 @@ def test_what_cannot_be_compared_is_not_equal():
 
 
 @pytest.mark.parametrize(
-    ("num_wrong", "of_plain", "is_equal"), [(10, 0, True), (11, 0, False), (16, 8, True), (17, 8, False)]
+    ("num_wrong", "of_plain", "is_equal"),
+    [(10, 0, True), (11, 0, False), (16, 8, True), (17, 8, False), (25, 50, True), (26, 50, False)],
 )
 def test_the_engine_may_have_twice_the_wrong_tokens_that_plain_pytorch_has(num_wrong, of_plain, is_equal):
     half, quarter = (
@@ -126,7 +128,6 @@ def test_float32_allows_no_wrong_token_whatever_plain_pytorch_has():
 
 
 def test_plain_pytorch_in_half_precision_turns_near_ties_too(tmp_path):
-    """And in float32 there is nothing that it could have rounded."""
     random_model("mixtral", 1).to(torch.bfloat16).save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
     llm = load(tmp_path)
@@ -156,3 +157,14 @@ class TestCommand:
         assert main(["verify", str(damaged), *self.FLAGS]) == 1
         verdict = capsys.readouterr().out.splitlines()[-1]
         assert verdict.startswith("NOT EQUAL: NaN or infinity") and "download it again" in verdict
+
+
+def test_where_half_precision_overflows_plain_pytorch_excuses_no_wrong_token():
+    wanted = torch.zeros(2, 8).log_softmax(-1) + torch.tensor([5.0] + [0.0] * 7)
+    said = {7: Logprob(float(wanted[0, 7]), 1)}
+    answer = CompletionOutput(0, "", (7, 7), "length", logprobs=[said, said])
+    damaged = wanted.clone()
+    damaged[:, 3] = float("nan")
+    found = _compare(answer, wanted, damaged, 0.05)
+    assert (found.num_wrong, found.num_rounded_wrong) == (2, 0)
+    assert _compare(answer, wanted, wanted.flip(1), 0.05).num_rounded_wrong == 2

@@ -89,3 +89,5 @@ def test_where_a_packed_page_was_there_is_no_number():
     assert filled_of(7, 2) == 2 * ROW
     assert filled_of(5, 5) == 0, "two rows of pages come first"
     assert filled_of(5, 5) == 5 * ROW
+    shared.pages((8, ROW * 4), torch.uint8)  # of an engine whose KV nobody fills
+    assert filled_of(5, 5) == 0

@@ -69,10 +69,7 @@ def build_worker(
         sweep = pages_of_largest_part(policy, spec.experts.num_experts)
         weights = allocate(spec, layout, placement, dtype, device, pages, sweep)
         kv = KVCache(spec.num_layers, spec.attention, policy.num_blocks, policy.block_size, dtype, blocks)
-        with ThreadPoolExecutor(1, thread_name_prefix="compile") as background:
-            compiled = background.submit(_compile, weights, policy)
-            _fill(weights, kv, tensors, seed, progress)
-            compiled.result()
+        _fill_and_compile(weights, kv, policy, tensors, seed, progress)
         return Worker(weights, policy, kv, lanes, device)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
@@ -89,15 +86,35 @@ def make_executor(name: str, device: torch.device) -> Executor:
     return ThreadedExecutor() if name == "threads" else SerialExecutor()
 
 
-def _compile(weights: Weights, policy: Policy) -> None:
-    """Kernels that passes will need, while weights come in."""
+def _fill_and_compile(
+    weights: Weights,
+    kv: KVCache,
+    policy: Policy,
+    tensors: checkpoint.Tensors | None,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Weights come in, and the kernels that passes will need are compiled meanwhile."""
+    stopped = threading.Event()
+    with ThreadPoolExecutor(1, thread_name_prefix="compile") as background:
+        compiled = background.submit(_compile, weights, policy, stopped)
+        try:
+            _fill(weights, kv, tensors, seed, progress)
+        except BaseException:
+            stopped.set()  # nobody waits for kernels after that
+            raise
+        compiled.result()
+    if weights.embed.is_cuda:  # weights came, and kernels ran, on other streams than passes run on
+        torch.cuda.synchronize()
+
+
+def _compile(weights: Weights, policy: Policy, stopped: threading.Event) -> None:
     spec, pages, unpacked = weights.spec, weights.pages, weights.pages.unpacked
     rows, table = (unpacked.pages, unpacked.table) if unpacked else (pages.frames, pages.page_table[0])
-    most = policy.max_num_seqs + policy.prefill_tokens
-    # Configurations change where tokens double, or nearly.
-    counts = sorted({1 << i for i in range(most.bit_length())} | {most})
-    sweeps = {policy.expert_parts: counts}
-    ops.compile_experts(rows, table, policy.pages_per_expert, spec.hidden_size, spec.experts.top_k, sweeps)
+    sweeps = {policy.expert_parts: range(1, policy.max_num_seqs + policy.prefill_tokens + 1)}
+    ops.compile_experts(
+        rows, table, policy.pages_per_expert, spec.hidden_size, spec.experts.top_k, sweeps, stopped=stopped
+    )
 
 
 def _fill(
@@ -123,8 +140,6 @@ def _fill(
             checkpoint.load(tensors, weights, progress=progress)
         for future in ready:
             future.result()
-    if has_gpu:  # weights came on other streams than passes run on
-        torch.cuda.synchronize()
 
 
 def _with_progress(fill_rows: OnRows, weights: Weights, progress: Progress) -> OnRows:

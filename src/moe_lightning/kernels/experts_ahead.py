@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ def compile_experts(
     sweeps: Mapping[int, Iterable[int]],
     room: int,
     num_threads: int,
+    stopped: threading.Event,
 ) -> None:
     """Compile what sweeps will run.
 
@@ -56,6 +58,7 @@ def compile_experts(
         sweeps: tokens of each, by the parts of a layer that sweeps are over.
         room: tokens that their workspace holds.
         num_threads: that compile at once; each takes memory for a call of few tokens.
+        stopped: when set, no further call is run.
     """
     num_experts, rows = len(page_table) // pages_per_expert, frames.shape[1] // (3 * hidden_size)
     dtype, device = frames.dtype, frames.device
@@ -65,6 +68,8 @@ def compile_experts(
 
     def run(calls: Sequence[SmallCall]) -> None:
         for call in calls:
+            if stopped.is_set():
+                return
             x = torch.zeros((call.num_tokens, hidden_size), dtype=dtype, device=device)
             ids = torch.arange(call.num_tokens * top_k, device=device).view(-1, top_k) % num_experts
             weights = torch.zeros((call.num_tokens, top_k), device=device)

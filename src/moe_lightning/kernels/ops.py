@@ -6,6 +6,7 @@ tensor comes, so that a machine without a GPU needs no Triton. Results go into b
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -130,6 +131,7 @@ def compile_experts(
     top_k: int,
     sweeps: Mapping[int, Iterable[int]],
     num_threads: int = 1,
+    stopped: threading.Event | None = None,
 ) -> None:
     """Compile what `experts_` needs; nothing on a CPU.
 
@@ -141,16 +143,18 @@ def compile_experts(
         top_k: experts per token.
         sweeps: tokens of each, by the parts of a layer that sweeps are over.
         num_threads: that compile at once.
+        stopped: ends it early when set.
     """
     if not frames.is_cuda:
         return
     from moe_lightning.kernels import experts_ahead
 
-    fitting = {n: [min(count, EXPERTS_AT_ONCE) for count in counts] for n, counts in sweeps.items()}
+    fitting = {n: sorted({min(count, EXPERTS_AT_ONCE) for count in counts}) for n, counts in sweeps.items()}
     room = max(max(counts) for counts in fitting.values())
     experts_ahead.compile_experts(
-        frames, page_table, pages_per_expert, hidden_size, top_k, fitting, room, num_threads
-    )
+        frames, page_table, pages_per_expert, hidden_size, top_k, fitting, room, num_threads,
+        stopped or threading.Event(),
+    )  # fmt: skip
 
 
 def experts_(

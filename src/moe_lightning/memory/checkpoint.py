@@ -151,13 +151,12 @@ def load(tensors: Tensors, weights: Weights, num_readers: int = 4, progress: Pro
     # as reading a fifth of it.
     of_reader = threading.local()
 
-    def begin() -> None:
-        of_reader.buffer = torch.empty(max(sizes), dtype=torch.uint8)
-
     def fill(tensor: TensorSpec, stored: StoredTensor) -> int:
+        if not hasattr(of_reader, "buffer"):
+            of_reader.buffer = torch.empty(max(sizes), dtype=torch.uint8)
         return _fill(weights, tensor, stored, of_reader.buffer)
 
-    with ThreadPoolExecutor(num_readers, thread_name_prefix="load", initializer=begin) as readers:
+    with ThreadPoolExecutor(num_readers, thread_name_prefix="load") as readers:
         futures = [readers.submit(fill, tensor, stored) for tensor, stored in tensors]
         try:
             for future in as_completed(futures):

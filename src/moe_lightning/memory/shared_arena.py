@@ -55,6 +55,10 @@ class SharedArena:
         self._check(shape[0] * self._row_bytes)
         self._num_pages = shape[0]
         self._num_filled = min(self._num_filled, self._num_pages)  # what follows will hold KV
+        if dtype is torch.uint8:
+            # As KV, a packed page may be anything, NaN too.
+            begin, end = self._numbers
+            self._numbers = max(begin, shape[0] * self._row_bytes), end
         return ArenaPart(self.arena.tensor[: shape[0]], self, is_pages=True)
 
     def blocks(self, shape: tuple[int, ...], dtype: torch.dtype) -> ArenaPart:
@@ -87,17 +91,11 @@ class SharedArena:
         self._num_filled = last if on_rows is not None else 0
 
     def filled_before(self, blocks: Tensor) -> int:
-        """Elements at the beginning of an engine's KV that hold numbers already; from now on, all of them do.
-
-        Where pages are bytes, what was a page is none: as KV it may be anything, NaN too.
-        """
+        """Elements at the beginning of an engine's KV that hold numbers already; from now on, all of them do."""
         start = blocks.data_ptr() - self.arena.tensor.data_ptr()
         begin, end = self._numbers
         end = end if begin <= start else start
-        self._numbers = (
-            start if self.arena.tensor.dtype is torch.uint8 else 0,
-            max(end, start + blocks.nbytes),
-        )
+        self._numbers = min(begin, start), max(end, start + blocks.nbytes)
         return min(max((end - start) // blocks.itemsize, 0), blocks.numel())
 
     @property

@@ -51,7 +51,7 @@ def kinds_of_passes(policy: Policy, workload: Workload) -> Kinds:
     sample = round(n * scale)
     return _followed(
         _Job(
-            workload.prompt_lens, workload.gen_len, round(min(times, _TIMES) * sample), sample,
+            workload.prompt_lens, workload.gen_len, max(1, round(min(times, _TIMES) * sample)), sample,
             round(policy.num_blocks * scale), policy.block_size, ceil(policy.max_num_seqs * scale),
             round(policy.prefill_tokens * scale), round(most_prompts(policy, workload) * scale),
             foresees=not policy.num_frames or workload.mean_prompt > CHEAP * workload.gen_len,
@@ -139,7 +139,8 @@ class _Queue:
         job, num_running = self._job, len(self._running)
         waiting = np.concatenate([self._new[: job.max_num_seqs], self._put_back])[: job.max_num_seqs]
         before = waiting[:, 0].cumsum() - waiting[:, 0]
-        room = job.step * (job.max_num_seqs + job.prefill_tokens - num_running) - self._ahead
+        # One prompt is admitted in any pass that has memory for it, however long it is.
+        room = max(1, job.step * (job.max_num_seqs + job.prefill_tokens - num_running) - self._ahead)
         together = num_running + np.arange(len(waiting))
         fits = (before < room) & (together < job.max_num_seqs)
         fits &= job.blocks(waiting[:, 0]).cumsum() + job.blocks(together) <= num_free

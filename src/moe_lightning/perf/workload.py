@@ -41,12 +41,12 @@ class Workload:
         mean = round(sum(gen_lens) / max(len(gen_lens), 1))
         return cls(tuple(sorted(prompt_lens)), max(1, mean), len(prompt_lens))
 
-    @property
+    @cached_property
     def mean_prompt(self) -> float:
         """Tokens of a prompt on average."""
         return sum(self.prompt_lens) / len(self.prompt_lens)
 
-    @property
+    @cached_property
     def token_prompt(self) -> float:
         """Tokens of the prompt that a token of a prompt is in, on average."""
         return sum(n * n for n in self.prompt_lens) / sum(self.prompt_lens)

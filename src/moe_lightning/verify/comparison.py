@@ -9,7 +9,7 @@ off by whole units, in any implementation. How often that happens depends on the
 PyTorch in the same precision: both are compared with plain PyTorch in float32, and the engine's median difference
 may be twice that of the other. A median does not see few large differences, so tokens that float32 clearly
 disagrees with are counted too: the engine may have twice as many as plain PyTorch in the same precision would
-choose there, and a small share in any case. Swapped pages of two experts fail both.
+choose there, up to a quarter, and a small share in any case. Swapped pages of two experts fail both.
 
 What is not a finite number is never equal.
 """
@@ -35,6 +35,7 @@ from moe_lightning.verify.sources import Source, from_checkpoint
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.4}
 _ALLOWED_WRONG = 0.1  # share of tokens, in half precision: near ties of routers
 _ALLOWED_RATIO = 2.0  # of medians and of wrong tokens, in half precision
+_MOST_WRONG = 0.25  # share of tokens, whatever plain PyTorch has
 TOP = 20  # most likely tokens compared at each position
 
 
@@ -109,7 +110,8 @@ class Verification:
         if self.is_strict:
             return 0
         found = self.all
-        return int(max(_ALLOWED_WRONG * found.num_tokens, _ALLOWED_RATIO * found.num_rounded_wrong))
+        like_plain = min(_ALLOWED_RATIO * found.num_rounded_wrong, _MOST_WRONG * found.num_tokens)
+        return int(max(_ALLOWED_WRONG * found.num_tokens, like_plain))
 
     @property
     def is_equal(self) -> bool:
@@ -178,7 +180,8 @@ def _compare(
         differences += off[off.isfinite()].tolist()
         if same_precision is not None:
             rounded = same_precision[position]
-            rounded_wrong += _is_wrong(row, int(rounded.argmax()), tolerance)
+            if not rounded.isnan().any():  # what overflowed says nothing about what rounding does
+                rounded_wrong += _is_wrong(row, int(rounded.argmax()), tolerance)
             off = _differences(rounded[ids], row[ids])
             rounding += off[off.isfinite()].tolist()
     return PromptCheck(
