@@ -10,6 +10,7 @@
 namespace moe::attention {
 namespace {
 
+constexpr int64_t kLine = 64;
 constexpr int64_t kPiece = int64_t{1} << 20;  // bytes that a thread reads before it asks for more
 
 // Scores of a tile should leave room for keys and values in an L1 of 32 KiB.
@@ -39,6 +40,7 @@ Shape shape_of(const Call& call, int max_rows) {
   s.value_offset = int64_t{call.num_kv_heads} * s.block_size * s.head_dim;
   s.q_stride = call.q_stride;
   s.out_stride = call.out_stride;
+  s.has_aligned_out = reinterpret_cast<uintptr_t>(call.out) % kLine == 0 && call.out_stride * element_size(call.dtype) % kLine == 0;
   return s;
 }
 
@@ -104,7 +106,7 @@ void Attention::attend(Running& running, const Item& item, const Item& next, int
   work.span = span_of(call, item);
   if (next.begin < next.end) {
     work.next = span_of(call, next);
-    expect(call, next);
+    expect(call, shape, next);
   }
   work.queries = at(call.q, item.first_token * call.q_stride + first_head * call.head_dim, call.dtype);
   work.num_queries = item.num_queries;
@@ -112,8 +114,6 @@ void Attention::attend(Running& running, const Item& item, const Item& next, int
   work.query_scratch = workspace_.queries(thread);
   work.scores = workspace_.scores(thread);
   work.state = item.num_parts == 1 ? workspace_.own_state(thread) : workspace_.state(item.first_state + item.part);
-  kernels_.attend[static_cast<int>(call.dtype)](work);
-  if (item.num_parts > 1 && !plan_.is_last_part(item)) return;
 
   Merge merge{};
   merge.shape = &shape;
@@ -123,20 +123,24 @@ void Attention::attend(Running& running, const Item& item, const Item& next, int
   merge.num_queries = item.num_queries;
   merge.sinks = call.sinks == nullptr ? nullptr : call.sinks + first_head;
   merge.out = at(call.out, item.first_token * call.out_stride + first_head * call.head_dim, call.dtype);
-  kernels_.finish[static_cast<int>(call.dtype)](merge);
+  work.ending = item.num_parts == 1 ? &merge : nullptr;
+  kernels_.attend[static_cast<int>(call.dtype)](work);
+  if (item.num_parts > 1 && plan_.is_last_part(item)) kernels_.finish[static_cast<int>(call.dtype)](merge);
 }
 
 // Asks for the rows of an item that will soon be worked on. There are few of them, but each would be waited for, and
 // stores wait in line behind one that misses. (Slots of new tokens come with the blocks that hold them.)
-void Attention::expect(const Call& call, const Item& item) const {
-  const int64_t dims = call.head_dim, size = element_size(call.dtype), group = call.num_heads / call.num_kv_heads;
+void Attention::expect(const Call& call, const Shape& shape, const Item& item) const {
+  const int64_t dims = call.head_dim, size = element_size(call.dtype), group = shape.group;
   const auto ask = [size](const void* base, int64_t from, int64_t count) {
     const char* row = static_cast<const char*>(base) + from * size;
-    for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(row + i, 0, 2);
+    for (int64_t i = 0; i < count * size; i += kLine) __builtin_prefetch(row + i, 0, 2);
   };
+  const bool streams = call.dtype == DType::bf16 && item.num_parts == 1 &&
+                       kernels_.streams_out(shape, item.num_queries * shape.group);
   for (int64_t i = item.first_token; i < item.first_token + item.num_queries; ++i) {
     ask(call.q, i * call.q_stride + item.head * group * dims, group * dims);
-    ask(call.out, i * call.out_stride + item.head * group * dims, group * dims);
+    if (!streams) ask(call.out, i * call.out_stride + item.head * group * dims, group * dims);
   }
   for_new_rows(call, item, [&](int64_t token, int64_t, int64_t) {
     ask(call.k, token * call.k_stride + item.head * dims, dims);

@@ -50,7 +50,7 @@ class Attention {
 
   void serve(Running& running, int thread);
   void attend(Running& running, const Item& item, const Item& next, int thread);
-  void expect(const Call& call, const Item& item) const;
+  void expect(const Call& call, const Shape& shape, const Item& item) const;
   void append(const Call& call, const Item& item) const;
 
   std::mutex turn_;

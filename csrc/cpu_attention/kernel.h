@@ -34,6 +34,7 @@ struct Shape {
   int64_t value_offset;   // from a block's keys to its values
   int64_t q_stride;       // from one token's queries to the next's
   int64_t out_stride;
+  bool has_aligned_out;  // each row of the output begins with a cache line, if rows are whole lines
 };
 
 // Positions [begin, end) of one sequence in one KV head.
@@ -51,19 +52,6 @@ struct State {  // `max` and `sum` have room for whole vectors of rows
   float* acc;  // [rows, padded_head_dim], in the kernel's own order of dimensions
 };
 
-// One unit of work: the queries of one sequence and KV head against a span.
-struct Work {
-  const Shape* shape;
-  Span span;
-  Span next;  // what this thread reads after it, to be prefetched; an empty span if unknown
-  const void* queries;
-  int num_queries;
-  int64_t first_position;  // of the first query
-  float* query_scratch;    // [rows, kQueryCopies, padded_head_dim]
-  float* scores;           // [rows, tile + kScorePadding]
-  State state;             // out
-};
-
 // Turns the states of a sequence and KV head into its rows of the output.
 struct Merge {
   const Shape* shape;
@@ -75,11 +63,27 @@ struct Merge {
   void* out;
 };
 
+// One unit of work: the queries of one sequence and KV head against a span.
+struct Work {
+  const Shape* shape;
+  Span span;
+  Span next;  // what this thread reads after it, to be asked for; an empty span if unknown
+  const void* queries;
+  int num_queries;
+  int64_t first_position;  // of the first query
+  float* query_scratch;    // [rows, kQueryCopies, padded_head_dim]
+  float* scores;           // [rows, tile + kScorePadding]
+  State state;             // out
+  const Merge* ending;     // turns it into the output, if the span is all that the queries see; else null
+};
+
 struct Kernels {
   // A thread enters before its first item of a call and leaves after the last.
   void (*enter)();
   void (*leave)();
   void (*attend[kNumDTypes])(const Work&);
+  // Whether attention to bf16 writes the output past the caches, if it has no other parts to be merged with.
+  bool (*streams_out)(const Shape& shape, int rows);
   void (*finish[kNumDTypes])(const Merge&);
   uint64_t (*read)(const void* from, int64_t bytes);  // sum of the memory's words, to measure reading
 };

@@ -22,6 +22,6 @@ namespace {
 #include "kernel_tiles.inc"
 }  // namespace
 
-const Kernels kAmxKernels = MOE_KERNELS(configure_tiles, release_tiles, attend_bf16);
+const Kernels kAmxKernels = MOE_KERNELS(configure_tiles, release_tiles, attend_bf16, streams_out);
 
 }  // namespace moe::attention

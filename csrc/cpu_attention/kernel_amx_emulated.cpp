@@ -18,6 +18,6 @@ namespace {
 #include "kernel_tiles.inc"
 }  // namespace
 
-const Kernels kAmxEmulatedKernels = MOE_KERNELS(configure_tiles, release_tiles, attend_bf16);
+const Kernels kAmxEmulatedKernels = MOE_KERNELS(configure_tiles, release_tiles, attend_bf16, streams_out);
 
 }  // namespace moe::attention

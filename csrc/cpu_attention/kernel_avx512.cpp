@@ -16,6 +16,6 @@ namespace {
 #include "kernel.inc"
 }  // namespace
 
-const Kernels kAvx512Kernels = MOE_KERNELS(do_nothing, do_nothing, attend<bf16>);
+const Kernels kAvx512Kernels = MOE_KERNELS(do_nothing, do_nothing, attend<bf16>, streams_nothing);
 
 }  // namespace moe::attention
