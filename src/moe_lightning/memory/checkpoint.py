@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from moe_lightning.errors import CheckpointError
+from moe_lightning.memory.arena import HostArena
 from moe_lightning.memory.weights import Weights
-from moe_lightning.models.spec import ModelSpec, Role, TensorSpec
+from moe_lightning.models.spec import EXPERT_ROLES, ModelSpec, Role, TensorSpec
 from moe_lightning.models.stored import StoredTensor, open_checkpoint, open_file
 from moe_lightning.units import format_bytes
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ALIGNMENT = 64  # bytes
 _PIECE = 16 * 2**20  # bytes of two tensors that are compared at a time
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
@@ -139,7 +141,7 @@ def read_tensor(stored: StoredTensor, buffer: Tensor | None = None) -> Tensor:
     return values
 
 
-def load(tensors: Tensors, weights: Weights, num_readers: int = 4, progress: Progress | None = None) -> None:
+def load(tensors: Tensors, weights: Weights, num_readers: int = 8, progress: Progress | None = None) -> None:
     """Fill the weights from a checkpoint; each reader holds one tensor beside them at a time.
 
     Raises:
@@ -147,16 +149,16 @@ def load(tensors: Tensors, weights: Weights, num_readers: int = 4, progress: Pro
     """
     sizes = [stored.num_bytes for _, stored in tensors]
     total, done = sum(sizes), 0
-    # A reader's buffer is used again and again: new memory would be brought in for each tensor, which takes as long
-    # as reading a fifth of it.
-    of_reader = threading.local()
+    buffers = _buffers(tensors, weights, num_readers)
+    left, of_reader = iter(buffers.tensor), threading.local()
+
+    def begin() -> None:
+        of_reader.buffer = next(left)
 
     def fill(tensor: TensorSpec, stored: StoredTensor) -> int:
-        if not hasattr(of_reader, "buffer"):
-            of_reader.buffer = torch.empty(max(sizes), dtype=torch.uint8)
         return _fill(weights, tensor, stored, of_reader.buffer)
 
-    with ThreadPoolExecutor(num_readers, thread_name_prefix="load") as readers:
+    with ThreadPoolExecutor(num_readers, thread_name_prefix="load", initializer=begin) as readers:
         futures = [readers.submit(fill, tensor, stored) for tensor, stored in tensors]
         try:
             for future in as_completed(futures):
@@ -168,8 +170,23 @@ def load(tensors: Tensors, weights: Weights, num_readers: int = 4, progress: Pro
             raise
 
 
+def _buffers(tensors: Tensors, weights: Weights, num_readers: int) -> HostArena:
+    """Room for an expert's largest tensor for each reader.
+
+    It is used again and again: new memory would be brought in for each tensor, which takes as long as reading a
+    fifth of it. Of what a GPU packs, it is page-locked, as the GPU takes it from there.
+    """
+    experts = [stored.num_bytes for tensor, stored in tensors if tensor.role in EXPERT_ROLES]
+    largest = max(experts or (stored.num_bytes for _, stored in tensors))
+    arena = HostArena((num_readers, -(-largest // _ALIGNMENT) * _ALIGNMENT), torch.uint8)
+    if weights.pages.packs_on_gpu:
+        arena.prepare(pin=True)
+    return arena
+
+
 def _fill(weights: Weights, tensor: TensorSpec, stored: StoredTensor, buffer: Tensor) -> int:
-    filled = weights.put(tensor, read_tensor(stored, buffer))
+    fits = stored.num_bytes <= len(buffer)  # an embedding is larger, but there is one
+    filled = weights.put(tensor, read_tensor(stored, buffer if fits else None))
     if filled != tensor.num_elements:
         raise CheckpointError(
             f"{tensor.name}: {format_bytes(stored.num_bytes)} read, "

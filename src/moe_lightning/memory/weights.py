@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +59,7 @@ class PageStore:
         # Made once: each would cost a launcher microseconds at every copy.
         self._frames, self._rows = self.frames.unbind(0), self.host.unbind(0)
         self._staging: StagingRing | None = None
+        self._packing = threading.Lock()
         self._is_held = False
         # What each frame holds, so that a stale page is an error and never plausible text.
         self._content: list[tuple[int, int] | None] = [None] * placement.num_frames
@@ -108,6 +111,23 @@ class PageStore:
         size = segment_bytes(layout.segment_elements) if layout.packed else layout.segment_elements
         gate, up, down, *_ = self.home(layer, page).split(size)
         return gate, up, down
+
+    @property
+    def packs_on_gpu(self) -> bool:
+        """Whether `write` packs, and on a GPU."""
+        return self.layout.packed and self.frames.is_cuda
+
+    @contextmanager
+    def near(self, values: Tensor) -> Iterator[Tensor]:
+        """Values that are about to be written, where that is fast.
+
+        On a GPU one thread packs at a time: several would wait for each other's kernels, and each needs GPU memory.
+        """
+        if not self.packs_on_gpu:
+            yield values
+            return
+        with self._packing:
+            yield values.to(self.frames.device)
 
     def write(self, segment: Tensor, values: Tensor) -> None:
         """Fill a segment with weights of any shape and dtype, as many as it has.
@@ -204,9 +224,10 @@ class Weights:
         if tensor.role not in EXPERT_ROLES:
             return self._resident(tensor).copy_(values).numel()
         placed = 0
-        for segment, cut in self._segments(tensor):
-            self.pages.write(segment, values[cut])
-            placed += values[cut].numel()
+        with self.pages.near(values) as near:
+            for segment, cut in self._segments(tensor):
+                self.pages.write(segment, near[cut])
+                placed += near[cut].numel()
         return placed
 
     def get(self, tensor: TensorSpec) -> Tensor:
