@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--gib", type=float, default=4, help="size of the arena (default %(default)s)")
     parser.add_argument("--turns", type=int, default=8, help="turns of each workload (default %(default)s)")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 256, 512, 2048])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 200, 256, 512, 2048])
     parser.add_argument("--seqs", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--no-sdpa", action="store_true", help="leave out PyTorch")
     args = parser.parse_args()

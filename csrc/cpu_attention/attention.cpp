@@ -40,7 +40,8 @@ Shape shape_of(const Call& call, int max_rows) {
   s.value_offset = int64_t{call.num_kv_heads} * s.block_size * s.head_dim;
   s.q_stride = call.q_stride;
   s.out_stride = call.out_stride;
-  s.has_aligned_out = reinterpret_cast<uintptr_t>(call.out) % kLine == 0 && call.out_stride * element_size(call.dtype) % kLine == 0;
+  s.has_aligned_out = reinterpret_cast<uintptr_t>(call.out) % kLine == 0 &&
+                      call.out_stride * element_size(call.dtype) % kLine == 0;
   return s;
 }
 

@@ -56,6 +56,40 @@ struct Random {
   }
 };
 
+// Room for a call's output, from `offset` elements after a cache line's begin to the end of the last row, and no more.
+template <class T>
+struct Output {
+  Output(const Call& call, size_t offset)
+      : width(static_cast<size_t>(call.num_heads * call.head_dim)),
+        stride(static_cast<size_t>(call.out_stride)),
+        num_rows(static_cast<size_t>(call.batch.num_tokens)) {
+    const size_t size = offset + (num_rows == 0 ? 0 : (num_rows - 1) * stride + width);
+    memory_.reset(static_cast<T*>(::operator new(size * sizeof(T), kLine)));
+    std::memset(static_cast<void*>(memory_.get()), kUntouched, size * sizeof(T));
+    rows = memory_.get() + offset;
+  }
+
+  bool has_gaps_untouched() const {
+    for (size_t row = 0; row + 1 < num_rows; ++row) {
+      const auto* gap = reinterpret_cast<const unsigned char*>(rows + row * stride + width);
+      for (size_t i = 0; i < (stride - width) * sizeof(T); ++i)
+        if (gap[i] != kUntouched) return false;
+    }
+    return true;
+  }
+
+  size_t width, stride, num_rows;
+  T* rows;
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  static constexpr unsigned char kUntouched = 0xa5;
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, kLine); }
+  };
+  std::unique_ptr<T, Free> memory_;
+};
+
 // One random call, its buffers, and what it must give.
 template <class T>
 class Trial {
@@ -69,15 +103,15 @@ class Trial {
   bool passes(Attention& attention) {
     std::vector<T>& cache = used_cache_;
     cache = cache_;
-    std::vector<T> out(static_cast<size_t>(call_.batch.num_tokens * call_.out_stride));
+    const Output<T> out(call_, out_offset_);
     call_.cache = cache.data();
-    call_.out = out.data();
+    call_.out = out.rows;
     attention.run(call_);
     if (std::memcmp(cache.data(), wanted_cache_.data(), cache.size() * sizeof(T)) != 0)
       return complain(attention, "cache", first_difference(cache), 0, 0);
+    if (!out.has_gaps_untouched()) return complain(attention, "the gap between outputs", 0, 0, 0);
     for (size_t i = 0; i < wanted_.size(); ++i) {
-      const auto width = static_cast<size_t>(call_.num_heads * call_.head_dim);
-      const double found = widen(out[i / width * static_cast<size_t>(call_.out_stride) + i % width]);
+      const double found = widen(out.rows[i / out.width * out.stride + i % out.width]);
       // One rounding of the output; before it sums in float.
       const double allowed = std::abs(wanted_[i]) * kRounding[static_cast<int>(call_.dtype)] + 0x1p-17;
       if (!(std::abs(found - wanted_[i]) <= allowed)) return complain(attention, "output", i, found, wanted_[i]);
@@ -87,12 +121,12 @@ class Trial {
 
  private:
   void choose(DType dtype) {
-    const int kHeadDims[] = {16, 64, 80, 128, random_.between(1, 300)};
+    const int kHeadDims[] = {16, 32, 64, 80, 96, 128, random_.between(1, 300)};
     const int kBlockSizes[] = {8, 16, 32, random_.between(1, 80)};
     call_.dtype = dtype;
     call_.num_kv_heads = random_.between(1, 4);
     call_.num_heads = call_.num_kv_heads * random_.between(1, 9);
-    call_.head_dim = kHeadDims[random_.between(0, 4)];
+    call_.head_dim = kHeadDims[random_.between(0, 6)];
     call_.scale = 1.0f / std::sqrt(static_cast<float>(call_.head_dim));
     call_.soft_cap = random_.chance(0.3) ? 10.0f : 0.0f;
     Batch& batch = call_.batch;
@@ -118,7 +152,10 @@ class Trial {
     Batch& batch = call_.batch;
     const int64_t width = int64_t{call_.num_heads} * call_.head_dim, kv_width = int64_t{call_.num_kv_heads} * call_.head_dim;
     call_.q_stride = call_.k_stride = call_.v_stride = width + 2 * kv_width;
-    call_.out_stride = width + random_.between(0, 3);
+    const int64_t line = 64 / sizeof(T);
+    const bool is_aligned = random_.chance(0.5);  // each row begins with a cache line
+    call_.out_stride = is_aligned ? ((width - 1) / line + random_.between(1, 2)) * line : width + random_.between(0, 3);
+    out_offset_ = is_aligned ? 0 : static_cast<size_t>(random_.between(0, 3));
     for (int64_t i = 0; i < batch.num_tokens * call_.q_stride; ++i) push(qkv_, random_.normal());
     call_.q = qkv_.data();
     call_.k = qkv_.data() + (qkv_.empty() ? 0 : width);
@@ -224,6 +261,7 @@ class Trial {
   std::vector<float> sinks_;
   std::vector<T> qkv_, cache_, wanted_cache_, used_cache_;
   std::vector<double> wanted_;
+  size_t out_offset_ = 0;
 };
 
 template <class T>

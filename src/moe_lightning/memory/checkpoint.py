@@ -18,10 +18,11 @@ from moe_lightning.memory.arena import HostArena
 from moe_lightning.memory.weights import Weights
 from moe_lightning.models.spec import EXPERT_ROLES, ModelSpec, Role, TensorSpec
 from moe_lightning.models.stored import StoredTensor, open_checkpoint, open_file
-from moe_lightning.units import format_bytes
+from moe_lightning.units import GIB, format_bytes
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ALIGNMENT = 64  # bytes
+_MOST_BUFFERS = GIB  # in all: about what an engine's first passes take later
 _PIECE = 16 * 2**20  # bytes of two tensors that are compared at a time
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
@@ -144,12 +145,19 @@ def read_tensor(stored: StoredTensor, buffer: Tensor | None = None) -> Tensor:
 def load(tensors: Tensors, weights: Weights, num_readers: int = 8, progress: Progress | None = None) -> None:
     """Fill the weights from a checkpoint; each reader holds one tensor beside them at a time.
 
+    Args:
+        tensors: of the model, with their places in its files.
+        weights: where they go.
+        num_readers: at most; fewer where tensors are large.
+        progress: told of bytes read and bytes in all.
+
     Raises:
         CheckpointError: a file cannot be read, or has changed since it was opened.
     """
     sizes = [stored.num_bytes for _, stored in tensors]
     total, done = sum(sizes), 0
     buffers = _buffers(tensors, weights, num_readers)
+    num_readers = len(buffers.tensor)
     left, of_reader = iter(buffers.tensor), threading.local()
 
     def begin() -> None:
@@ -171,21 +179,21 @@ def load(tensors: Tensors, weights: Weights, num_readers: int = 8, progress: Pro
 
 
 def _buffers(tensors: Tensors, weights: Weights, num_readers: int) -> HostArena:
-    """Room for an expert's largest tensor for each reader.
+    """[readers, bytes]: room for an expert's largest tensor for each.
 
     It is used again and again: new memory would be brought in for each tensor, which takes as long as reading a
     fifth of it. Of what a GPU packs, it is page-locked, as the GPU takes it from there.
     """
-    experts = [stored.num_bytes for tensor, stored in tensors if tensor.role in EXPERT_ROLES]
-    largest = max(experts or (stored.num_bytes for _, stored in tensors))
-    arena = HostArena((num_readers, -(-largest // _ALIGNMENT) * _ALIGNMENT), torch.uint8)
+    largest = max(stored.num_bytes for tensor, stored in tensors if tensor.role in EXPERT_ROLES)
+    row = -(-largest // _ALIGNMENT) * _ALIGNMENT
+    arena = HostArena((max(1, min(num_readers, _MOST_BUFFERS // row)), row), torch.uint8)
     if weights.pages.packs_on_gpu:
         arena.prepare(pin=True)
     return arena
 
 
 def _fill(weights: Weights, tensor: TensorSpec, stored: StoredTensor, buffer: Tensor) -> int:
-    fits = stored.num_bytes <= len(buffer)  # an embedding is larger, but there is one
+    fits = stored.num_bytes <= len(buffer)  # embeddings may be larger, but there are two at most
     filled = weights.put(tensor, read_tensor(stored, buffer if fits else None))
     if filled != tensor.num_elements:
         raise CheckpointError(

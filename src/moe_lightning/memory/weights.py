@@ -121,7 +121,8 @@ class PageStore:
     def near(self, values: Tensor) -> Iterator[Tensor]:
         """Values that are about to be written, where that is fast.
 
-        On a GPU one thread packs at a time: several would wait for each other's kernels, and each needs GPU memory.
+        Where a GPU packs, one thread is let in at a time: several would wait for each other's kernels, and each
+        needs GPU memory.
         """
         if not self.packs_on_gpu:
             yield values
@@ -226,8 +227,9 @@ class Weights:
         placed = 0
         with self.pages.near(values) as near:
             for segment, cut in self._segments(tensor):
-                self.pages.write(segment, near[cut])
-                placed += near[cut].numel()
+                part = near[cut]
+                self.pages.write(segment, part)
+                placed += part.numel()
         return placed
 
     def get(self, tensor: TensorSpec) -> Tensor:
