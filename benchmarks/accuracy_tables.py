@@ -20,14 +20,14 @@ def accuracy(results: Iterable[Values]) -> str:
     """A row for each plan: tokens/s and seconds of each lane, measured and how far that is from predicted."""
     rows = [
         "| model | GPU memory | answers | commit | predicted tokens/s | measured | off "
-        "| H2D s | GPU s | CPU s | D2H s |",
-        "| --- " * 11 + "|",
+        "| H2D s | GPU s | CPU s | D2H s | BACK s |",
+        "| --- " * 12 + "|",
     ]
     for values in points_of(results):
         if values["point"] != "plan":
             continue
         found, commit = values["measured"][0], values.get("commit", "")[:7]
-        lanes = " | ".join(_lane(found["lanes"], name) for name in ("h2d", "gpu", "cpu", "d2h"))
+        lanes = " | ".join(_lane(found["lanes"], name) for name in ("h2d", "gpu", "cpu", "d2h", "back"))
         rows.append(
             f"| {values['name']} | {values['gpu_memory'] / 2**30:g} GiB | {values['workload']['gen_len']} "
             f"| {commit} | {found['predicted_tokens_per_s']:,.0f} | {found['tokens_per_s']:,.0f} "

@@ -215,6 +215,20 @@ def test_our_plan_for_a_file_takes_its_lengths_and_says_how_long_it_takes(capsys
     assert "cannot read" in refused(capsys, "plan", "mixtral-8x7b", "--input", missing)
 
 
+def test_lines_that_are_no_requests_are_not_counted_and_a_file_of_nothing_else_is_refused(
+    capsys, tmp_path
+) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"nope": 1}\nnot json\n')
+    message = refused(capsys, "plan", "mixtral-8x7b", "--input", str(file))
+    assert "none of the 2 lines" in message and "custom_id" in message
+    good = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x" * 400}}
+    file.write_text(json.dumps(good) + "\nnot json\n")
+    job = job_of(Namespace(input=file, max_model_len=None), 4096)
+    assert job.workload.num_requests == 1
+    assert job.notes[0].startswith("1 of 2 lines")
+
+
 def test_a_model_that_does_not_fit_says_what_it_needs(capsys) -> None:
     message = refused(capsys, "plan", "mixtral-8x7b", "--gpu-memory", "4GiB")
     assert re.search(

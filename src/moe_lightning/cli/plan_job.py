@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass, replace
 
-from moe_lightning.errors import ConfigError
+from moe_lightning.errors import ConfigError, JobError
 from moe_lightning.jobs import open_input, survey_input
 from moe_lightning.perf.workload import Workload
 
@@ -22,16 +22,28 @@ class Job:
 def job_of(args: Namespace, limit: int) -> Job:
     """The job that flags or a file describe, without prompts that leave no room for an answer in `limit` tokens.
 
+    Lines that are no requests are not counted.
+
     Raises:
         ConfigError: all prompts are too long.
-        JobError: the file cannot be read.
+        JobError: the file cannot be read, or has no request.
     """
     if not args.input:
         workload = Workload((args.avg_prompt_len,), args.gen_len, args.num_requests)
         return _fitting(workload, args.max_model_len, limit)
     with open_input(args.input) as file:
-        lengths = survey_input(file).lengths
-    return _fitting(lengths.workload(None), min(lengths.longest, limit), limit)
+        survey = survey_input(file)
+    bad, lengths = len(survey.bad_ids), survey.lengths
+    if not survey.valid_ids:
+        raise JobError(
+            f"none of the {bad:,} lines of {args.input} is a request: each must be a JSON object with custom_id, "
+            "method, url and body, as docs/batch.md has them"
+        )
+    job = _fitting(lengths.workload(None), min(lengths.longest, limit), limit)
+    if not bad:
+        return job
+    note = f"{bad:,} of {survey.num_lines:,} lines of {args.input} are no requests and are not counted"
+    return replace(job, notes=(note, *job.notes))
 
 
 def _fitting(workload: Workload, longest: int | None, limit: int) -> Job:
