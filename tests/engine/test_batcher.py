@@ -389,9 +389,9 @@ def test_what_was_put_back_ends_before_those_begin_that_come_much_later():
     assert all(s.finish or s.blocks for s in sequences[:3])
 
 
-def test_where_no_weights_stream_nothing_is_computed_twice_for_a_job():
-    assert Turns.of_job(policy_of(num_frames=0)) == IN_ORDER
-    assert Turns.of_job(policy_of(num_frames=2, max_num_seqs=5)).together > 5
+def test_without_a_gpu_nothing_is_computed_twice_for_a_job():
+    assert Turns.of_job(policy_of(max_num_seqs=5), on_gpu=False) == IN_ORDER
+    assert Turns.of_job(policy_of(max_num_seqs=5), on_gpu=True).together > 5
 
 
 def test_a_batcher_goes_by_other_turns_from_the_next_pass_on():

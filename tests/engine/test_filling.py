@@ -20,19 +20,19 @@ from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.policy import Policy
 
 
-def policy_for(work, num_seqs, prefill, num_frames=1):
+def policy_for(work, num_seqs, prefill):
     """KV memory for so many sequences, and room for `prefill` times the prompts of a steady pass."""
     return Policy(
         max_num_seqs=ceil(ROOM * num_seqs), micro_batch_size=64, group_size=2**16, look_ahead=8,
         prefill_tokens=max(work.longest, ceil(prefill * num_seqs * work.mean_prompt / work.gen_len)),
-        chunk_tokens=2048, pages_per_expert=1, resident_pages=(0,), num_frames=num_frames,
+        chunk_tokens=2048, pages_per_expert=1, resident_pages=(0,), num_frames=1,
         num_blocks=ceil(num_seqs * work.mean_blocks(16)), block_size=16,
     )  # fmt: skip
 
 
 def passes_of_batcher(policy, work, count):
     """Sequences that decode and tokens of prompts, of each pass of a job of so many requests."""
-    batcher, passes = Batcher(policy, (), Turns.of_job(policy)), []
+    batcher, passes = Batcher(policy, (), Turns.of_job(policy, on_gpu=True)), []
     params = SamplingParams(max_tokens=work.gen_len, temperature=0, ignore_eos=True)
     lens = np.random.default_rng(5).permutation(np.resize(work.prompt_lens, count))
     for number, length in enumerate(lens):
@@ -50,19 +50,18 @@ def passes_of_batcher(policy, work, count):
 
 
 @pytest.mark.parametrize(
-    ("work", "prefill", "num_frames"),
+    ("work", "prefill"),
     [
-        (workload("mtbench", 32), 4.0, 1),
-        (workload("mtbench", 32), 1.25, 1),
-        (workload("mtbench", 100), 3.0, 1),  # two tokens of an answer are taken for one
-        (workload("mtbench", 32), 2.0, 0),  # nothing streams, so nobody is admitted who may be put back
-        (Workload((150, 250, 400), 16), 2.0, 1),  # the same, as prompts are long
-        (Workload((20,), 1), 2.0, 1),
+        (workload("mtbench", 32), 4.0),
+        (workload("mtbench", 32), 1.25),
+        (workload("mtbench", 100), 3.0),  # two tokens of an answer are taken for one
+        (Workload((150, 250, 400), 16), 2.0),  # prompts are long, so nobody is admitted who may be put back
+        (Workload((20,), 1), 2.0),
     ],
-    ids=["full", "few prompts", "steps", "resident", "long prompts", "one token"],
+    ids=["full", "few prompts", "steps", "long prompts", "one token"],
 )
-def test_passes_of_a_job_are_about_those_of_the_batcher(work, prefill, num_frames):
-    policy = policy_for(work, 1000, prefill, num_frames)
+def test_passes_of_a_job_are_about_those_of_the_batcher(work, prefill):
+    policy = policy_for(work, 1000, prefill)
     n, most = num_decoding(policy, work), most_prompts(policy, work)
     kinds = kinds_of_passes(policy, work)
     decode, prompts = np.array(passes_of_batcher(policy, work, 2 * n)).T

@@ -29,12 +29,13 @@ class Turns:
     together: int = 1
 
     @classmethod
-    def of_job(cls, policy: Policy) -> Turns:
+    def of_job(cls, policy: Policy, *, on_gpu: bool) -> Turns:
         """Those of a job: answers come in any order, but within bounds.
 
-        Where no weights stream, time goes with tokens, and none is to be computed twice: then in order.
+        Without a GPU, which computes prompts beside what a pass waits for, none is to be computed twice: then in
+        order.
         """
-        return cls(_ROUND * policy.max_num_seqs if policy.num_frames else 1)
+        return cls(_ROUND * policy.max_num_seqs if on_gpu else 1)
 
     def to_wait(self, sequence: Sequence) -> tuple[bool, int, bool, int, int]:
         """The least of those that wait is next."""

@@ -54,7 +54,7 @@ def kinds_of_passes(policy: Policy, workload: Workload) -> Kinds:
             workload.prompt_lens, workload.gen_len, max(1, round(min(times, _TIMES) * sample)), sample,
             round(policy.num_blocks * scale), policy.block_size, ceil(policy.max_num_seqs * scale),
             round(policy.prefill_tokens * scale), round(most_prompts(policy, workload) * scale),
-            foresees=not policy.num_frames or workload.mean_prompt > CHEAP * workload.gen_len,
+            foresees=workload.mean_prompt > CHEAP * workload.gen_len,
         ),
         max(0.0, times - _TIMES),
     )  # fmt: skip

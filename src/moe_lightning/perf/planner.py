@@ -144,10 +144,10 @@ def _with_enough(problem: Problem, rates: Rates) -> Problem:
 
     @cache
     def bound(num_seqs: int) -> float:
-        fewer = sized(replace(problem, most_seqs=num_seqs), usual, num_seqs)
+        fewer = sized(replace(problem, enough=num_seqs), usual, num_seqs)
         return at_best(problem.spec, problem.dtype, fewer, rates, problem.workload) if fewer else 0.0
 
     most = num_seqs = most_sequences(problem, usual)
     while num_seqs > _SPARE and bound(num_seqs // _SPARE) > _ENOUGH * bound(num_seqs):
         num_seqs = ceil(num_seqs / 2)
-    return problem if num_seqs == most else replace(problem, most_seqs=num_seqs)
+    return problem if num_seqs == most else replace(problem, enough=num_seqs)

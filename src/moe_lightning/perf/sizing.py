@@ -57,6 +57,7 @@ class Problem:
         workload: what is to be computed.
         length: tokens of the longest sequence.
         most_seqs: that may run at once.
+        enough: sequences for which KV memory is made at most; more would not be faster.
         expert_bytes: of one weight of an expert; None for the dtype's.
         packed: experts are stored packed.
     """
@@ -67,6 +68,7 @@ class Problem:
     workload: Workload
     length: int
     most_seqs: int = MOST_SEQS
+    enough: int = MOST_SEQS
     expert_bytes: int | None = None
     packed: bool = False
 
@@ -105,6 +107,12 @@ class Problem:
         block = self.spec.kv_bytes_per_token(self.dtype_bytes) * BLOCK_SIZE
         return (self.memory.host - self.use(policy).host_bytes) // block
 
+    @property
+    def most_blocks(self) -> int:
+        """KV blocks that are of use."""
+        for_enough = max(self.blocks_of_longest, ceil(self.enough * self.mean_blocks))
+        return min(for_enough, self.most_seqs * self.blocks_of_longest)
+
 
 def largest_policy(problem: Problem, choice: Choice) -> Policy | None:
     """The largest batch that the choice's way of using memory has room for; None if not even one sequence fits."""
@@ -114,7 +122,7 @@ def largest_policy(problem: Problem, choice: Choice) -> Policy | None:
 
 def most_sequences(problem: Problem, choice: Choice) -> int:
     """How many KV memory holds at their mean length under the choice; 0 if not even one fits."""
-    least, most = 0, problem.most_seqs
+    least, most = 0, min(problem.most_seqs, problem.enough)
     while least < most:  # more sequences need more activations, and those push pages out to the host
         middle = (least + most + 1) // 2
         least, most = (middle, most) if sized(problem, choice, middle) else (least, middle - 1)
@@ -132,7 +140,7 @@ def sized(problem: Problem, choice: Choice, num_seqs: int) -> Policy | None:
     blocks = problem.free_blocks(placed)
     if blocks < max(problem.blocks_of_longest, num_seqs * problem.mean_blocks):
         return None
-    return replace(placed, num_blocks=min(blocks, problem.most_seqs * problem.blocks_of_longest))
+    return replace(placed, num_blocks=min(blocks, problem.most_blocks))
 
 
 def _draft(problem: Problem, choice: Choice, num_seqs: int) -> Policy:
