@@ -48,7 +48,7 @@ LANES = LaneProfile(
 LINK = LinkProfile(
     is_pinned=True, h2d=TimeCurve((2.0**20, 2.0**26), (2.3e-5, 1.22e-3)),
     d2h=TimeCurve((2.0**20, 2.0**26), (2.4e-5, 1.23e-3)),
-    h2d_beside_d2h=47e9, d2h_beside_h2d=46e9, h2d_under_attention=52e9,
+    h2d_beside_d2h=47e9, d2h_beside_h2d=46e9, h2d_beside_attention=52e9,
 )  # fmt: skip
 PROFILE = Profile(
     machine=MACHINE,

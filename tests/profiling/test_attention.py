@@ -47,11 +47,12 @@ class Kernel:
 def clock(monkeypatch):
     """Each call of attention takes 1 s; its pause none."""
 
-    def seconds_in_turn(works, budget, before):
+    def seconds_in_turn(works, budget, before, after):
         for _ in range(2):
             for number, work in enumerate(works):
                 before(number)
                 work()
+                after()
         return [6.0] * len(works)
 
     monkeypatch.setattr(attention, "seconds_in_turn", seconds_in_turn)
@@ -86,17 +87,29 @@ def test_each_turn_is_a_layer_in_memory_of_its_own_until_all_memory_was_read(clo
         assert int(tables.max()) < len(kv) and blocks <= len(kv) / 6
 
 
-def test_copies_go_on_before_each_layer_and_the_bytes_are_those_that_were_read(clock, monkeypatch):
-    pauses = []
-    monkeypatch.setattr(attention.time, "sleep", pauses.append)
+def test_copies_go_on_before_each_layer_and_count_while_it_runs_and_the_bytes_are_those_that_were_read(
+    clock, monkeypatch
+):
     kernel, memory = Kernel(), torch.zeros(2**22, dtype=torch.uint8)
+    seen = []
+
+    class Beside:
+        def keep_up(self, num_bytes):
+            seen.append(num_bytes)
+
+        def watch(self):
+            seen.append(len(kernel.calls))
+
+        def watched(self):
+            seen.append(len(kernel.calls))
+
+    monkeypatch.setattr(attention.time, "sleep", lambda _: seen.append("pause"))
     bench = AttentionBench(kernel, memory, (8, 2, 64), torch.bfloat16, TINY)
-    kept = []
     call = TimeCurve((1, 1000), (0.1, 0.1))
-    found = bench._rates(bench._contexts(), call, kept.append)
+    found = bench._rates(bench._contexts(), call, Beside())
     short, long = (kernel.calls[n][3] for n in (0, 6))
-    assert kept == [6 * len(lengths) * 12 * 64 * 2 for lengths in (short, long)] * 2
-    assert len(pauses) == 4
+    sizes = [6 * len(lengths) * 12 * 64 * 2 for lengths in (short, long)] * 2
+    assert seen == [x for n, size in enumerate(sizes) for x in ("pause", size, 6 * n, 6 * n + 6)]
     assert (len(short), len(long)) == (2**22 // 24 // (16 * 512), 2**22 // 24 // (48 * 512))
     bytes_read = [int(lengths.sum()) * 2 * 2 * 64 * 2 for lengths in (short, long)]
     assert found.sizes == (16, 33) and found.rates == pytest.approx([size / 0.9 for size in bytes_read])
@@ -130,6 +143,12 @@ def test_beside_copies_one_waits_for_them_as_a_launcher_does(clock, monkeypatch)
         def keep_up(self, num_bytes):
             assert self.is_open and num_bytes > 0
             assert self.waited.wait(10)
+
+        def watch(self):
+            assert self.is_open
+
+        def watched(self):
+            assert self.is_open
 
     bench = AttentionBench(Kernel(), torch.zeros(2**22, dtype=torch.uint8), (8, 2, 64), torch.bfloat16, TINY)
     copies, make = Beside(), bench.layer

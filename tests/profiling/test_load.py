@@ -111,8 +111,7 @@ def gpu(monkeypatch):
 
 
 def test_copies_to_the_gpu_never_cease_and_beside_them_some_go_each_way(gpu, monkeypatch) -> None:
-    now = iter(range(1000))
-    monkeypatch.setattr(link, "recorded", lambda: Event(next(now)))
+    monkeypatch.setattr(link, "recorded", lambda: Event(0))
     seen = []
 
     class Link:
@@ -130,12 +129,47 @@ def test_copies_to_the_gpu_never_cease_and_beside_them_some_go_each_way(gpu, mon
     assert seen == [("in", copies._stream, 100)] * 5 + [
         ("out", copies._back, 100), ("in", copies._back, 100),
     ] * 2  # fmt: skip
-    assert copies.rates == [100.0], "bytes of a copy, one ending a second after the other"
     waited, last = [], Event(0)
     last.synchronize = lambda: waited.append(gpu.stream)
     monkeypatch.setattr(link, "recorded", lambda: (waited.append(gpu.stream), last)[1])
     copies.wait()
     assert waited == [copies._stream, "default"], "recorded behind the copies, waited for by who calls"
+
+
+def test_copies_count_while_they_are_watched_and_not_in_the_pauses(gpu, monkeypatch) -> None:
+    made, now = [], [0.0]
+
+    def recorded():
+        made.append(Event(0))
+        made[-1].is_done = False
+        return made[-1]
+
+    def take(seconds, count):
+        """Time goes on, and so many copies end."""
+        now[0] += seconds
+        for event in [event for event in made if not event.is_done][:count]:
+            event.is_done = True
+
+    class Link:
+        def copy_to_gpu(self, number, size):
+            pass
+
+    monkeypatch.setattr(link, "recorded", recorded)
+    monkeypatch.setattr(link, "wait_for", lambda event: setattr(event, "is_done", True))
+    monkeypatch.setattr(link.time, "perf_counter", lambda: now[0])
+    copies = Copies(Link(), 100, 20e3)
+    for factor in (1, 2):
+        with copies:
+            for _ in range(3):
+                take(1.0, 4)  # a pause
+                copies.keep_up()
+                copies.watch()
+                take(0.5, factor)
+                copies.watched()
+    assert copies.rates == [200.0, 400.0] and copies.median_rate == 300.0
+    with copies:
+        take(1.0, 4)
+    assert copies.rates == [200.0, 400.0], "nobody looked"
 
 
 def test_copies_of_a_size_are_measured_for_so_long_however_short_they_are(gpu, monkeypatch) -> None:

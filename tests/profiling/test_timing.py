@@ -30,22 +30,26 @@ def measured(clock, budget, *seconds):
 
     def before(number):
         called.append(number)
-        clock.now += 0.5
+        clock.now += 0.25
 
-    return called, timing.seconds_in_turn([first, second], budget, before)
+    def after():
+        called.append("after")
+        clock.now += 0.25
+
+    return called, timing.seconds_in_turn([first, second], budget, before, after)
 
 
-def test_works_take_turns_and_the_mean_leaves_the_first_round_and_what_comes_before_out(clock):
+def test_works_take_turns_and_the_mean_leaves_the_first_round_and_what_comes_before_and_after_out(clock):
     called, found = measured(clock, 5.0, 9.0, 2.0, 3.0, 4.0)
     assert found == [3.0, 1.0]
-    assert called == [0, "first", 1, "second"] * 4
+    assert called == [0, "first", "after", 1, "second", "after"] * 4
 
 
 def test_rounds_go_on_until_the_budget_of_all_is_spent(clock):
     called, found = measured(clock, 12.0, *[1.0] * 50)
-    assert found == [1.0, 1.0] and len(called) == 4 * 9, "3 s a round, 24 s in all are exceeded by the ninth"
+    assert found == [1.0, 1.0] and len(called) == 6 * 9, "3 s a round, 24 s in all are exceeded by the ninth"
 
 
 def test_works_that_take_much_longer_than_the_budget_have_one_round_that_counts(clock):
     called, found = measured(clock, 0.1, *[1.0] * 50)
-    assert found == [1.0, 1.0] and len(called) == 4 * 2
+    assert found == [1.0, 1.0] and len(called) == 6 * 2

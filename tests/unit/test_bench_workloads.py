@@ -108,7 +108,19 @@ def test_lanes_are_the_average_of_the_recorded_passes():
         4 / 6,
         1.5,
     )
-    assert found.page_bytes_per_s == 50.0
+    assert found.page_bytes_per_s == found.link_bytes_per_s == 50.0
     assert found.attention_bytes_per_s == (7 + 3 + 30) * 2**17 / 4, "prompts attend on the GPU"
     assert found.use["cpu"].predicted_s is None
     assert summarize([], 100) is None
+
+
+def test_what_comes_to_the_gpu_is_pages_and_what_was_attended_to_in_the_time_of_either():
+    page, back = (TaskKind.LOAD_PAGE, Lane.H2D), (TaskKind.LOAD_HIDDEN, Lane.BACK)
+    one = recorded(
+        (*page, 0, 2), (*page, 3, 4), (*back, 1, 2.5), (*back, 5, 6), contexts=(9, 7, 3), num_prefill=1
+    )
+    attended = 2 * 32 * 4096 * 2
+    assert summarize([one], 10**6).link_bytes_per_s == (2 * 10**6 + attended) / (2.5 + 1 + 1)
+    kv = recorded((*page, 0, 2), (TaskKind.LOAD_KV, Lane.H2D, 2, 3), contexts=(9,))
+    assert summarize([kv], 100).link_bytes_per_s is None
+    assert summarize([recorded((*back, 0, 1), contexts=(9,))], 100).link_bytes_per_s is None

@@ -146,6 +146,30 @@ def test_what_comes_back_beside_pages_has_half_of_the_link_but_not_where_it_queu
     assert seconds(TaskKind.LOAD_PAGE, 0) == pytest.approx(LINK.h2d.seconds_at(page) * slowed)
 
 
+def test_pages_come_as_slowly_as_beside_attention_only_for_as_long_as_it_lasts() -> None:
+    page = 3 * 4096 * 14336 // 14 * 2
+    alone, plain = LINK.h2d.seconds_at(page), 2**26 / 1.22e-3
+    attention_s = SPEC.num_layers * seconds(TaskKind.ATTENTION, 1)
+    for share in (0.25, 0.5, 1.0, 4.0):
+        pages = round(attention_s / share / (alone * plain / 52e9))
+        found = seconds(TaskKind.LOAD_PAGE, 0, work=replace(WORK, streamed_pages=pages))
+        attends = min(1.0, share)
+        assert found == pytest.approx(alone * plain / (attends * 52e9 + (1 - attends) * plain), rel=1e-2)
+        # What comes back has half of the link while pages come, and all of it while none do.
+        back = seconds(TaskKind.LOAD_HIDDEN, 1, work=replace(WORK, streamed_pages=pages))
+        once = seconds(TaskKind.LOAD_HIDDEN, 1, lane=Lane.H2D)
+        assert back == pytest.approx(once * (1 + min(1.0, 1 / share)), rel=1e-2)
+    assert seconds(TaskKind.LOAD_HIDDEN, 1, work=replace(WORK, streamed_pages=0)) == pytest.approx(once)
+
+
+def test_profiles_of_earlier_versions_have_the_rate_with_pauses() -> None:
+    old = with_gpu(link=replace(LINK, h2d_beside_attention=None, h2d_under_attention=53e9))
+    page = 3 * 4096 * 14336 // 14 * 2
+    slowed = (2**26 / 1.22e-3) / 53e9
+    assert seconds(TaskKind.LOAD_PAGE, 0, old) == pytest.approx(LINK.h2d.seconds_at(page) * slowed)
+    assert not old.is_complete and PROFILE.is_complete
+
+
 def test_attention_of_prompts_takes_its_pairs_at_the_rate_of_a_tokens_prompt() -> None:
     flops = 4 * 64 * 40 * 4096
     rate = GPU.prefill[0].rate.rate_at(80)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from moe_lightning.engine.worker import RecordedPass
 from moe_lightning.perf.cost import DTYPE_BYTES
 from moe_lightning.perf.facts import PassFacts
-from moe_lightning.pipeline.task import TaskKind
+from moe_lightning.pipeline.task import Lane, TaskKind
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Lanes:
         use: of each lane, by name.
         seconds_by_kind: of tasks, in a pass.
         page_bytes_per_s: at which pages are copied; None where none are.
+        link_bytes_per_s: at which pages and what the CPU attended to come to the GPU, while either does; None
+            without pages, and where K and V come too.
         attention_bytes_per_s: at which the CPU reads KV; None where it does not.
     """
 
@@ -45,6 +47,7 @@ class Lanes:
     use: dict[str, LaneUse]
     seconds_by_kind: dict[str, float]
     page_bytes_per_s: float | None
+    link_bytes_per_s: float | None
     attention_bytes_per_s: float | None
 
 
@@ -65,14 +68,19 @@ def summarize(
         return None
     timelines, kv_bytes = [one.timeline() for one in recorded], sum(_kv_bytes(one.facts) for one in recorded)
     kinds, lanes = defaultdict[str, float](float), defaultdict[str, float](float)
-    num_pages, span = 0, sum(timeline.span for timeline in timelines)
+    num_pages, span, coming_s = 0, sum(timeline.span for timeline in timelines), 0.0
     for timeline in timelines:
+        coming_s += sum(end - start for start, end in timeline.busy(Lane.H2D, Lane.BACK))
         for lane, seconds in timeline.busy_seconds().items():
             lanes[lane.value] += seconds
         for record in timeline.records:
             kinds[record.kind.value] += record.seconds
             num_pages += record.kind is TaskKind.LOAD_PAGE
     pages_s, attention_s = (kinds.get(kind.value, 0.0) for kind in (TaskKind.LOAD_PAGE, TaskKind.ATTENTION))
+    came = num_pages * page_bytes
+    if TaskKind.LOAD_HIDDEN.value in kinds:
+        came += sum(_attended_bytes(one.facts) for one in recorded)
+    has_rate = num_pages and TaskKind.LOAD_KV.value not in kinds
     return Lanes(
         num_passes=n,
         span_s=span / n,
@@ -84,8 +92,15 @@ def summarize(
         },
         seconds_by_kind={kind: seconds / n for kind, seconds in kinds.items()},
         page_bytes_per_s=num_pages * page_bytes / pages_s if pages_s else None,
+        link_bytes_per_s=came / coming_s if has_rate else None,
         attention_bytes_per_s=kv_bytes / attention_s if attention_s else None,
     )
+
+
+def _attended_bytes(facts: PassFacts) -> int:
+    """That attention on the CPU gives back in a pass, over all layers."""
+    work = facts.work
+    return facts.num_decode * work.spec.num_layers * work.spec.attention.q_size * DTYPE_BYTES[work.dtype]
 
 
 def _kv_bytes(facts: PassFacts) -> int:

@@ -38,7 +38,8 @@ def _measured(cell: Cell, m: Measured) -> dict[str, Any]:
         "full_tokens_per_s": m.full_tokens_per_s,
         "predicted_tokens_per_s": m.predicted_tokens_per_s,
         "share_of_limit": m.tokens_per_s / cell.limit.tokens_per_s if cell.limit else None,
-        "lanes": asdict(lanes) if lanes else None, "share_of_plain_copy": link_share(cell, m),
+        "lanes": asdict(lanes) if lanes else None, "share_of_plain_copy": page_share(cell, m),
+        "link_share_of_plain_copy": link_share(cell, m),
         "num_preemptions": m.num_preemptions, "first_pass_s": m.first_pass_s,
         "check": _check(m.check) if m.check else None, "passes": [asdict(p) for p in m.passes],
     }  # fmt: skip
@@ -56,9 +57,15 @@ def _check(found: Verification) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def link_share(cell: Cell, m: Measured) -> float | None:
+def page_share(cell: Cell, m: Measured) -> float | None:
     """The rate of pages over that of plain copies in the same run."""
     rate = m.lanes.page_bytes_per_s if m.lanes else None
+    return rate / cell.plain_copy if rate else None
+
+
+def link_share(cell: Cell, m: Measured) -> float | None:
+    """The rate of all that comes to the GPU over that of plain copies in the same run."""
+    rate = m.lanes.link_bytes_per_s if m.lanes else None
     return rate / cell.plain_copy if rate else None
 
 
@@ -114,9 +121,10 @@ def _lane_lines(cell: Cell, m: Measured) -> Iterator[str]:
         if use.predicted_s is not None and use.share > 0.05:  # of hardly any time, a share says little
             predicted += _off(use.seconds, use.predicted_s, LANE_TOLERANCE)
         yield f"  {lane.upper():<5} {use.share:5.0%} {use.seconds:8.3f} {predicted}"
-    found = link_share(cell, m)
+    found, all_found = page_share(cell, m), link_share(cell, m)
     if found and lanes.page_bytes_per_s:
-        yield f"  pages {lanes.page_bytes_per_s / 1e9:.1f} GB/s, {found:.1%} of plain copies"
+        line = f"  pages {lanes.page_bytes_per_s / 1e9:.1f} GB/s, {found:.1%} of plain copies"
+        yield line + (f"; with what comes back from attention {all_found:.1%}" if all_found else "")
     if lanes.attention_bytes_per_s:
         yield f"  attention reads {lanes.attention_bytes_per_s / 1e9:.1f} GB/s"
     kinds = sorted(lanes.seconds_by_kind.items(), key=lambda item: -item[1])

@@ -9,7 +9,14 @@ from moe_lightning.policy import Policy
 from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step
 
 
-def pass_work(spec: ModelSpec, dtype: str, policy: Policy, step: Step, expert_parts: int = 1) -> PassWork:
+def pass_work(
+    spec: ModelSpec,
+    dtype: str,
+    policy: Policy,
+    step: Step,
+    expert_parts: int = 1,
+    streamed_pages: int | None = None,
+) -> PassWork:
     """What the tasks of a step's pass work on; sequences are counted, not looked into."""
     window = spec.attention.sliding_window or spec.max_position
     chunks, groups = step.prefill, step.decode
@@ -20,7 +27,7 @@ def pass_work(spec: ModelSpec, dtype: str, policy: Policy, step: Step, expert_pa
     keys += [_context(members, window) for members in groups]
     return PassWork(
         spec, dtype, policy.pages_per_expert, tuple(tokens + sizes), tuple(keys), tuple(rows + sizes), expert_parts,
-        first_swept(len(chunks), len(chunks) + len(groups)) if policy.packed else None,
+        first_swept(len(chunks), len(chunks) + len(groups)) if policy.packed else None, streamed_pages,
     )  # fmt: skip
 
 

@@ -126,7 +126,9 @@ class Worker:
     def _facts(self, step: Step, schedule: Schedule) -> PassFacts:
         dtype = str(self._weights.embed.dtype).removeprefix("torch.")
         shape = schedule.shape
-        work = pass_work(self._weights.spec, dtype, self._policy, step, shape.num_parts)
+        work = pass_work(
+            self._weights.spec, dtype, self._policy, step, shape.num_parts, sum(shape.streamed_pages)
+        )
         return PassFacts(schedule.name, shape, work)
 
     def _is_fullest(self, fullness: tuple[int, int]) -> bool:

@@ -101,7 +101,9 @@ class LinkProfile:
         d2h: the same the other way.
         h2d_beside_d2h: bytes/s to the GPU while copies run both ways.
         d2h_beside_h2d: bytes/s from the GPU meanwhile.
-        h2d_under_attention: bytes/s of pages to the GPU while the CPU attends, beside its small copies.
+        h2d_beside_attention: bytes/s of pages to the GPU while the CPU attends, beside its small copies.
+        h2d_under_attention: the same on average over attention and pauses of about its length, in profiles of
+            earlier versions.
         kv_store: bytes/s of K and V that kernels write to host memory beside pages alone, in profiles of earlier
             versions; now `PrefillProfile.store`.
     """
@@ -111,8 +113,19 @@ class LinkProfile:
     d2h: TimeCurve
     h2d_beside_d2h: float
     d2h_beside_h2d: float
-    h2d_under_attention: float
+    h2d_beside_attention: float | None = None
+    h2d_under_attention: float | None = None
     kv_store: float | None = None
+
+    @property
+    def fastest_h2d(self) -> float:
+        """Bytes/s of the largest copies to the GPU with nothing beside them."""
+        return self.h2d.rate_at(self.h2d.sizes[-1])
+
+    @property
+    def slowest_h2d(self) -> float:
+        """Bytes/s of the same while the CPU attends, as well as it is known."""
+        return self.h2d_beside_attention or self.h2d_under_attention or self.fastest_h2d
 
 
 @dataclass(frozen=True)
@@ -260,8 +273,13 @@ class Profile:
         """Whether all was measured that this version measures; earlier ones left some of the GPU's numbers out."""
         if self.gpu is None:
             return True
-        has_stores = not self.gpu.link.is_pinned or all(found.store for found in self.gpu.prefill)
-        return has_stores and bool(self.gpu.small) and all(found.is_whole for found in self.gpu.small)
+        link = self.gpu.link
+        has_link = bool(link.h2d_beside_attention) and all(found.store for found in self.gpu.prefill)
+        return (
+            (has_link or not link.is_pinned)
+            and bool(self.gpu.small)
+            and all(found.is_whole for found in self.gpu.small)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, read back by `from_json`."""
@@ -302,7 +320,7 @@ class Profile:
         return HardwareSpec(
             DeviceSpec(self.machine.gpu.name, self.machine.gpu.memory_bytes, g.memory, g.flops),
             DeviceSpec(m.cpu, m.host_memory_bytes, h.read_under_copies or h.read, cpu_flops, m.cores),
-            g.link.h2d.rate_at(g.link.h2d.sizes[-1]),
+            g.link.fastest_h2d,
             g.link.d2h.rate_at(g.link.d2h.sizes[-1]),
             g.lanes.mean_handover_s,
             tuple(f"{part}: {source}" for part in ("GPU", "host", "link")),

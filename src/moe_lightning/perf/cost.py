@@ -43,6 +43,7 @@ class PassWork:
         sampled_rows: tokens whose logits are computed.
         expert_parts: sweeps over a layer's experts; tokens are taken to reach all experts alike.
         unpacked_for: the micro-batch whose sweep comes first and unpacks pages for all; None: they are not packed.
+        streamed_pages: that come to the GPU in the pass; None: pages always come, and the CPU always attends.
 
     Raises:
         ConfigError: the dtype is not known, or the pages are not equal slices.
@@ -56,6 +57,7 @@ class PassWork:
     sampled_rows: tuple[int, ...]
     expert_parts: int = 1
     unpacked_for: int | None = None
+    streamed_pages: int | None = None
 
     def num_experts_in(self, part: int) -> int:
         """Experts that a part sweeps."""
@@ -176,8 +178,13 @@ def _post_attention(work: PassWork, task: Task) -> Cost:
 
 
 def _load_page(work: PassWork, _: Task) -> Cost:
-    size = _page_bytes(work, packed=work.unpacked_for is not None)
+    size = streamed_page_bytes(work)
     return Cost(device_bytes=size, host_bytes=size, link_bytes=size)
+
+
+def streamed_page_bytes(work: PassWork) -> int:
+    """Of a page as it comes over the link."""
+    return _page_bytes(work, packed=work.unpacked_for is not None)
 
 
 def _page_bytes(work: PassWork, *, packed: bool) -> int:

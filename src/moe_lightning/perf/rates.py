@@ -9,7 +9,15 @@ from typing import Protocol
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.profile import GpuProfile, Profile
 from moe_lightning.hardware.spec import HardwareSpec
-from moe_lightning.perf.cost import DTYPE_BYTES, Cost, PassWork, task_cost, task_seconds, unpack_bytes
+from moe_lightning.perf.cost import (
+    DTYPE_BYTES,
+    Cost,
+    PassWork,
+    streamed_page_bytes,
+    task_cost,
+    task_seconds,
+    unpack_bytes,
+)
 from moe_lightning.perf.memory import EXPERTS_AT_ONCE
 from moe_lightning.perf.shape import shape_of
 from moe_lightning.pipeline.task import Lane, Task, TaskKind
@@ -78,7 +86,7 @@ class MeasuredRates:
     @property
     def h2d(self) -> float:
         """Bytes/s of large copies to the GPU."""
-        return self._gpu.link.h2d.rate_at(self._gpu.link.h2d.sizes[-1])
+        return self._gpu.link.fastest_h2d
 
     def seconds(self, work: PassWork) -> Callable[[Task], float]:
         """Curves of the shapes nearest to the model's."""
@@ -121,20 +129,46 @@ class _Measured:
         self._head = gpu.dense_like(spec.hidden_size, spec.vocab_size, dtype)
         self._prefill = gpu.prefill_like(a.num_heads, a.num_kv_heads, a.head_dim, dtype)
         self._small = gpu.small_like(spec.hidden_size, spec.experts.num_experts)
-        # Pages come while the CPU attends, beside copies of its queries and outputs; so they were measured.
         link = gpu.link
-        self._slowed = link.h2d.rate_at(link.h2d.sizes[-1]) / link.h2d_under_attention
+        self._slowed = link.fastest_h2d / link.slowest_h2d
+        self._page_slowed, self._beside_pages = self._together()
         # Copies to the host run beside both: pages, as was measured, and attention, which slows all copies alike.
         self._d2h_slowed = self._slowed * link.d2h.rate_at(link.d2h.sizes[-1]) / link.d2h_beside_h2d
+
+    def _together(self) -> tuple[float, float]:
+        """How many times as long pages take as alone, and what comes back from attention as without pages.
+
+        Beside attention, and copies of its queries and outputs, pages come as slowly as was measured; in the rest
+        of a pass as if alone. How long that is, is what is left when the slower of both never waits.
+        """
+        work = self._work
+        if work.streamed_pages is None:
+            return self._slowed, 2.0
+        # Of a chunk of prompts only the last token of each is sampled from.
+        decode = [j for j, tokens in enumerate(work.tokens) if tokens == work.sampled_rows[j]]
+        attention_s = work.spec.num_layers * sum(self._attends((j,)) for j in decode)
+        page_s = self._gpu.link.h2d.seconds_at(streamed_page_bytes(work)) * self._slowed
+        pages_s = work.streamed_pages * page_s
+        longer = max(attention_s, pages_s)
+        if not longer:
+            return self._slowed, 1.0
+        # Bytes come at one rate in this share of the time, and at the other in the rest.
+        attends = attention_s / longer
+        return 1 / (attends / self._slowed + 1 - attends), 1 + pages_s / longer
+
+    def _attends(self, micro_batches: tuple[int, ...]) -> float:
+        work = self._work
+        tokens = sum(work.tokens[j] for j in micro_batches)
+        context = sum(work.context_tokens[j] for j in micro_batches)
+        kv_bytes = context * 2 * work.spec.attention.kv_size * self._size
+        mean = context / max(tokens, 1)
+        return self._attention.seconds(tokens, mean, kv_bytes, under_copies=True) + self._between_lanes
 
     def of(self, task: Task) -> float:
         work = self._work
         tokens = sum(work.tokens[j] for j in task.micro_batches)
         if task.kind is TaskKind.ATTENTION:
-            context = sum(work.context_tokens[j] for j in task.micro_batches)
-            kv_bytes = context * 2 * work.spec.attention.kv_size * self._size
-            mean = context / max(tokens, 1)
-            return self._attention.seconds(tokens, mean, kv_bytes, under_copies=True) + self._between_lanes
+            return self._attends(task.micro_batches)
         cost = task_cost(task, work)
         if task.lane is Lane.GPU:
             return self._on_gpu(task, tokens, cost)
@@ -146,11 +180,11 @@ class _Measured:
             return store.seconds_at(size) if store else size / (link.kv_store or link.d2h_beside_h2d)
         if task.lane is Lane.D2H:
             return link.d2h.seconds_at(size) * self._d2h_slowed
-        seconds = link.h2d.seconds_at(size) * self._slowed
+        seconds = link.h2d.seconds_at(size)
         if task.kind is TaskKind.LOAD_PAGE:
-            return max(seconds, self._gpu.lanes.h2d_gap_s)
-        # Beside pages, which never stop, each has half of the link. What that takes from pages is in their rate.
-        return 2 * seconds if task.lane is Lane.BACK else seconds
+            return max(seconds * self._page_slowed, self._gpu.lanes.h2d_gap_s)
+        # Beside pages each has half of the link. What that takes from pages is in their rate.
+        return seconds * self._slowed * (self._beside_pages if task.lane is Lane.BACK else 1.0)
 
     def _on_gpu(self, task: Task, tokens: int, cost: Cost) -> float:
         work, lanes = self._work, self._gpu.lanes

@@ -84,12 +84,12 @@ class Timeline:
         """Seconds until the tokens are there: pages of the next pass may come later."""
         return max((r.end for r in self.records if r.lane is not Lane.H2D), default=self.end) - self.start
 
-    def busy(self, lane: Lane) -> list[tuple[float, float]]:
-        """The intervals in which the lane runs something, in order, apart from each other."""
+    def busy(self, *lanes: Lane) -> list[tuple[float, float]]:
+        """The intervals in which one of the lanes runs something, in order, apart from each other."""
         # Recorded runs of one lane can overlap a little, so that adding them up would count time twice.
         intervals: list[tuple[float, float]] = []
         for start, end in sorted(
-            (r.start, r.end) for r in self.records if r.lane is lane and r.end > r.start
+            (r.start, r.end) for r in self.records if r.lane in lanes and r.end > r.start
         ):
             if intervals and start <= intervals[-1][1]:
                 intervals[-1] = (intervals[-1][0], max(end, intervals[-1][1]))

@@ -77,7 +77,7 @@ class AttentionBench:
         alone, beside = self._rates(contexts, call), None
         if copies is not None:
             with copies, again_and_again(copies.wait):
-                beside = self._rates(contexts, call, copies.keep_up)
+                beside = self._rates(contexts, call, copies)
         dtype = str(self._dtype).removeprefix("torch.")
         return AttentionProfile(
             self._num_heads, self._num_kv_heads, self._head_dim, dtype, alone, beside, call
@@ -114,18 +114,15 @@ class AttentionBench:
     def _layers_of(self, lengths: Sequence[Tensor]) -> list[_Layer]:
         return [_Layer(each, *self.layer(each)) for each in lengths]
 
-    def _rates(
-        self, layers: Sequence[_Layer], call: TimeCurve, before: Callable[[int], object] | None = None
-    ) -> RateCurve:
+    def _rates(self, layers: Sequence[_Layer], call: TimeCurve, copies: Copies | None = None) -> RateCurve:
         """Bytes of K and V a second by context, without what the call itself takes.
 
         Args:
             layers: a layer's calls at each context.
             call: what a call takes.
-            before: called when a layer's calls begin, with the bytes that come from the GPU for them; what is
-                measured with it is what plans go by, and gets three times the time.
+            copies: beside them. What is measured then is what plans go by, and gets three times the time.
         """
-        found = self._seconds(layers, self._effort.point_s * (3 if before else 1), before)
+        found = self._seconds(layers, self._effort.point_s * (3 if copies else 1), copies)
         rates = []
         for layer, seconds in zip(layers, found, strict=True):
             reading = max(seconds - call.seconds_at(len(layer.lengths)), _LEAST_SHARE * seconds)
@@ -133,7 +130,7 @@ class AttentionBench:
         return RateCurve(self._effort.contexts, tuple(rates))
 
     def _seconds(
-        self, layers: Sequence[_Layer], budget_s: float, before: Callable[[int], object] | None = None
+        self, layers: Sequence[_Layer], budget_s: float, copies: Copies | None = None
     ) -> list[float]:
         """Of a call of each of the layers, on average."""
 
@@ -141,11 +138,16 @@ class AttentionBench:
             if number == 0 and len(layers) > 1:
                 self._num_runs += 1  # else each of the works would always read the same layers
             time.sleep(self._effort.pause_s)
-            if before:
-                before(layers[number].num_bytes)
+            if copies:
+                copies.keep_up(layers[number].num_bytes)
+                copies.watch()
+
+        def end() -> None:
+            if copies:
+                copies.watched()
 
         runs = [layer.run for layer in layers]
-        return [seconds / _CALLS for seconds in seconds_in_turn(runs, budget_s, begin)]
+        return [seconds / _CALLS for seconds in seconds_in_turn(runs, budget_s, begin, end)]
 
     def _call(self, qkv: Tensor, lengths: Tensor, order: Tensor) -> Callable[[Tensor], None]:
         """Attention of a micro-batch's rows [sequences, q, k and v], its blocks the first ones of an order."""

@@ -112,7 +112,6 @@ def _host_and_link(
         copies = Copies(link, min(_PAGE, max(effort.copy_sizes)), h2d.best_rate)
         with copies:
             read_beside = host.read_rate(kernel, memory.read, effort, copies.keep_up)
-        copies.rates.clear()  # of a plain read: attention is what runs beside copies
     steps.begin("CPU products")
     flops = {host.name_of(d): host.product_flops(d, effort) for d in _HOST_DTYPES}
     attention = []
@@ -120,14 +119,14 @@ def _host_and_link(
         steps.begin(f"CPU attention beside copies, {host.describe(geometry)}")
         paced = effort.paced(steps.elapsed_s, done)
         attention.append(AttentionBench(kernel, memory.read, geometry, dtype, paced).measure(copies))
-    under = (copies.median_rate if copies else None) or h2d.best_rate
+    beside = (copies.median_rate or h2d.best_rate) if copies else None
     loads: list[Load | None] = [None] * len(shapes)
     if copies is not None:
         benches = [AttentionBench(kernel, memory.read, shape.attention, dtype, effort) for shape in shapes]
         layers = [bench.layer(bench.lengths(effort.contexts[0])) for bench in benches]
         loads = [Load(copies, *layer, _on_gpu(memory.read)) for layer in layers]
     found = HostProfile(read, read_beside, flops, tuple(attention), ())
-    return found, LinkProfile(memory.is_pinned, h2d, d2h, *both, under), loads
+    return found, LinkProfile(memory.is_pinned, h2d, d2h, *both, beside), loads
 
 
 def _kernels(

@@ -130,25 +130,25 @@ class Copies:
         self._depth = max(4, min(_MOST_COPIES, int(_AHEAD_S * bandwidth / size) + 1))
         self._stream, self._back = torch.cuda.Stream(), torch.cuda.Stream()
         self._pending: deque[torch.cuda.Event] = deque()
-        self._done: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # the first one and the last
         self._num_done = 0
         self._both_ways: torch.cuda.Event | None = None  # the end of what went beside them
         self._number = 0
+        self._watched_from = (0, 0.0)  # copies that were done, and when
+        self._watched = (0, 0.0)  # copies done while they were watched, and seconds
         self.rates: list[float] = []
 
     def __enter__(self) -> Self:
-        self._done, self._num_done = None, 0
+        self._num_done, self._watched = 0, (0, 0.0)
         self.keep_up()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Note the rate that was reached so far, and let the rest end."""
-        self._collect()
-        if self._done and self._num_done > 1:
-            seconds = self._done[0].elapsed_time(self._done[1]) / 1e3
-            self.rates.append(self._size * (self._num_done - 1) / seconds)
+        """Note the rate that was reached while they were watched, and let the rest end."""
+        count, seconds = self._watched
+        if count:
+            self.rates.append(self._size * count / seconds)
         for event in (*self._pending, *filter(None, [self._both_ways])):
             wait_for(event)
         self._pending.clear()
@@ -178,13 +178,23 @@ class Copies:
             last = recorded()
         last.synchronize()
 
+    def watch(self) -> None:
+        """From now on they count, until `watched`: what is to run beside them begins."""
+        self._collect()
+        self._watched_from = self._num_done, time.perf_counter()
+
+    def watched(self) -> None:
+        """What ran beside them has ended."""
+        self._collect()
+        (done, start), (count, seconds) = self._watched_from, self._watched
+        self._watched = count + self._num_done - done, seconds + time.perf_counter() - start
+
     @property
     def median_rate(self) -> float | None:
-        """Bytes/s over all that was measured beside them; None if that was too short for two copies."""
+        """Bytes/s while they were watched; None if they were not, or not long enough for one copy."""
         return median(self.rates) if self.rates else None
 
     def _collect(self) -> None:
         while self._pending and self._pending[0].query():
-            done = self._pending.popleft()
-            self._done = (self._done[0] if self._done else done, done)
+            self._pending.popleft()
             self._num_done += 1

@@ -37,7 +37,10 @@ def median_seconds(
 
 
 def seconds_in_turn(
-    works: Sequence[Callable[[], object]], budget_s: float, before: Callable[[int], object]
+    works: Sequence[Callable[[], object]],
+    budget_s: float,
+    before: Callable[[int], object],
+    after: Callable[[], object] = lambda: None,
 ) -> list[float]:
     """Seconds of each work on average, slow turns too, after a round that does not count.
 
@@ -47,6 +50,7 @@ def seconds_in_turn(
         works: to be measured.
         budget_s: of each; three rounds are made in any case, or one that takes several times as long alone.
         before: called before each turn, outside of its time, with the number of its work.
+        after: called after each, outside of its time too.
     """
     found: list[list[float]] = [[] for _ in works]
     begin, budget_s = time.perf_counter(), budget_s * len(works)
@@ -55,8 +59,10 @@ def seconds_in_turn(
             before(number)
             start = time.perf_counter()
             work()
+            end = time.perf_counter()
+            after()
             if turn:
-                found[number].append(time.perf_counter() - start)
+                found[number].append(end - start)
         took = time.perf_counter() - begin
         if turn >= (_MIN_TURNS if took < _PATIENCE * budget_s else 1) and took > budget_s:
             break
