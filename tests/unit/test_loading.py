@@ -141,9 +141,9 @@ class TestReading:
     def test_a_load_reads_the_header_of_each_file_once(self, kind, request, monkeypatch):
         directory, read, seen = request.getfixturevalue(kind), stored._read_header, []
 
-        def counted(path):
+        def counted(path, has_weights):
             seen.append(path.name)
-            return read(path)
+            return read(path, has_weights)
 
         monkeypatch.setattr(stored, "_read_header", counted)
         load(directory)

@@ -14,11 +14,12 @@ import pytest
 import moe_lightning
 from moe_lightning.cli.main import main
 from moe_lightning.cli.plan_job import job_of
-from moe_lightning.errors import ConfigError, UnsupportedModelError
+from moe_lightning.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moe_lightning.hardware.profile_cache import cache_path
 from moe_lightning.models.from_headers import resolve_to_plan
 from moe_lightning.models.known import KNOWN_MODELS
 from moe_lightning.models.registry import resolve
+from moe_lightning.models.stored import open_checkpoint
 from moe_lightning.perf.page_size import page_bytes
 from moe_lightning.units import GIB
 
@@ -282,6 +283,26 @@ def test_weights_without_a_config_are_planned_for_and_what_is_assumed_is_said(
         )
     with pytest.raises(ConfigError):
         resolve(str(directory))  # only a plan may assume anything
+
+
+def test_the_beginning_of_a_file_up_to_its_weights_is_enough_for_a_plan_and_for_nothing_else(
+    mixtral, tmp_path
+) -> None:
+    whole = (mixtral / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    file = tmp_path / "model.safetensors"
+    expected = [(t.name, t.shape) for t in resolve(str(mixtral)).tensors()]
+    for end in (header, header + 100, len(whole)):
+        file.write_bytes(whole[:end])
+        found, _ = resolve_to_plan(str(tmp_path))
+        assert [(t.name, t.shape) for t in found.tensors()] == expected
+    file.write_bytes(whole[:header])
+    with pytest.raises(CheckpointError, match="is truncated"):
+        open_checkpoint(tmp_path)
+    for damaged in (whole[: header - 1], whole + b"more"):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            resolve_to_plan(str(tmp_path))
 
 
 def test_weights_of_an_unknown_kind_without_a_config_ask_for_it(mixtral, tmp_path) -> None:

@@ -40,7 +40,7 @@ def spec_from_headers(directory: Path) -> tuple[ModelSpec, tuple[str, ...]]:
         UnsupportedModelError: the tensors are not those of a model that is supported.
         CheckpointError: a file is damaged or missing.
     """
-    tensors = open_checkpoint(directory)
+    tensors = open_checkpoint(directory, has_weights=False)
     try:
         values = _config(directory, tensors)
     except (KeyError, IndexError, ValueError) as error:

@@ -30,8 +30,12 @@ class StoredTensor:
     num_bytes: int
 
 
-def open_checkpoint(directory: Path) -> dict[str, StoredTensor]:
+def open_checkpoint(directory: Path, *, has_weights: bool = True) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by name, from the files' headers alone.
+
+    Args:
+        directory: of the checkpoint.
+        has_weights: false where files may end after their headers: good for a plan.
 
     Raises:
         CheckpointError: a file is missing, truncated or no safetensors file; the message names it.
@@ -42,8 +46,8 @@ def open_checkpoint(directory: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(
                 f"{directory} has neither {SINGLE} nor {INDEX}; convert other formats to safetensors first"
             )
-        return _read_header(directory / SINGLE)
-    return _read_shards(directory, _read_weight_map(index))
+        return _read_header(directory / SINGLE, has_weights)
+    return _read_shards(directory, _read_weight_map(index), has_weights)
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
@@ -58,13 +62,13 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, StoredTensor]:
+def _read_shards(directory: Path, weight_map: dict[str, str], has_weights: bool) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
         path = directory / file
         if not path.is_file():
             raise CheckpointError(f"{INDEX} names {file}, which is not in {directory}; download it again")
-        for name, tensor in _read_header(path).items():
+        for name, tensor in _read_header(path, has_weights).items():
             if name in tensors:
                 raise CheckpointError(
                     f"tensor {name} is in {tensors[name].path.name} and in {file}; keep one"
@@ -76,7 +80,7 @@ def _read_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, Store
     return tensors
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def _read_header(path: Path, has_weights: bool) -> dict[str, StoredTensor]:
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
@@ -89,7 +93,12 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             tensors = {name: _entry(name, path, entry, 8 + length) for name, entry in entries}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} has a damaged header ({error!r}); download it again") from error
-    _check_data(path, tensors.values(), 8 + length, size)
+    end = _check_data(path, tensors.values(), 8 + length)
+    if end != size and (has_weights or size > end):
+        state = "is truncated" if end > size else "has too many bytes"
+        raise CheckpointError(
+            f"{path} {state}: its tensors end at byte {end}, the file at {size}; download it again"
+        )
     return tensors
 
 
@@ -121,8 +130,8 @@ def _entry(name: str, path: Path, entry: dict[str, Any], base: int) -> StoredTen
     return StoredTensor(name, path, str(entry["dtype"]), shape, base + start, end - start)
 
 
-def _check_data(path: Path, tensors: Iterable[StoredTensor], start: int, size: int) -> None:
-    """Tensors fill a file without gaps or overlaps: otherwise wrong offsets would be read as weights."""
+def _check_data(path: Path, tensors: Iterable[StoredTensor], start: int) -> int:
+    """Tensors lie without gaps or overlaps: otherwise wrong offsets would be read as weights. Where they end."""
     position = start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.num_bytes)):
         if tensor.offset != position:
@@ -131,8 +140,4 @@ def _check_data(path: Path, tensors: Iterable[StoredTensor], start: int, size: i
                 f"ends at {position}; download it again"
             )
         position += tensor.num_bytes
-    if position != size:
-        state = "is truncated" if position > size else "has too many bytes"
-        raise CheckpointError(
-            f"{path} {state}: its tensors end at byte {position}, the file at {size}; download it again"
-        )
+    return position
