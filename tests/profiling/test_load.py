@@ -269,7 +269,7 @@ class Running(OnCpu):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def test_a_load_queues_copies_before_each_layer_of_attention_until_the_block_ends() -> None:
+def test_a_load_queues_copies_before_each_layer_of_attention_and_they_count_while_it_runs() -> None:
     seen, thrice = [], threading.Event()
 
     class Kept:
@@ -282,15 +282,22 @@ def test_a_load_queues_copies_before_each_layer_of_attention_until_the_block_end
         def keep_up(self, num_bytes):
             seen.append(num_bytes)
 
+        def watch(self):
+            seen.append("watch")
+
+        def watched(self):
+            seen.append("watched")
+
     def attend():
         seen.append("attend")
-        if len(seen) > 6:
+        if len(seen) > 12:
             thrice.set()
 
     with Load(Kept(), attend, 240, torch.zeros(1)).running():
         assert thrice.wait(10)
     assert seen[0] == "begin" and seen[-1] == "end"
-    assert seen[1:-1] == [240, "attend"] * (len(seen) // 2 - 1) and len(seen) >= 8
+    layers, rest = divmod(len(seen) - 2, 4)
+    assert seen[1:-1] == [240, "watch", "attend", "watched"] * layers and rest == 0 and layers >= 3
 
 
 @pytest.fixture

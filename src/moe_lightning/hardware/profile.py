@@ -101,9 +101,10 @@ class LinkProfile:
         d2h: the same the other way.
         h2d_beside_d2h: bytes/s to the GPU while copies run both ways.
         d2h_beside_h2d: bytes/s from the GPU meanwhile.
-        h2d_beside_attention: bytes/s of pages to the GPU while the CPU attends, beside its small copies.
-        h2d_under_attention: the same on average over attention and pauses of about its length, in profiles of
-            earlier versions.
+        h2d_beside_attention: bytes/s of pages to the GPU while the CPU attends, the GPU computes, and small copies
+            go both ways.
+        h2d_under_attention: the same without what the GPU computes and on average over attention and pauses of
+            about its length, in profiles of earlier versions.
         kv_store: bytes/s of K and V that kernels write to host memory beside pages alone, in profiles of earlier
             versions; now `PrefillProfile.store`.
     """

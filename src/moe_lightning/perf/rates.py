@@ -138,8 +138,8 @@ class _Measured:
     def _together(self) -> tuple[float, float]:
         """How many times as long pages take as alone, and what comes back from attention as without pages.
 
-        Beside attention, and copies of its queries and outputs, pages come as slowly as was measured; in the rest
-        of a pass as if alone. How long that is, is what is left when the slower of both never waits.
+        Beside attention, its copies and what the GPU computes pages come as slowly as was measured; in the rest of
+        a pass as if alone. How long that is, is what is left when the slower of both never waits.
         """
         work = self._work
         if work.streamed_pages is None:

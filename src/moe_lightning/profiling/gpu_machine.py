@@ -119,11 +119,14 @@ def _host_and_link(
         steps.begin(f"CPU attention beside copies, {host.describe(geometry)}")
         paced = effort.paced(steps.elapsed_s, done)
         attention.append(AttentionBench(kernel, memory.read, geometry, dtype, paced).measure(copies))
-    beside = (copies.median_rate or h2d.best_rate) if copies else None
+    beside = None
+    if copies is not None:
+        beside = copies.median_rate or h2d.best_rate
+        copies.rates.clear()  # what comes next is beside the GPU's kernels too
     loads: list[Load | None] = [None] * len(shapes)
     if copies is not None:
         benches = [AttentionBench(kernel, memory.read, shape.attention, dtype, effort) for shape in shapes]
-        layers = [bench.layer(bench.lengths(effort.contexts[0])) for bench in benches]
+        layers = [bench.layer(bench.lengths(effort.load_context)) for bench in benches]
         loads = [Load(copies, *layer, _on_gpu(memory.read)) for layer in layers]
     found = HostProfile(read, read_beside, flops, tuple(attention), ())
     return found, LinkProfile(memory.is_pinned, h2d, d2h, *both, beside), loads
@@ -157,6 +160,8 @@ def _kernels(
         small.append(small_kernels(shape, dtype, effort, load))
         steps.begin(f"attention of prompts of {shape.name}, beside the same")
         prompts.append(prefill(shape, dtype, effort, load))
+    in_passes = next((load.copies.median_rate for load in loads if load), None)
+    link = replace(link, h2d_beside_attention=in_passes or link.h2d_beside_attention)
     return GpuProfile(
         memory, flops, tuple(experts), tuple(products), tuple(prompts), link, lanes, tuple(small)
     )

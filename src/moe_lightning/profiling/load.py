@@ -38,7 +38,9 @@ class Load:
 
     def _layer(self) -> None:
         self.copies.keep_up(self.attended_bytes)
+        self.copies.watch()
         self.attend()
+        self.copies.watched()
 
 
 def running(load: Load | None) -> AbstractContextManager[None]:
