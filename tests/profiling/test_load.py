@@ -158,18 +158,18 @@ def test_copies_count_while_they_are_watched_and_not_in_the_pauses(gpu, monkeypa
     monkeypatch.setattr(link, "wait_for", lambda event: setattr(event, "is_done", True))
     monkeypatch.setattr(link.time, "perf_counter", lambda: now[0])
     copies = Copies(Link(), 100, 20e3)
-    for factor in (1, 2):
+    for count in (1, 1, 2, 2):
         with copies:
             for _ in range(3):
                 take(1.0, 4)  # a pause
                 copies.keep_up()
                 copies.watch()
-                take(0.5, factor)
+                take(0.5, count)
                 copies.watched()
-    assert copies.rates == [200.0, 400.0] and copies.median_rate == 300.0
+    assert copies.rate_watched() == 300.0, "on average over all times"
     with copies:
         take(1.0, 4)
-    assert copies.rates == [200.0, 400.0], "nobody looked"
+    assert copies.rate_watched() is None, "nobody looked"
 
 
 def test_copies_of_a_size_are_measured_for_so_long_however_short_they_are(gpu, monkeypatch) -> None:
@@ -218,7 +218,7 @@ def test_queues_of_copies_stay_short_and_the_last_ones_are_waited_for(gpu, monke
         copies.keep_up(240)
         assert num == 5 + 4 + 1 + 4
     assert waited == [*queued_events[1:5], *queued_events[6:]]
-    assert copies.rates == [], "one copy has ended: no rate"
+    assert copies.rate_watched() is None
 
 
 class Silent(Event):

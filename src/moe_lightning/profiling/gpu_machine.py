@@ -121,8 +121,7 @@ def _host_and_link(
         attention.append(AttentionBench(kernel, memory.read, geometry, dtype, paced).measure(copies))
     beside = None
     if copies is not None:
-        beside = copies.median_rate or h2d.best_rate
-        copies.rates.clear()  # what comes next is beside the GPU's kernels too
+        beside = copies.rate_watched() or h2d.best_rate
     loads: list[Load | None] = [None] * len(shapes)
     if copies is not None:
         benches = [AttentionBench(kernel, memory.read, shape.attention, dtype, effort) for shape in shapes]
@@ -160,7 +159,7 @@ def _kernels(
         small.append(small_kernels(shape, dtype, effort, load))
         steps.begin(f"attention of prompts of {shape.name}, beside the same")
         prompts.append(prefill(shape, dtype, effort, load))
-    in_passes = next((load.copies.median_rate for load in loads if load), None)
+    in_passes = next((load.copies.rate_watched() for load in loads if load), None)
     link = replace(link, h2d_beside_attention=in_passes or link.h2d_beside_attention)
     return GpuProfile(
         memory, flops, tuple(experts), tuple(products), tuple(prompts), link, lanes, tuple(small)

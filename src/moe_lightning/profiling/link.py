@@ -135,20 +135,15 @@ class Copies:
         self._number = 0
         self._watched_from = (0, 0.0)  # copies that were done, and when
         self._watched = (0, 0.0)  # copies done while they were watched, and seconds
-        self.rates: list[float] = []
 
     def __enter__(self) -> Self:
-        self._num_done, self._watched = 0, (0, 0.0)
         self.keep_up()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Note the rate that was reached while they were watched, and let the rest end."""
-        count, seconds = self._watched
-        if count:
-            self.rates.append(self._size * count / seconds)
+        """Let them end."""
         for event in (*self._pending, *filter(None, [self._both_ways])):
             wait_for(event)
         self._pending.clear()
@@ -189,10 +184,10 @@ class Copies:
         (done, start), (count, seconds) = self._watched_from, self._watched
         self._watched = count + self._num_done - done, seconds + time.perf_counter() - start
 
-    @property
-    def median_rate(self) -> float | None:
-        """Bytes/s while they were watched; None if they were not, or not long enough for one copy."""
-        return median(self.rates) if self.rates else None
+    def rate_watched(self) -> float | None:
+        """Bytes/s while they were watched since this was asked last, slow times among them; None if none ended."""
+        (count, seconds), self._watched = self._watched, (0, 0.0)
+        return self._size * count / seconds if count else None
 
     def _collect(self) -> None:
         while self._pending and self._pending[0].query():
