@@ -14,6 +14,7 @@ from efforts import SHAPE, TINY, OnCpu
 from moe_lightning.errors import DeviceError
 from moe_lightning.kernels import ops
 from moe_lightning.profiling import events, link, load, prefill, queued
+from moe_lightning.profiling import gpu as gpu_profile
 from moe_lightning.profiling.gpu import ExpertsBench
 from moe_lightning.profiling.kv_store import KvStore
 from moe_lightning.profiling.link import Copies, Link
@@ -364,6 +365,33 @@ def test_sweeps_and_tasks_are_allocated_before_their_load_begins(gpu, seen, monk
         assert beside.num_runs == 1 and found.times.sizes == TINY.tokens
         assert small_kernels(SHAPE, torch.float32, TINY, beside).pre_attention.sizes == TINY.rows
         assert beside.num_runs == 2 and not beside.is_running
+
+
+def test_pages_are_measured_while_sweeps_follow_each_other_and_nothing_is_allocated(gpu, monkeypatch) -> None:
+    now, made, asked = [0.0], [], []
+
+    class Watched:
+        def rate_watched(self):
+            asked.append(len(made))
+            return 47.0 if made else 50.0
+
+    def recorded():
+        made.append(Event(0))
+        return made[-1]
+
+    def sweep(hidden, *_):
+        assert beside.is_running and len(hidden) == 16, "as many tokens as the effort says, at most"
+        now[0] += 0.1
+
+    monkeypatch.setattr(ops, "experts_", sweep)
+    monkeypatch.setattr(gpu_profile, "recorded", recorded)
+    monkeypatch.setattr(gpu_profile.time, "perf_counter", lambda: now[0])
+    with Running(None, monkeypatch) as beside:
+        beside.copies = Watched()
+        bench = ExpertsBench(SHAPE, torch.float32, replace(TINY, load_tokens=99, pages_s=0.95))
+        assert bench.page_rate(beside) == 47.0
+    assert asked == [0, 10], "what was watched before is forgotten, and the rate asked for in the end"
+    assert not beside.is_running and beside.num_runs == 1
 
 
 @pytest.fixture

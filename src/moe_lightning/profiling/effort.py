@@ -29,6 +29,8 @@ class Effort:
         hop_sizes: bytes of hidden states on their way.
         contexts: tokens that a sequence holds.
         load_context: those of the attention beside which the GPU's kernels are measured.
+        load_tokens: of the sweeps beside which, and beside that attention, pages are measured.
+        pages_s: seconds of that.
         num_seqs: sequences of a call that reads next to nothing; what it takes rises evenly between and beyond.
         geometries: query heads, KV heads, head dimension.
         tokens: of a sweep over experts.
@@ -56,6 +58,8 @@ class Effort:
     hop_sizes: tuple[int, ...] = (64 * KIB, 256 * KIB, MIB)
     contexts: tuple[int, ...] = (64, 128, 512, 2048)
     load_context: int = 128
+    load_tokens: int = 2048
+    pages_s: float = 1.0
     num_seqs: tuple[int, ...] = (1, 128, 1024)
     geometries: tuple[tuple[int, int, int], ...] = ((32, 32, 128), (32, 8, 128), (32, 4, 128))
     tokens: tuple[int, ...] = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)

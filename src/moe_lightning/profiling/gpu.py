@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -18,6 +20,7 @@ from moe_lightning.kernels import ops
 from moe_lightning.models.spec import AttentionSpec, RouterSpec
 from moe_lightning.pipeline.shape import experts_in
 from moe_lightning.profiling.effort import Effort
+from moe_lightning.profiling.events import recorded, wait_for
 from moe_lightning.profiling.host import name_of
 from moe_lightning.profiling.load import Load
 from moe_lightning.profiling.queued import task_seconds
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 _NUM_ROUTINGS = 4
 _COMPILERS = 8
+_SWEEPS_AHEAD = 3
 
 
 def memory_rate(effort: Effort) -> float:
@@ -95,6 +99,28 @@ class ExpertsBench:
         whole = curves.pop(1)
         parts = tuple(PartTimes(1 / n, curve) for n, curve in curves.items())
         return ExpertsProfile(self._shape, name_of(self._dtype), whole, parts)
+
+    def page_rate(self, load: Load) -> float | None:
+        """Bytes/s of the load's pages while sweeps, which `measure` has run before, follow each other beside it.
+
+        None where no page has come.
+        """
+        counts = self._sweeps[1]
+        count = max((n for n in counts if n <= self._effort.load_tokens), default=counts[0])
+        calls, under_way = self._calls_of(count, 1), deque[torch.cuda.Event]()
+        torch.cuda.synchronize()
+        load.copies.rate_watched()  # forget what was watched before
+        with load.running():
+            end = time.perf_counter() + self._effort.pages_s
+            while time.perf_counter() < end:
+                calls[0]()
+                calls.append(calls.pop(0))
+                under_way.append(recorded())
+                if len(under_way) > _SWEEPS_AHEAD:
+                    wait_for(under_way.popleft())
+            for event in under_way:
+                wait_for(event)
+        return load.copies.rate_watched()
 
     def _calls_of(self, num_tokens: int, num_parts: int) -> list[Callable[[], object]]:
         """Calls with other experts each, so that few tokens do not find theirs in the cache."""

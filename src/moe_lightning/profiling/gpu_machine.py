@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def measure_gpu_machine(
         DeviceError: the GPU does not answer.
     """
     dtype = require_gpu()
-    steps = Steps(9 + len(effort.geometries) + 5 * len(shapes), report)
+    steps = Steps(9 + len(effort.geometries) + 6 * len(shapes), report)
     with steps.named(), _within_budget(effort, gpu_memory) as effort:
         return _all(shapes, effort, dtype, steps)  # when it returns, what it had on the GPU is free
 
@@ -144,13 +145,16 @@ def _kernels(
     memory = gpu.memory_rate(effort)
     steps.begin("GPU products")
     flops = {host.name_of(d): gpu.product_flops(d, effort) for d in dict.fromkeys((dtype, *_GPU_DTYPES))}
-    experts, products, prompts, small = [], [], [], []
+    experts, products, prompts, small, page_rates = [], [], [], [], []
     for shape, load in zip(shapes, loads, strict=True):
         steps.begin(f"compiling experts of {shape.name}")
         bench = gpu.ExpertsBench(shape, dtype, effort)
         bench.compile()
         steps.begin(f"experts of {shape.name} beside copies and the CPU's attention")
         experts.append(bench.measure(load))
+        steps.begin(f"pages beside sweeps of {shape.name} and the CPU's attention")
+        if load and (rate := bench.page_rate(load)):
+            page_rates.append(rate)
         del bench
         torch.cuda.empty_cache()
         steps.begin(f"products of {shape.name}")
@@ -159,8 +163,8 @@ def _kernels(
         small.append(small_kernels(shape, dtype, effort, load))
         steps.begin(f"attention of prompts of {shape.name}, beside the same")
         prompts.append(prefill(shape, dtype, effort, load))
-    in_passes = next((load.copies.rate_watched() for load in loads if load), None)
-    link = replace(link, h2d_beside_attention=in_passes or link.h2d_beside_attention)
+    if page_rates:
+        link = replace(link, h2d_beside_attention=fmean(page_rates))
     return GpuProfile(
         memory, flops, tuple(experts), tuple(products), tuple(prompts), link, lanes, tuple(small)
     )
