@@ -33,7 +33,7 @@ from moe_lightning.units import parse_bytes
 
 _LOAD_S, _NEXT_LOAD_S, _CHECK_S = 60.0, 20.0, 15.0  # guesses, for what fits into the time that is left
 _PASS_S = 2.0  # where no plan says
-_SLOWER = 1.05  # than the plan promises
+_SLOWER = 1.2  # than the plan promises
 _OTHER_PASSES = 6  # before and after those that a steady state counts
 
 

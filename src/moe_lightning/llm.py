@@ -100,7 +100,7 @@ class LLM:
         self._worker = self._build(tensors)
         self.engine = Engine(
             self._worker, self.policy, self.tokenizer, self.spec.eos_token_ids, self.max_model_len,
-            turns=Turns.of_job(self.policy, on_gpu=self._device.type == "cuda"),
+            turns=Turns.of_job(self.policy, self._device),
         )  # fmt: skip
         self._runs = Runs(self.engine, _QUEUE * self.policy.max_num_seqs)
         self._num_requests = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -390,8 +391,8 @@ def test_what_was_put_back_ends_before_those_begin_that_come_much_later():
 
 
 def test_without_a_gpu_nothing_is_computed_twice_for_a_job():
-    assert Turns.of_job(policy_of(max_num_seqs=5), on_gpu=False) == IN_ORDER
-    assert Turns.of_job(policy_of(max_num_seqs=5), on_gpu=True).together > 5
+    assert Turns.of_job(policy_of(max_num_seqs=5), torch.device("cpu")) == IN_ORDER
+    assert Turns.of_job(policy_of(max_num_seqs=5), torch.device("cuda", 0)).together > 5
 
 
 def test_a_batcher_goes_by_other_turns_from_the_next_pass_on():

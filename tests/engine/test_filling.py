@@ -7,6 +7,7 @@ from math import ceil
 
 import numpy as np
 import pytest
+import torch
 
 from moe_lightning.bench.workloads import workload
 from moe_lightning.engine.batcher import Batcher
@@ -32,7 +33,7 @@ def policy_for(work, num_seqs, prefill):
 
 def passes_of_batcher(policy, work, count):
     """Sequences that decode and tokens of prompts, of each pass of a job of so many requests."""
-    batcher, passes = Batcher(policy, (), Turns.of_job(policy, on_gpu=True)), []
+    batcher, passes = Batcher(policy, (), Turns.of_job(policy, torch.device("cuda"))), []
     params = SamplingParams(max_tokens=work.gen_len, temperature=0, ignore_eos=True)
     lens = np.random.default_rng(5).permutation(np.resize(work.prompt_lens, count))
     for number, length in enumerate(lens):
@@ -73,6 +74,7 @@ def test_passes_of_a_job_are_about_those_of_the_batcher(work, prefill):
     assert kinds.ramp == pytest.approx(((1 - many) * share).sum(), **near)
     assert kinds.crowded == pytest.approx((many * share).sum(), **near)
     assert kinds.steady == 0
+    assert kinds_of_passes(replace(policy, num_frames=0), work) == kinds, "whether weights stream or not"
 
 
 def test_a_sample_stands_for_a_job_of_any_size_and_what_comes_after_three_memories_is_steady():

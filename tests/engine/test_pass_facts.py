@@ -33,7 +33,8 @@ def batches(of):
 @given(step=st.builds(Step, batches(pieces), batches(rows)), window=st.none() | st.integers(1, 16))
 def test_tokens_keys_and_rows_are_those_of_each_token_of_each_micro_batch(step, window):
     spec = replace(SPEC, attention=replace(SPEC.attention, sliding_window=window))
-    work = pass_work(spec, "bfloat16", POLICY, step)
+    work = pass_work(spec, "bfloat16", POLICY, step, streamed_pages=7)
+    assert (work.num_prefill, work.streamed_pages) == (len(step.prefill), 7)
     starts = [[(p.start, len(p.token_ids)) for p in chunk] for chunk in step.prefill]
     starts += [[(row.position, 1) for row in members] for members in step.decode]
     seen = [[start + i + 1 for start, count in part for i in range(count)] for part in starts]

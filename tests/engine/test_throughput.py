@@ -86,6 +86,12 @@ def test_one_command_measures_steady_state_and_job_and_checks_answers_of_both(se
     assert [m["kind"] for m in values["measured"]] == ["steady state", "job"]
     assert values["measured"][0]["lanes"]["use"]["h2d"]["predicted_s"] == 1.0
     assert values["measured"][0]["lanes"]["num_passes"] == 3
+    first = values["measured"][0]
+    for name, rate in (
+        ("share_of_plain_copy", "page_bytes_per_s"),
+        ("link_share_of_plain_copy", "link_bytes_per_s"),
+    ):
+        assert first[name] == first["lanes"][rate] / cell.plain_copy
     assert values["memory"]["gpu"] is None and values["memory"]["host"] > 0
     assert set(values["measured"][0]["lanes"]["seconds_by_kind"]) >= {"experts", "attention", "load_page"}
 

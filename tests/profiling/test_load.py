@@ -122,9 +122,9 @@ def test_copies_to_the_gpu_never_cease_and_beside_them_some_go_each_way(gpu, mon
         def copy_from_gpu(self, number, size):
             seen.append(("out", gpu.stream, size))
 
-    copies = Copies(Link(), 100, 4e3)
+    copies = Copies(Link(), 100, 1334)
     with copies:
-        assert seen == [("in", copies._stream, 100)] * 5, "what takes a tenth of a second, and one"
+        assert seen == [("in", copies._stream, 100)] * 5, "what takes three tenths of a second, and one"
         seen.clear()
         copies.keep_up(240)
     assert seen == [("in", copies._stream, 100)] * 5 + [
@@ -137,40 +137,53 @@ def test_copies_to_the_gpu_never_cease_and_beside_them_some_go_each_way(gpu, mon
     assert waited == [copies._stream, "default"], "recorded behind the copies, waited for by who calls"
 
 
-def test_copies_count_while_they_are_watched_and_not_in_the_pauses(gpu, monkeypatch) -> None:
-    made, now = [], [0.0]
+def test_copies_count_while_they_are_watched_from_the_first_that_ends_to_the_last(gpu, monkeypatch) -> None:
+    made, now = [], 0.0
 
     def recorded():
         made.append(Event(0))
         made[-1].is_done = False
         return made[-1]
 
+    def end(event):
+        event.is_done, event.time = True, now
+
     def take(seconds, count):
-        """Time goes on, and so many copies end."""
-        now[0] += seconds
+        """Time goes on, and so many copies end, one after the other."""
+        nonlocal now
         for event in [event for event in made if not event.is_done][:count]:
-            event.is_done = True
+            now += seconds / count
+            end(event)
 
     class Link:
         def copy_to_gpu(self, number, size):
             pass
 
     monkeypatch.setattr(link, "recorded", recorded)
-    monkeypatch.setattr(link, "wait_for", lambda event: setattr(event, "is_done", True))
-    monkeypatch.setattr(link.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(link, "wait_for", end)
     copies = Copies(Link(), 100, 20e3)
-    for count in (1, 1, 2, 2):
+    for count in (5, 5, 9):
         with copies:
             for _ in range(3):
                 take(1.0, 4)  # a pause
                 copies.keep_up()
+                take(0.1, 1)  # before it is watched
                 copies.watch()
                 take(0.5, count)
+                now += 7.0  # the queue is empty
                 copies.watched()
-    assert copies.rate_watched() == 300.0, "on average over all times"
+    seconds = 3 * (2 * 0.5 * 4 / 5 + 0.5 * 8 / 9)
+    assert copies.rate_watched() == pytest.approx(100 * 3 * (4 + 4 + 8) / seconds), (
+        "on average over all times"
+    )
     with copies:
         take(1.0, 4)
     assert copies.rate_watched() is None, "nobody looked"
+    with copies:
+        copies.watch()
+        take(0.5, 1)
+        copies.watched()
+    assert copies.rate_watched() is None, "one is no rate"
 
 
 def test_copies_of_a_size_are_measured_for_so_long_however_short_they_are(gpu, monkeypatch) -> None:
@@ -210,7 +223,7 @@ def test_queues_of_copies_stay_short_and_the_last_ones_are_waited_for(gpu, monke
 
     monkeypatch.setattr(link, "recorded", recorded)
     monkeypatch.setattr(link, "wait_for", waited.append)
-    with Copies(Link(), 100, 4e3) as copies:
+    with Copies(Link(), 100, 1334) as copies:
         for _ in range(3):
             copies.keep_up(240)
         assert num == 5 + 4, "none is done: five to the GPU and two each way are under way"

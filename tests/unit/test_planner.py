@@ -182,6 +182,25 @@ def test_host_memory_beyond_what_prompts_can_fill_makes_no_plan_slower():
     assert more.policy.max_num_seqs * 77 <= 2**16 * 8
 
 
+def test_kv_memory_is_made_for_as_many_as_make_passes_fast_and_as_always_a_quarter_more_may_run():
+    spec = registry.resolve("smollm2-135m")
+    memory, work = Memory(512 * GIB, 16 * GIB), Workload((20, 30, 1500), 128)
+    plan = search(spec, "bfloat16", memory, DatasheetRates(H100), work)
+    policy, n = plan.policy, plan.prediction.num_seqs
+    problem = problem_of(spec, "bfloat16", memory, work)
+    assert (
+        problem.blocks_of_longest
+        <= policy.num_blocks
+        < 0.5 * problem.free_blocks(replace(policy, num_blocks=0))
+    )
+    assert policy.max_num_seqs == pytest.approx(ROOM * n, rel=0.01)
+    kv = alternatives(problem, plan, DatasheetRates(H100), 1e12)[1]
+    assert kv.gain == 0, "host memory is free: nobody needs the GPU's"
+    one = replace(problem, enough=1)
+    assert one.most_blocks == problem.blocks_of_longest > problem.mean_blocks
+    assert replace(problem, most_seqs=1).most_blocks == problem.blocks_of_longest
+
+
 def test_a_model_that_fits_on_the_gpu_streams_nothing():
     policy = planned(120, 64).policy
     assert policy.resident_pages == (8 * policy.pages_per_expert,) * 32

@@ -149,6 +149,7 @@ def test_unequal_prompts_have_the_pairs_that_each_has_and_as_many_sampled_rows_a
     pairs = sum(n * (n + 1) // 2 for n in lengths)
     assert work.context_tokens[0] == pytest.approx(pairs, rel=0.01)
     assert work.sampled_rows == (5, 7)
+    assert (work.num_prefill, work.streamed_pages) == (1, 80)
     equal = pass_work(FOUR_LAYERS, shape, (total, 7), 50, pages_per_expert=PAGES, prompt_len=total / 5)
     assert equal.context_tokens[0] < 0.6 * pairs
 

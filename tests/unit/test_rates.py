@@ -18,6 +18,7 @@ from profiles import LANES, LINK, MIXTRAL, PROFILE
 SPEC = resolve("mixtral-8x7b")
 # A chunk of 64 tokens and a micro-batch of 512.
 WORK = PassWork(SPEC, "bfloat16", 14, (64, 512), (64 * 40, 512 * 100), (1, 512))
+BOTH = replace(WORK, num_prefill=1)
 GPU = PROFILE.gpu
 LANE = {
     TaskKind.OFFLOAD_QKV: Lane.D2H, TaskKind.STORE_KV: Lane.D2H, TaskKind.LOAD_HIDDEN: Lane.BACK,
@@ -152,14 +153,31 @@ def test_pages_come_as_slowly_as_beside_attention_only_for_as_long_as_it_lasts()
     attention_s = SPEC.num_layers * seconds(TaskKind.ATTENTION, 1)
     for share in (0.25, 0.5, 1.0, 4.0):
         pages = round(attention_s / share / (alone * plain / 52e9))
-        found = seconds(TaskKind.LOAD_PAGE, 0, work=replace(WORK, streamed_pages=pages))
+        found = seconds(TaskKind.LOAD_PAGE, 0, work=replace(BOTH, streamed_pages=pages))
         attends = min(1.0, share)
         assert found == pytest.approx(alone * plain / (attends * 52e9 + (1 - attends) * plain), rel=1e-2)
         # What comes back has half of the link while pages come, and all of it while none do.
-        back = seconds(TaskKind.LOAD_HIDDEN, 1, work=replace(WORK, streamed_pages=pages))
+        back = seconds(TaskKind.LOAD_HIDDEN, 1, work=replace(BOTH, streamed_pages=pages))
         once = seconds(TaskKind.LOAD_HIDDEN, 1, lane=Lane.H2D)
         assert back == pytest.approx(once * (1 + min(1.0, 1 / share)), rel=1e-2)
-    assert seconds(TaskKind.LOAD_HIDDEN, 1, work=replace(WORK, streamed_pages=0)) == pytest.approx(once)
+    assert seconds(TaskKind.LOAD_HIDDEN, 1, work=replace(BOTH, streamed_pages=0)) == pytest.approx(once)
+
+
+def test_prompts_attend_on_the_gpu_whatever_is_sampled_of_them() -> None:
+    page = 3 * 4096 * 14336 // 14 * 2
+    scored = replace(BOTH, sampled_rows=(64, 512), num_prefill=2, streamed_pages=1)
+    assert seconds(TaskKind.LOAD_PAGE, 0, work=scored) == pytest.approx(LINK.h2d.seconds_at(page))
+
+
+def test_what_was_measured_as_in_passes_counts_before_what_earlier_versions_measured() -> None:
+    both = replace(LINK, h2d_beside_attention=47e9, h2d_under_attention=53e9)
+    assert both.slowest_h2d == 47e9
+    neither = replace(LINK, h2d_beside_attention=None, h2d_under_attention=None)
+    assert neither.slowest_h2d == neither.fastest_h2d == LINK.h2d.rate_at(2**26)
+    no_stores = tuple(replace(found, store=None) for found in GPU.prefill)
+    assert not with_gpu(prefill=no_stores).is_complete
+    # Where memory is not locked, neither is measured.
+    assert with_gpu(prefill=no_stores, link=replace(neither, is_pinned=False)).is_complete
 
 
 def test_profiles_of_earlier_versions_have_the_rate_with_pauses() -> None:

@@ -80,7 +80,7 @@ def summarize(
     came = num_pages * page_bytes
     if TaskKind.LOAD_HIDDEN.value in kinds:
         came += sum(_attended_bytes(one.facts) for one in recorded)
-    has_rate = num_pages and TaskKind.LOAD_KV.value not in kinds
+    has_rate = pages_s and TaskKind.LOAD_KV.value not in kinds
     return Lanes(
         num_passes=n,
         span_s=span / n,

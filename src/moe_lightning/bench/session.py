@@ -48,8 +48,7 @@ class Loaded:
         plan = self.plan
         return Engine(
             self.worker, plan.policy, self.tokenizer, plan.spec.eos_token_ids, plan.max_model_len,
-            turns=Turns() if in_batches else Turns.of_job(plan.policy, on_gpu=plan.device.type == "cuda"),
-            in_batches=in_batches,
+            turns=Turns() if in_batches else Turns.of_job(plan.policy, plan.device), in_batches=in_batches,
         )  # fmt: skip
 
 

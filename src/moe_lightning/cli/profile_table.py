@@ -92,7 +92,7 @@ def _link(link: LinkProfile) -> Grid:
         for size in link.h2d.sizes
     ]
     rows.append(("both ways", _giga(link.h2d_beside_d2h), _giga(link.d2h_beside_h2d)))
-    rows.append(("beside CPU attention", _giga(link.slowest_h2d), ""))
+    rows.append(("beside CPU attention and sweeps", _giga(link.slowest_h2d), ""))
     kind = "page-locked memory" if link.is_pinned else "memory that the system refuses to lock"
     return Grid(f"Link, {kind}", ("a copy of", "to the GPU", "to the host"), tuple(rows))
 

@@ -27,7 +27,7 @@ def pass_work(
     keys += [_context(members, window) for members in groups]
     return PassWork(
         spec, dtype, policy.pages_per_expert, tuple(tokens + sizes), tuple(keys), tuple(rows + sizes), expert_parts,
-        first_swept(len(chunks), len(chunks) + len(groups)) if policy.packed else None, streamed_pages,
+        first_swept(len(chunks), len(chunks) + len(groups)) if policy.packed else None, len(chunks), streamed_pages,
     )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from moe_lightning.engine.sequence import Sequence
 from moe_lightning.policy import Policy
 
@@ -29,13 +31,13 @@ class Turns:
     together: int = 1
 
     @classmethod
-    def of_job(cls, policy: Policy, *, on_gpu: bool) -> Turns:
+    def of_job(cls, policy: Policy, device: torch.device) -> Turns:
         """Those of a job: answers come in any order, but within bounds.
 
         Without a GPU, which computes prompts beside what a pass waits for, none is to be computed twice: then in
         order.
         """
-        return cls(_ROUND * policy.max_num_seqs if on_gpu else 1)
+        return cls(_ROUND * policy.max_num_seqs if device.type == "cuda" else 1)
 
     def to_wait(self, sequence: Sequence) -> tuple[bool, int, bool, int, int]:
         """The least of those that wait is next."""

@@ -92,7 +92,9 @@ def _room_for_kv(problem: Problem, planned: Planned) -> float:
     """More sequences that the GPU's unused memory would hold, as a share of those in host memory."""
     use = problem.use(planned.policy)
     assert problem.memory.gpu is not None
-    is_full = planned.prediction.num_seqs < problem.most_seqs
+    # What nobody needs is left free in host memory first.
+    policy = planned.policy
+    is_full = policy.num_blocks >= problem.free_blocks(replace(policy, num_blocks=0))
     return max(0, problem.memory.gpu - use.gpu_bytes) / max(use.host.kv, 1) if is_full else 0.0
 
 

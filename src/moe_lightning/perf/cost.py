@@ -43,7 +43,8 @@ class PassWork:
         sampled_rows: tokens whose logits are computed.
         expert_parts: sweeps over a layer's experts; tokens are taken to reach all experts alike.
         unpacked_for: the micro-batch whose sweep comes first and unpacks pages for all; None: they are not packed.
-        streamed_pages: that come to the GPU in the pass; None: pages always come, and the CPU always attends.
+        num_prefill: micro-batches of prompts, which come before those that decode; None where nobody says.
+        streamed_pages: that come to the GPU in the pass; None where nobody says.
 
     Raises:
         ConfigError: the dtype is not known, or the pages are not equal slices.
@@ -57,6 +58,7 @@ class PassWork:
     sampled_rows: tuple[int, ...]
     expert_parts: int = 1
     unpacked_for: int | None = None
+    num_prefill: int | None = None
     streamed_pages: int | None = None
 
     def num_experts_in(self, part: int) -> int:

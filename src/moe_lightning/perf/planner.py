@@ -135,7 +135,7 @@ def _fed(workload: Workload) -> int:
 
 
 def _with_enough(problem: Problem, rates: Rates) -> Problem:
-    """The problem without sequences that only make passes longer.
+    """The problem without KV memory for sequences that only make passes longer.
 
     Where not the link but arithmetic or host memory is the bound, twice the sequences take twice as long. Kept are
     several times as many as the bound needs, so that lanes do not wait for each other either.

@@ -90,7 +90,7 @@ def pass_work(
     rows = tuple(round(number) for number in prompts) + tuple(tokens[n:])
     return PassWork(
         spec, dtype or spec.dtype, pages_per_expert, tuple(tokens), tuple(context), rows, shape.num_parts,
-        first_swept(n, len(tokens)) if packed else None, sum(shape.streamed_pages),
+        first_swept(n, len(tokens)) if packed else None, n, sum(shape.streamed_pages),
     )  # fmt: skip
 
 

@@ -139,13 +139,13 @@ class _Measured:
         """How many times as long pages take as alone, and what comes back from attention as without pages.
 
         Beside attention, its copies and what the GPU computes pages come as slowly as was measured; in the rest of
-        a pass as if alone. How long that is, is what is left when the slower of both never waits.
+        a pass as if alone. How long that is, is what is left when the slower of both never waits; where nobody says
+        what a pass has, both never end.
         """
         work = self._work
-        if work.streamed_pages is None:
+        if work.streamed_pages is None or work.num_prefill is None:
             return self._slowed, 2.0
-        # Of a chunk of prompts only the last token of each is sampled from.
-        decode = [j for j, tokens in enumerate(work.tokens) if tokens == work.sampled_rows[j]]
+        decode = range(work.num_prefill, len(work.tokens))
         attention_s = work.spec.num_layers * sum(self._attends((j,)) for j in decode)
         page_s = self._gpu.link.h2d.seconds_at(streamed_page_bytes(work)) * self._slowed
         pages_s = work.streamed_pages * page_s

@@ -72,7 +72,7 @@ class AttentionBench:
         counts = [count for count in effort.num_seqs if count <= self._layers.shape[1]] or [1]
         ones = [torch.ones(n, dtype=torch.int64) for n in counts]
         call = TimeCurve(tuple(counts), tuple(self._seconds(self._layers_of(ones), effort.point_s)))
-        # Made before copies begin: their queue would be empty before all are there, and their rate count that time.
+        # Made before copies begin: their queue would be empty before all are there.
         contexts = self._contexts()
         alone, beside = self._rates(contexts, call), None
         if copies is not None:

@@ -20,7 +20,7 @@ from moe_lightning.units import MIB
 _MOST_COPIES = 256  # a driver queues about a thousand operations of a stream
 _BATCH_BYTES = 256 * MIB
 _HOLD_CYCLES = 40_000  # for each launch: some 20 us, longer than Python takes for one
-_AHEAD_S = 0.1  # of copies in the queue: longer than a call of attention
+_AHEAD_S = 0.3  # of copies in the queue: longer than a layer's calls of attention
 _GPU_ROWS = 4
 
 
@@ -114,10 +114,11 @@ class Link:
 
 
 class Copies:
-    """Copies to the GPU that never cease while something else is measured.
+    """Copies to the GPU that go on while something else is measured.
 
-    No thread of their own: `keep_up` queues enough of them to outlast what is called until the next `keep_up`. As
-    in a pass, now and then queries leave the GPU beside them and results come.
+    No thread of their own: `keep_up` queues enough of them to outlast what is called until the next `keep_up`, if
+    that is not slower than any CPU should be. As in a pass, now and then queries leave the GPU beside them and
+    results come.
 
     Args:
         link: that copies.
@@ -130,11 +131,13 @@ class Copies:
         self._depth = max(4, min(_MOST_COPIES, int(_AHEAD_S * bandwidth / size) + 1))
         self._stream, self._back = torch.cuda.Stream(), torch.cuda.Stream()
         self._pending: deque[torch.cuda.Event] = deque()
-        self._num_done = 0
         self._both_ways: torch.cuda.Event | None = None  # the end of what went beside them
         self._number = 0
-        self._watched_from = (0, 0.0)  # copies that were done, and when
-        self._watched = (0, 0.0)  # copies done while they were watched, and seconds
+        self._done: list[torch.cuda.Event] = []  # since they are watched
+        self._watched = (
+            0,
+            0.0,
+        )  # copies from the first to the last one done while they were watched, and seconds
 
     def __enter__(self) -> Self:
         self.keep_up()
@@ -176,20 +179,21 @@ class Copies:
     def watch(self) -> None:
         """From now on they count, until `watched`: what is to run beside them begins."""
         self._collect()
-        self._watched_from = self._num_done, time.perf_counter()
+        self._done.clear()
 
     def watched(self) -> None:
         """What ran beside them has ended."""
         self._collect()
-        (done, start), (count, seconds) = self._watched_from, self._watched
-        self._watched = count + self._num_done - done, seconds + time.perf_counter() - start
+        if self._done:  # when the queue runs dry, the time after the last one does not count
+            count, seconds = self._watched
+            seconds += self._done[0].elapsed_time(self._done[-1]) / 1e3
+            self._watched = count + len(self._done) - 1, seconds
 
     def rate_watched(self) -> float | None:
-        """Bytes/s while they were watched since this was asked last, slow times among them; None if none ended."""
+        """Bytes/s while they were watched since this was asked last, slow times too; None if too few ended."""
         (count, seconds), self._watched = self._watched, (0, 0.0)
         return self._size * count / seconds if count else None
 
     def _collect(self) -> None:
         while self._pending and self._pending[0].query():
-            self._pending.popleft()
-            self._num_done += 1
+            self._done.append(self._pending.popleft())
