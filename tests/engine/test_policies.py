@@ -46,6 +46,14 @@ def test_no_policy_changes_a_token(number, mixtral, prompts, answers):
     assert tokens_of(llm, prompts[::-1]) == answers[::-1], "the ring stands elsewhere now"
 
 
+def test_what_is_known_of_a_pass_is_what_its_schedule_has(mixtral, prompts):
+    llm = load(mixtral, executor="threads", **drawn_policy(1))
+    tokens_of(llm, prompts)
+    shape, work = llm.fullest_facts.shape, llm.fullest_facts.work
+    assert work.streamed_pages == sum(shape.streamed_pages) > 0
+    assert work.num_prefill == shape.num_prefill and len(work.tokens) == shape.num_micro_batches
+
+
 @pytest.mark.parametrize("number", range(0, 40, 3))
 def test_packed_pages_change_no_token(number, mixtral, prompts):
     policy = drawn_policy(number)
