@@ -122,11 +122,18 @@ def test_a_machine_without_a_gpu_has_no_datasheet_of_one() -> None:
 def test_copies_beside_attention_are_no_part_of_the_rates_alone() -> None:
     a = attention(32, 8)
     kv_bytes = 1e9
-    alone = a.seconds(1024, 512, kv_bytes, under_copies=False)
-    beside = a.seconds(1024, 512, kv_bytes, under_copies=True)
+    alone = a.seconds(1024, 512, kv_bytes, num_kv_heads=8, under_copies=False)
+    beside = a.seconds(1024, 512, kv_bytes, num_kv_heads=8, under_copies=True)
     assert alone == pytest.approx(4e-4 + kv_bytes / 80e9)
     assert beside == pytest.approx(4e-4 + kv_bytes / 72e9)
-    assert replace(a, rate_under_copies=None).seconds(1024, 512, kv_bytes, under_copies=True) == alone
+    unknown = replace(a, rate_under_copies=None)
+    assert unknown.seconds(1024, 512, kv_bytes, num_kv_heads=8, under_copies=True) == alone
+
+
+def test_a_sequence_costs_in_proportion_to_its_kv_heads() -> None:
+    a = attention(32, 4)
+    more = a.seconds(1024, 512, 1e9, num_kv_heads=16, under_copies=False)
+    assert more == pytest.approx(4 * 4e-4 + 1e9 / 80e9)
 
 
 def test_attention_of_another_model_takes_the_numbers_of_as_many_queries_for_each_kv_head() -> None:

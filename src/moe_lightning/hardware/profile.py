@@ -51,10 +51,17 @@ class AttentionProfile:
     rate_under_copies: RateCurve | None
     call: TimeCurve
 
-    def seconds(self, num_seqs: int, context: float, kv_bytes: float, *, under_copies: bool) -> float:
-        """Seconds of a call over sequences of a mean context that reads so many bytes."""
+    def seconds(
+        self, num_seqs: int, context: float, kv_bytes: float, *, num_kv_heads: int, under_copies: bool
+    ) -> float:
+        """Seconds of a call over sequences of a mean context that reads so many bytes.
+
+        A call is cut into sequences and KV heads: a sequence of a model that has more of these takes as many times
+        what it takes here.
+        """
         rate = self.rate_under_copies if under_copies and self.rate_under_copies else self.rate
-        return self.call.seconds_at(num_seqs) + kv_bytes / rate.rate_at(context)
+        call = self.call.seconds_at(num_seqs * num_kv_heads / self.num_kv_heads)
+        return call + kv_bytes / rate.rate_at(context)
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def _buffers(tensors: Tensors, weights: Weights, num_readers: int) -> HostArena:
     largest = max(stored.num_bytes for tensor, stored in tensors if tensor.role in EXPERT_ROLES)
     row = -(-largest // _ALIGNMENT) * _ALIGNMENT
     arena = HostArena((max(1, min(num_readers, _MOST_BUFFERS // row)), row), torch.uint8)
-    if weights.pages.packs_on_gpu:
+    if weights.content.packs_on_gpu:
         arena.prepare(pin=True)
     return arena
 

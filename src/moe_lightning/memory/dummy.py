@@ -57,7 +57,7 @@ class RandomWeights:
             self._fill(layer, page)
 
     def _fill(self, layer: int, page: int) -> None:
-        pages = self._weights.pages
+        pages, content = self._weights.pages, self._weights.content
         home = pages.home(layer, page)
         if not pages.layout.packed and home.device == self._device:
             self._draw(home, layer, page)
@@ -67,8 +67,8 @@ class RandomWeights:
             with torch.cuda.stream(self._stream()) if self._device.type == "cuda" else nullcontext():
                 self._draw(drawn, layer, page)
                 # Waits, so that the memory is free again afterwards.
-                for segment, values in zip(pages.segments(layer, page), drawn.chunk(3), strict=True):
-                    pages.write(segment, values)
+                for segment, values in zip(content.segments(layer, page), drawn.chunk(3), strict=True):
+                    content.write(segment, values)
                 if home.is_cuda:
                     torch.cuda.current_stream().synchronize()
         finally:

@@ -162,7 +162,9 @@ class _Measured:
         context = sum(work.context_tokens[j] for j in micro_batches)
         kv_bytes = context * 2 * work.spec.attention.kv_size * self._size
         mean = context / max(tokens, 1)
-        return self._attention.seconds(tokens, mean, kv_bytes, under_copies=True) + self._between_lanes
+        heads = work.spec.attention.num_kv_heads
+        seconds = self._attention.seconds(tokens, mean, kv_bytes, num_kv_heads=heads, under_copies=True)
+        return seconds + self._between_lanes
 
     def of(self, task: Task) -> float:
         work = self._work
