@@ -88,7 +88,7 @@ def estimate(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload
 
 
 def at_best(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload: Workload) -> float:
-    """Generated tokens/s of the whole job if the busiest lane never waited: what no order of CGOPipe's tasks exceeds."""
+    """Generated tokens/s of the whole job if the busiest lane never waited: no order of its tasks exceeds that."""
     plan = _Whole(spec, dtype, policy, rates, workload)
     return plan.num_tokens / plan.job_s(plan.busiest)
 
