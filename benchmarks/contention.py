@@ -1,0 +1,294 @@
+"""What slows copies of pages, and attention, on a machine with a GPU: each alone, in pairs, and all lanes at once.
+
+Mixtral's shapes over page-locked memory as passes touch it: pages from one arena, K and V of 32 layers in another.
+`--regions` looks at nearly all memory part by part instead: is it equally fast everywhere, and at all times?
+
+    python benchmarks/contention.py --json contention.json
+    python benchmarks/contention.py --regions --json regions.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lightning.bench.machine import facts, require_gpu
+from moe_lightning.bench.shapes import LayerShape, Routing
+from moe_lightning.engine.worker import attention_threads
+from moe_lightning.kernels import ops, packing
+from moe_lightning.kernels.cpu_attention import CpuAttention
+from moe_lightning.memory.arena import HostArena
+from moe_lightning.memory.mapped import device_view
+from moe_lightning.models.spec import AttentionSpec, RouterSpec
+from moe_lightning.perf.page_size import page_bytes, segment_bytes
+from moe_lightning.profiling.arena import fill
+from moe_lightning.profiling.attention import block_tables, spread_lengths
+from moe_lightning.units import GIB, parse_bytes
+
+HIDDEN, INTERMEDIATE, EXPERTS, PAGES, LAYERS = 4096, 14336, 8, 7, 32
+BLOCK = (2, 8, 16, 128)  # K and V, heads, tokens, elements
+VALUES = INTERMEDIATE // PAGES * HIDDEN  # of a page's segment
+SEQS, CALLS, EVERY_S = 512, 6, 3.6e-3  # sequences of a call, calls of a layer, seconds from one to the next
+SECONDS = 1.6
+Step = Callable[["Loop"], None]
+
+
+class Loop(threading.Thread):
+    """A step again and again; what it has done, in units of its own."""
+
+    def __init__(self, step: Step, stopped: threading.Event) -> None:
+        super().__init__(daemon=True)
+        self._step, self._stopped, self.done, self.error = step, stopped, 0.0, ""
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Until it is stopped."""
+        try:
+            while not self._stopped.is_set():
+                self._step(self)
+        except Exception as error:  # shown in the table
+            self.error = repr(error)
+
+
+class Machine:
+    """The memory of a pass, and steps over it."""
+
+    def __init__(self, pages_size: int, kv_size: int) -> None:
+        self.row = page_bytes(HIDDEN, INTERMEDIATE // PAGES, 2, packed=True)
+        blocks = kv_size // (LAYERS * torch.Size(BLOCK).numel() * 2)
+        self.pages = HostArena((pages_size // self.row, self.row), torch.uint8)
+        self.kv = HostArena((LAYERS, blocks, *BLOCK), torch.bfloat16)
+        self.rows = HostArena((8, SEQS, 6144), torch.bfloat16)
+        for arena in (self.pages, self.kv, self.rows):
+            arena.prepare(pin=True, num_threads=os.cpu_count() or 1)
+            fill(arena.tensor.view(-1).view(torch.bfloat16))
+        self.threads = attention_threads(torch.device("cuda"))
+        self._frames = torch.empty((8, self.row), dtype=torch.uint8, device="cuda")
+
+    def copies(self, num_rows: int | None = None, streams: int = 1) -> Step:
+        """Pages in any order, eight in the queue; bytes."""
+        order = torch.randperm(num_rows or len(self.pages.tensor)).tolist()
+        lanes, under_way, number = (
+            [torch.cuda.Stream() for _ in range(streams)],
+            deque[torch.cuda.Event](),
+            [0],
+        )
+
+        def step(loop: Loop) -> None:
+            n, number[0] = number[0], number[0] + 1
+            source = self.pages.tensor[order[n % len(order)]]
+            with torch.cuda.stream(lanes[n % streams]):
+                self._frames[n % 8].copy_(source, non_blocking=True)
+                under_way.append(torch.cuda.Event())
+                under_way[-1].record()
+            if len(under_way) == 8:
+                under_way.popleft().synchronize()
+                loop.done += self.row
+
+        return step
+
+    def attention(self, threads: int | None = None, mean: int = 140, work: float = 1.0) -> Step:
+        """Layer by layer, resting so that it works a share of the time; bytes of K and V."""
+        kernel, lengths = CpuAttention(threads or self.threads), spread_lengths(SEQS, mean)
+        blocks = self.kv.tensor.shape[1]
+        order = torch.randperm(blocks)
+        tables = [block_tables(lengths, order.roll(n * blocks // CALLS)) for n in range(CALLS)]
+        q, k, v = torch.randn(SEQS, 48, 128).bfloat16().split((32, 8, 8), dim=1)
+        out = torch.empty(SEQS, 4096, dtype=torch.bfloat16)
+        size, number = int(lengths.sum()) * 4096, [0]
+
+        def step(loop: Loop) -> None:
+            start, layer, number[0] = time.perf_counter(), self.kv.tensor[number[0] % LAYERS], number[0] + 1
+            for table in tables:
+                kernel.attend(out, q, k, v, layer, table, lengths)
+                loop.done += size
+            time.sleep((time.perf_counter() - start) * (1 / work - 1))
+
+        return step
+
+    def results_back(self) -> Step:
+        """What a call of attention gives back, as often as in a pass; bytes."""
+        stream, out = (
+            torch.cuda.Stream(priority=-1),
+            torch.empty(SEQS, 4096, dtype=torch.bfloat16, device="cuda"),
+        )
+        host = self.rows.tensor.view(-1)[: out.numel()].view(out.shape)
+        mapped = device_view(host, out.device)
+        return _now_and_then(stream, out.nbytes, lambda: ops.load_host_rows(mapped, out))
+
+    def queries(self) -> Step:
+        """What a call of attention takes, as often; bytes."""
+        rows = torch.randn(SEQS, 6144, device="cuda").bfloat16()
+        target = self.rows.tensor[1]
+        return _now_and_then(torch.cuda.Stream(), rows.nbytes, lambda: target.copy_(rows, non_blocking=True))
+
+    def sweeps(self, num_tokens: int = 4096, work: float = 1.0) -> Step:
+        """A layer's pages unpacked and its experts computed, a share of the time; sweeps."""
+        page = torch.empty(3 * VALUES, dtype=torch.bfloat16, device="cuda").normal_(std=HIDDEN**-0.5)
+        packed = torch.zeros(EXPERTS, self.row, dtype=torch.uint8, device="cuda")
+        for part, segment in enumerate(page.split(VALUES)):
+            packing.pack(segment, packed[0, part * segment_bytes(VALUES) :][: segment_bytes(VALUES)])
+        packed[1:] = packed[0]
+        frames = page.repeat(EXPERTS * PAGES, 1)
+        table = torch.randperm(EXPERTS * PAGES, device="cuda").int()
+        x = torch.randn(num_tokens, HIDDEN, device="cuda").bfloat16()
+        hidden, into = torch.zeros_like(x), torch.empty_like(frames[:EXPERTS])
+        shape = LayerShape(HIDDEN, INTERMEDIATE, EXPERTS, PAGES, RouterSpec(2), AttentionSpec(32, 8, 128))
+        workspace = ops.experts_workspace(num_tokens, 2, EXPERTS, HIDDEN, INTERMEDIATE, x.dtype, x.device)
+        routing, first = Routing.random(shape, num_tokens), torch.arange(EXPERTS, device="cuda").int()
+        stream, under_way = torch.cuda.Stream(), deque[torch.cuda.Event]()
+
+        def step(loop: Loop) -> None:
+            start = time.perf_counter()
+            with torch.cuda.stream(stream):
+                for _ in range(PAGES):
+                    ops.unpack_pages(packed, first, 0, EXPERTS, into, VALUES)
+                ops.experts_(
+                    hidden, x, routing.topk_ids, routing.topk_weights, frames, table, PAGES, workspace
+                )  # fmt: skip
+                under_way.append(torch.cuda.Event())
+                under_way[-1].record()
+            if len(under_way) > 2 or work < 1:
+                under_way.popleft().synchronize()
+            time.sleep((time.perf_counter() - start) * (1 / work - 1))
+            loop.done += 1
+
+        return _compiled(step)
+
+
+def _now_and_then(stream: torch.cuda.Stream, size: int, launch: Callable[[], object]) -> Step:
+    def step(loop: Loop) -> None:
+        start = time.perf_counter()
+        with torch.cuda.stream(stream):
+            launch()
+            stream.synchronize()
+        loop.done += size
+        time.sleep(max(0.0, EVERY_S - (time.perf_counter() - start)))
+
+    return _compiled(step)
+
+
+def _compiled(step: Step) -> Step:
+    """The step, which has been made once: the first time its kernels are compiled."""
+    with torch.inference_mode():
+        step(Loop(step, threading.Event()))
+    return step
+
+
+def together(name: str, **steps: Step) -> dict[str, Any]:
+    """What each does in a second while all run; bytes as GB."""
+    stopped = threading.Event()
+    loops = {key: Loop(step, stopped) for key, step in steps.items()}
+    for loop in loops.values():
+        loop.start()
+    time.sleep(0.3)
+    before, start = {key: loop.done for key, loop in loops.items()}, time.perf_counter()
+    time.sleep(SECONDS)
+    seconds = time.perf_counter() - start
+    rates = {key: (loop.done - before[key]) / seconds for key, loop in loops.items()}
+    stopped.set()
+    for loop in loops.values():
+        loop.join(10)
+    found = {key: rate / (1 if key == "sweeps" else 1e9) for key, rate in rates.items()}
+    errors = "".join(f"  {key}: {loop.error}" for key, loop in loops.items() if loop.error)
+    print(f"{name:40} " + "  ".join(f"{key} {rate:.2f}" for key, rate in found.items()) + errors, flush=True)
+    return {"name": name, **found}
+
+
+def conditions(m: Machine) -> list[dict[str, Any]]:
+    """Each once."""
+    sweeps = m.sweeps()
+    fewer = max(1, m.threads * 5 // 7)
+    all_lanes = {"back": m.results_back(), "queries": m.queries()}
+    return [
+        together("copies", copies=m.copies()),
+        together("attention", attention=m.attention()),
+        together("both", copies=m.copies(), attention=m.attention()),
+        together("both, on two streams", copies=m.copies(streams=2), attention=m.attention()),
+        together("both, from 1 GiB", copies=m.copies(min(28, len(m.pages.tensor))), attention=m.attention()),
+        together("both, 64 tokens", copies=m.copies(), attention=m.attention(mean=64)),
+        together(f"both, {fewer} threads", copies=m.copies(), attention=m.attention(fewer)),
+        together("both, attention half of the time", copies=m.copies(), attention=m.attention(work=0.5)),
+        together("copies, sweeps", copies=m.copies(), sweeps=sweeps),
+        together("copies, results back", copies=m.copies(), back=m.results_back()),
+        together("copies, queries", copies=m.copies(), queries=m.queries()),
+        together("all", copies=m.copies(), attention=m.attention(), sweeps=sweeps, **all_lanes),
+        together(
+            "all, attention 3/4, sweeps 1/3 of the time", copies=m.copies(), attention=m.attention(work=0.75),
+            sweeps=m.sweeps(work=0.33), **all_lanes,
+        ),
+    ]  # fmt: skip
+
+
+def regions(size: int, part: int = 6 * GIB) -> list[dict[str, Any]]:
+    """Reads and copies in each part of an arena, one part after the other."""
+    row = 64 * 2**20
+    arena = HostArena((size // part * (part // row), row), torch.uint8)
+    arena.prepare(pin=True, num_threads=os.cpu_count() or 1, on_rows=lambda a, b: None)
+    kernel, frames = (
+        CpuAttention(attention_threads(torch.device("cuda"))),
+        torch.empty((8, row), dtype=torch.uint8),
+    )
+    frames, found = frames.cuda(), []
+
+    def reading(rows: Tensor) -> Step:
+        numbers = iter(range(2**62))
+
+        def step(loop: Loop) -> None:
+            kernel.read(rows[next(numbers) % len(rows)])
+            loop.done += row
+
+        return step
+
+    def copying(rows: Tensor) -> Step:
+        stream, numbers = torch.cuda.Stream(), iter(range(2**62))
+
+        def step(loop: Loop) -> None:
+            with torch.cuda.stream(stream):
+                for _ in range(4):
+                    n = next(numbers)
+                    frames[n % 8].copy_(rows[n % len(rows)], non_blocking=True)
+                stream.synchronize()
+            loop.done += 4 * row
+
+        return step
+
+    for number, rows in enumerate(arena.tensor.split(part // row)):
+        found.append(together(f"region {number}, copies", copies=copying(rows)))
+        found.append(together(f"region {number}, reads", reads=reading(rows)))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pages", type=parse_bytes, default=46 * GIB)
+    parser.add_argument("--kv", type=parse_bytes, default=40 * GIB)
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--regions", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    require_gpu()
+    if args.regions:
+        found = regions(args.pages + args.kv)
+    else:
+        machine = Machine(args.pages, args.kv)
+        found = [row for _ in range(args.turns) for row in conditions(machine)]
+    if args.json:
+        args.json.write_text(json.dumps(facts() | {"conditions": found}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
