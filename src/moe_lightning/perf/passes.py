@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import ceil
@@ -76,20 +77,22 @@ class Passes:
         shape, work = self._pass(decode, prefill, self.spec.num_layers)
         seconds = _remembered(self.rates.seconds(work), work, 1.0)
 
-        def of(kind: TaskKind, lane: Lane, members: list[tuple[int, ...]]) -> float:
+        def of(kind: TaskKind, lane: Lane, members: Mapping[tuple[int, ...], int]) -> float:
             parts = range(shape.num_parts if kind is TaskKind.EXPERTS else 1)
             return sum(
-                seconds(Task(kind, lane, 0, each, (), (), part=part)) for each in members for part in parts
+                count * seconds(Task(kind, lane, 0, each, (), (), part=part))
+                for each, count in members.items()
+                for part in parts
             )
 
-        chunks: list[tuple[int, ...]] = [(j,) for j in range(shape.num_prefill)]
-        rows: list[tuple[int, ...]] = [(j,) for j in range(shape.num_prefill, shape.num_micro_batches)]
-        both, layers = chunks + rows, shape.num_layers
+        chunks = _counted(work, range(shape.num_prefill))
+        rows = _counted(work, range(shape.num_prefill, shape.num_micro_batches))
+        both, layers = {**chunks, **rows}, shape.num_layers
         gpu = (
             of(TaskKind.PRE_ATTENTION, Lane.GPU, both)
             + of(TaskKind.PREFILL_ATTENTION, Lane.GPU, chunks)
             + of(TaskKind.POST_ATTENTION, Lane.GPU, both)
-            + of(TaskKind.EXPERTS, Lane.GPU, list(shape.groups))
+            + of(TaskKind.EXPERTS, Lane.GPU, dict.fromkeys(shape.groups, 1))
         )
         d2h = of(TaskKind.OFFLOAD_QKV, Lane.D2H, rows) + of(TaskKind.STORE_KV, Lane.D2H, chunks)
         return {
@@ -97,7 +100,7 @@ class Passes:
             Lane.D2H: layers * d2h,
             Lane.CPU: layers * of(TaskKind.ATTENTION, Lane.CPU, rows),
             Lane.BACK: layers * of(TaskKind.LOAD_HIDDEN, Lane.BACK, rows),
-            Lane.H2D: sum(shape.streamed_pages) * of(TaskKind.LOAD_PAGE, Lane.H2D, [()]),
+            Lane.H2D: sum(shape.streamed_pages) * of(TaskKind.LOAD_PAGE, Lane.H2D, {(): 1}),
         }
 
     def _simulated(self, decode: int, prefill: int, layers: int) -> tuple[float, dict[Lane, float]]:
@@ -172,6 +175,16 @@ def _remembered(seconds: Callable[[Task], float], work: PassWork, pages: float) 
         return found
 
     return of
+
+
+def _counted(work: PassWork, micro_batches: Iterable[int]) -> dict[tuple[int, ...], int]:
+    """The first of those that are alike, alone, and how many there are of it."""
+    firsts: dict[tuple[int, int, int], int] = {}
+    counts: Counter[tuple[int, ...]] = Counter()
+    for j in micro_batches:
+        size = work.tokens[j], work.context_tokens[j], work.sampled_rows[j]
+        counts[(firsts.setdefault(size, j),)] += 1
+    return counts
 
 
 def _cut(total: int, size: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -145,8 +146,10 @@ class _Measured:
         work = self._work
         if work.streamed_pages is None or work.num_prefill is None:
             return self._slowed, 2.0
-        decode = range(work.num_prefill, len(work.tokens))
-        attention_s = work.spec.num_layers * sum(self._attends((j,)) for j in decode)
+        first = work.num_prefill
+        decode = Counter(zip(work.tokens[first:], work.context_tokens[first:], strict=True))
+        of_layer = sum(count * self._attends(*size) for size, count in decode.items())
+        attention_s = work.spec.num_layers * of_layer
         page_s = self._gpu.link.h2d.seconds_at(streamed_page_bytes(work)) * self._slowed
         pages_s = work.streamed_pages * page_s
         longer = max(attention_s, pages_s)
@@ -156,13 +159,10 @@ class _Measured:
         attends = attention_s / longer
         return 1 / (attends / self._slowed + 1 - attends), 1 + pages_s / longer
 
-    def _attends(self, micro_batches: tuple[int, ...]) -> float:
-        work = self._work
-        tokens = sum(work.tokens[j] for j in micro_batches)
-        context = sum(work.context_tokens[j] for j in micro_batches)
-        kv_bytes = context * 2 * work.spec.attention.kv_size * self._size
+    def _attends(self, tokens: int, context: int) -> float:
+        a = self._work.spec.attention
+        kv_bytes, heads = context * 2 * a.kv_size * self._size, a.num_kv_heads
         mean = context / max(tokens, 1)
-        heads = work.spec.attention.num_kv_heads
         seconds = self._attention.seconds(tokens, mean, kv_bytes, num_kv_heads=heads, under_copies=True)
         return seconds + self._between_lanes
 
@@ -170,7 +170,7 @@ class _Measured:
         work = self._work
         tokens = sum(work.tokens[j] for j in task.micro_batches)
         if task.kind is TaskKind.ATTENTION:
-            return self._attends(task.micro_batches)
+            return self._attends(tokens, sum(work.context_tokens[j] for j in task.micro_batches))
         cost = task_cost(task, work)
         if task.lane is Lane.GPU:
             return self._on_gpu(task, tokens, cost)
