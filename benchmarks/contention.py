@@ -13,10 +13,11 @@ import argparse
 import json
 import os
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from moe_lightning.models.spec import AttentionSpec, RouterSpec
 from moe_lightning.perf.page_size import page_bytes, segment_bytes
 from moe_lightning.profiling.arena import fill
 from moe_lightning.profiling.attention import block_tables, spread_lengths
+from moe_lightning.profiling.load import again_and_again
 from moe_lightning.units import GIB, parse_bytes
 
 HIDDEN, INTERMEDIATE, EXPERTS, PAGES, LAYERS = 4096, 14336, 8, 7, 32
@@ -41,24 +43,7 @@ BLOCK = (2, 8, 16, 128)  # K and V, heads, tokens, elements
 VALUES = INTERMEDIATE // PAGES * HIDDEN  # of a page's segment
 SEQS, CALLS, EVERY_S = 512, 6, 3.6e-3  # sequences of a call, calls of a layer, seconds from one to the next
 SECONDS = 1.6
-Step = Callable[["Loop"], None]
-
-
-class Loop(threading.Thread):
-    """A step again and again; what it has done, in units of its own."""
-
-    def __init__(self, step: Step, stopped: threading.Event) -> None:
-        super().__init__(daemon=True)
-        self._step, self._stopped, self.done, self.error = step, stopped, 0.0, ""
-
-    @torch.inference_mode()
-    def run(self) -> None:
-        """Until it is stopped."""
-        try:
-            while not self._stopped.is_set():
-                self._step(self)
-        except Exception as error:  # shown in the table
-            self.error = repr(error)
+Step = Callable[[], float]  # one turn; how much it did, in a unit of its own
 
 
 class Machine:
@@ -79,22 +64,20 @@ class Machine:
     def copies(self, num_rows: int | None = None, streams: int = 1) -> Step:
         """Pages in any order, eight in the queue; bytes."""
         order = torch.randperm(num_rows or len(self.pages.tensor)).tolist()
-        lanes, under_way, number = (
-            [torch.cuda.Stream() for _ in range(streams)],
-            deque[torch.cuda.Event](),
-            [0],
-        )
+        lanes = [torch.cuda.Stream() for _ in range(streams)]
+        under_way, number = deque[torch.cuda.Event](), [0]
 
-        def step(loop: Loop) -> None:
+        def step() -> float:
             n, number[0] = number[0], number[0] + 1
             source = self.pages.tensor[order[n % len(order)]]
             with torch.cuda.stream(lanes[n % streams]):
                 self._frames[n % 8].copy_(source, non_blocking=True)
                 under_way.append(torch.cuda.Event())
                 under_way[-1].record()
-            if len(under_way) == 8:
-                under_way.popleft().synchronize()
-                loop.done += self.row
+            if len(under_way) < 8:
+                return 0.0
+            under_way.popleft().synchronize()
+            return self.row
 
         return step
 
@@ -108,21 +91,19 @@ class Machine:
         out = torch.empty(SEQS, 4096, dtype=torch.bfloat16)
         size, number = int(lengths.sum()) * 4096, [0]
 
-        def step(loop: Loop) -> None:
+        def step() -> float:
             start, layer, number[0] = time.perf_counter(), self.kv.tensor[number[0] % LAYERS], number[0] + 1
             for table in tables:
                 kernel.attend(out, q, k, v, layer, table, lengths)
-                loop.done += size
             time.sleep((time.perf_counter() - start) * (1 / work - 1))
+            return CALLS * size
 
         return step
 
     def results_back(self) -> Step:
         """What a call of attention gives back, as often as in a pass; bytes."""
-        stream, out = (
-            torch.cuda.Stream(priority=-1),
-            torch.empty(SEQS, 4096, dtype=torch.bfloat16, device="cuda"),
-        )
+        stream = torch.cuda.Stream(priority=-1)
+        out = torch.empty(SEQS, 4096, dtype=torch.bfloat16, device="cuda")
         host = self.rows.tensor.view(-1)[: out.numel()].view(out.shape)
         mapped = device_view(host, out.device)
         return _now_and_then(stream, out.nbytes, lambda: ops.load_host_rows(mapped, out))
@@ -149,7 +130,7 @@ class Machine:
         routing, first = Routing.random(shape, num_tokens), torch.arange(EXPERTS, device="cuda").int()
         stream, under_way = torch.cuda.Stream(), deque[torch.cuda.Event]()
 
-        def step(loop: Loop) -> None:
+        def step() -> float:
             start = time.perf_counter()
             with torch.cuda.stream(stream):
                 for _ in range(PAGES):
@@ -162,47 +143,46 @@ class Machine:
             if len(under_way) > 2 or work < 1:
                 under_way.popleft().synchronize()
             time.sleep((time.perf_counter() - start) * (1 / work - 1))
-            loop.done += 1
+            return 1.0
 
         return _compiled(step)
 
 
 def _now_and_then(stream: torch.cuda.Stream, size: int, launch: Callable[[], object]) -> Step:
-    def step(loop: Loop) -> None:
+    def step() -> float:
         start = time.perf_counter()
         with torch.cuda.stream(stream):
             launch()
             stream.synchronize()
-        loop.done += size
         time.sleep(max(0.0, EVERY_S - (time.perf_counter() - start)))
+        return size
 
     return _compiled(step)
 
 
 def _compiled(step: Step) -> Step:
     """The step, which has been made once: the first time its kernels are compiled."""
-    with torch.inference_mode():
-        step(Loop(step, threading.Event()))
+    step()
     return step
 
 
 def together(name: str, **steps: Step) -> dict[str, Any]:
-    """What each does in a second while all run; bytes as GB."""
-    stopped = threading.Event()
-    loops = {key: Loop(step, stopped) for key, step in steps.items()}
-    for loop in loops.values():
-        loop.start()
-    time.sleep(0.3)
-    before, start = {key: loop.done for key, loop in loops.items()}, time.perf_counter()
-    time.sleep(SECONDS)
-    seconds = time.perf_counter() - start
-    rates = {key: (loop.done - before[key]) / seconds for key, loop in loops.items()}
-    stopped.set()
-    for loop in loops.values():
-        loop.join(10)
+    """What each does in a second while all run; bytes as GB. An error of one of them is raised."""
+    done = dict.fromkeys(steps, 0.0)
+
+    def add(key: str) -> None:
+        done[key] += steps[key]()
+
+    with ExitStack() as running:
+        for key in steps:
+            running.enter_context(again_and_again(partial(add, key)))
+        time.sleep(0.3)
+        before, start = dict(done), time.perf_counter()
+        time.sleep(SECONDS)
+        after, seconds = dict(done), time.perf_counter() - start
+    rates = {key: (after[key] - before[key]) / seconds for key in steps}
     found = {key: rate / (1 if key == "sweeps" else 1e9) for key, rate in rates.items()}
-    errors = "".join(f"  {key}: {loop.error}" for key, loop in loops.items() if loop.error)
-    print(f"{name:40} " + "  ".join(f"{key} {rate:.2f}" for key, rate in found.items()) + errors, flush=True)
+    print(f"{name:44} " + "  ".join(f"{key} {rate:.2f}" for key, rate in found.items()), flush=True)
     return {"name": name, **found}
 
 
@@ -235,32 +215,30 @@ def regions(size: int, part: int = 6 * GIB) -> list[dict[str, Any]]:
     """Reads and copies in each part of an arena, one part after the other."""
     row = 64 * 2**20
     arena = HostArena((size // part * (part // row), row), torch.uint8)
-    arena.prepare(pin=True, num_threads=os.cpu_count() or 1, on_rows=lambda a, b: None)
-    kernel, frames = (
-        CpuAttention(attention_threads(torch.device("cuda"))),
-        torch.empty((8, row), dtype=torch.uint8),
-    )
-    frames, found = frames.cuda(), []
+    arena.prepare(pin=True, num_threads=os.cpu_count() or 1)
+    kernel = CpuAttention(attention_threads(torch.device("cuda")))
+    frames = torch.empty((8, row), dtype=torch.uint8, device="cuda")
+    found = []
 
     def reading(rows: Tensor) -> Step:
         numbers = iter(range(2**62))
 
-        def step(loop: Loop) -> None:
+        def step() -> float:
             kernel.read(rows[next(numbers) % len(rows)])
-            loop.done += row
+            return row
 
         return step
 
     def copying(rows: Tensor) -> Step:
         stream, numbers = torch.cuda.Stream(), iter(range(2**62))
 
-        def step(loop: Loop) -> None:
+        def step() -> float:
             with torch.cuda.stream(stream):
                 for _ in range(4):
                     n = next(numbers)
                     frames[n % 8].copy_(rows[n % len(rows)], non_blocking=True)
                 stream.synchronize()
-            loop.done += 4 * row
+            return 4 * row
 
         return step
 

@@ -116,9 +116,9 @@ class Link:
 class Copies:
     """Copies to the GPU that go on while something else is measured.
 
-    No thread of their own: `keep_up` queues enough of them to outlast what is called until the next `keep_up`, if
-    that is not slower than any CPU should be. As in a pass, now and then queries leave the GPU beside them and
-    results come.
+    No thread of their own: `keep_up` queues enough of them to outlast what is called until the next `keep_up`,
+    unless the CPU is very slow; then their rate is that of the time before they run out. As in a pass, now and then
+    queries leave the GPU beside them and results come.
 
     Args:
         link: that copies.
@@ -134,10 +134,7 @@ class Copies:
         self._both_ways: torch.cuda.Event | None = None  # the end of what went beside them
         self._number = 0
         self._done: list[torch.cuda.Event] = []  # since they are watched
-        self._watched = (
-            0,
-            0.0,
-        )  # copies from the first to the last one done while they were watched, and seconds
+        self._watched = (0, 0.0)  # copies, and seconds from the first to the last one's end
 
     def __enter__(self) -> Self:
         self.keep_up()
