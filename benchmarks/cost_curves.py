@@ -60,7 +60,7 @@ class Curve:
 
 
 CURVES = (
-    Curve("sequences at most", "seqs", 1, (250, 500, 1000, 1500, 2000, 2500, 3000)),
+    Curve("sequences at most", "seqs", 1, (250, 500, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4800)),
     Curve("tokens of an answer", "gen_len", 1, (16, 32, 64, 128, 256, 512)),
     Curve("GPU memory, GiB", "gpu", GIB, tuple(g * GIB for g in (12, 16, 20, 24, 32, 40, 48, 64))),
     Curve(
@@ -157,7 +157,7 @@ def draw(
         axes.set_ylabel("generated tokens/s")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="lower right" if curve.name != "gen_len" else "upper right")
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
