@@ -71,18 +71,28 @@ def search(
         spec, dtype, memory, workload,
         max_model_len=max_model_len, max_num_seqs=max_num_seqs, expert_bytes=expert_bytes,
     )  # fmt: skip
-    if not (packs and dtype == "bfloat16" and expert_bytes is None):
-        return _searched(problem, rates, near)
-    usual = largest_policy(problem, starts(problem)[0])
-    if usual and not usual.num_frames:  # nothing streams
+    if not (packs and _is_packable(problem)):
         return _searched(problem, rates, near)
     packed = _searched(replace(problem, packed=True), rates, near)
+    return _as_fast_as_they_are(problem, packed, rates) or packed
+
+
+def _is_packable(problem: Problem) -> bool:
+    """Experts are bfloat16, and some of them stream."""
+    if problem.dtype != "bfloat16" or problem.expert_bytes is not None:
+        return False
+    usual = largest_policy(problem, starts(problem)[0])
+    return usual is None or usual.num_frames > 0
+
+
+def _as_fast_as_they_are(problem: Problem, packed: Planned, rates: Rates) -> Planned | None:
+    """A plan with experts as they are that is about as fast as one with packed ones; None where there is none."""
     least = _WORTH_PACKING * packed.tokens_per_s
     same = largest_policy(problem, packed.choice)
-    if same is None or estimate(spec, dtype, same, rates, workload) < least:
-        return packed
+    if same is None or estimate(problem.spec, problem.dtype, same, rates, problem.workload) < least:
+        return None
     plain = _searched(problem, rates, packed, beside=True)
-    return plain if plain.tokens_per_s >= least else packed
+    return plain if plain.tokens_per_s >= least else None
 
 
 def _searched(problem: Problem, rates: Rates, near: Planned | None, *, beside: bool = False) -> Planned:
