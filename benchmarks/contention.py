@@ -47,29 +47,43 @@ Step = Callable[[], float]  # one turn; how much it did, in a unit of its own
 
 
 class Machine:
-    """The memory of a pass, and steps over it."""
+    """The memory of a pass, and steps over it.
 
-    def __init__(self, pages_size: int, kv_size: int) -> None:
-        self.row = page_bytes(HIDDEN, INTERMEDIATE // PAGES, 2, packed=True)
-        blocks = kv_size // (LAYERS * torch.Size(BLOCK).numel() * 2)
-        self.pages = HostArena((pages_size // self.row, self.row), torch.uint8)
-        self.kv = HostArena((LAYERS, blocks, *BLOCK), torch.bfloat16)
+    Args:
+        pages: [rows, bytes] uint8, page-locked.
+        kv: [layers, blocks, *BLOCK] bfloat16.
+    """
+
+    def __init__(self, pages: Tensor, kv: Tensor) -> None:
+        self.pages, self.kv = pages, kv
+        self.row = pages.shape[1]
         self.rows = HostArena((8, SEQS, 6144), torch.bfloat16)
-        for arena in (self.pages, self.kv, self.rows):
-            arena.prepare(pin=True, num_threads=os.cpu_count() or 1)
-            fill(arena.tensor.view(-1).view(torch.bfloat16))
+        self.rows.prepare(pin=True)
+        fill(self.rows.tensor.view(-1))
         self.threads = attention_threads(torch.device("cuda"))
         self._frames = torch.empty((8, self.row), dtype=torch.uint8, device="cuda")
 
+    @classmethod
+    def of_sizes(cls, pages_size: int, kv_size: int) -> Machine:
+        """With so many bytes of both."""
+        row = page_bytes(HIDDEN, INTERMEDIATE // PAGES, 2, packed=True)
+        blocks = kv_size // (LAYERS * torch.Size(BLOCK).numel() * 2)
+        pages = HostArena((pages_size // row, row), torch.uint8)
+        kv = HostArena((LAYERS, blocks, *BLOCK), torch.bfloat16)
+        for arena in (pages, kv):
+            arena.prepare(pin=True, num_threads=os.cpu_count() or 1)
+            fill(arena.tensor.view(-1).view(torch.bfloat16))
+        return cls(pages.tensor, kv.tensor)
+
     def copies(self, num_rows: int | None = None, streams: int = 1) -> Step:
         """Pages in any order, eight in the queue; bytes."""
-        order = torch.randperm(num_rows or len(self.pages.tensor)).tolist()
+        order = torch.randperm(num_rows or len(self.pages)).tolist()
         lanes = [torch.cuda.Stream() for _ in range(streams)]
         under_way, number = deque[torch.cuda.Event](), [0]
 
         def step() -> float:
             n, number[0] = number[0], number[0] + 1
-            source = self.pages.tensor[order[n % len(order)]]
+            source = self.pages[order[n % len(order)]]
             with torch.cuda.stream(lanes[n % streams]):
                 self._frames[n % 8].copy_(source, non_blocking=True)
                 under_way.append(torch.cuda.Event())
@@ -84,7 +98,7 @@ class Machine:
     def attention(self, threads: int | None = None, mean: int = 140, work: float = 1.0) -> Step:
         """Layer by layer, resting so that it works a share of the time; bytes of K and V."""
         kernel, lengths = CpuAttention(threads or self.threads), spread_lengths(SEQS, mean)
-        blocks = self.kv.tensor.shape[1]
+        blocks = self.kv.shape[1]
         order = torch.randperm(blocks)
         tables = [block_tables(lengths, order.roll(n * blocks // CALLS)) for n in range(CALLS)]
         q, k, v = torch.randn(SEQS, 48, 128).bfloat16().split((32, 8, 8), dim=1)
@@ -92,7 +106,7 @@ class Machine:
         size, number = int(lengths.sum()) * 4096, [0]
 
         def step() -> float:
-            start, layer, number[0] = time.perf_counter(), self.kv.tensor[number[0] % LAYERS], number[0] + 1
+            start, layer, number[0] = time.perf_counter(), self.kv[number[0] % LAYERS], number[0] + 1
             for table in tables:
                 kernel.attend(out, q, k, v, layer, table, lengths)
             time.sleep((time.perf_counter() - start) * (1 / work - 1))
@@ -196,7 +210,7 @@ def conditions(m: Machine) -> list[dict[str, Any]]:
         together("attention", attention=m.attention()),
         together("both", copies=m.copies(), attention=m.attention()),
         together("both, on two streams", copies=m.copies(streams=2), attention=m.attention()),
-        together("both, from 1 GiB", copies=m.copies(min(28, len(m.pages.tensor))), attention=m.attention()),
+        together("both, from 1 GiB", copies=m.copies(min(28, len(m.pages))), attention=m.attention()),
         together("both, 64 tokens", copies=m.copies(), attention=m.attention(mean=64)),
         together(f"both, {fewer} threads", copies=m.copies(), attention=m.attention(fewer)),
         together("both, attention half of the time", copies=m.copies(), attention=m.attention(work=0.5)),
@@ -262,7 +276,7 @@ def main() -> None:
     if args.regions:
         found = regions(args.pages + args.kv)
     else:
-        machine = Machine(args.pages, args.kv)
+        machine = Machine.of_sizes(args.pages, args.kv)
         found = [row for _ in range(args.turns) for row in conditions(machine)]
     if args.json:
         args.json.write_text(json.dumps(facts() | {"conditions": found}, indent=1) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from math import ceil
 
+import numpy as np
 import pytest
 
 from checkpoints import tiny_policy
@@ -171,6 +172,17 @@ def test_engines_that_share_memory_stream_other_shares_and_stay_right(mixtral):
         addresses.add(session._shared.arena.tensor.data_ptr())
         session.unload()
     assert len(addresses) == 1
+
+
+def test_what_checks_leave_in_memory_is_no_later_engines(mixtral):
+    config = EngineConfig(str(mixtral), device="cpu", load_format="dummy")
+    session = Session(config, registry.resolve(str(mixtral)), shares_memory=True)
+    first = session.watch().host_before
+    assert session.watch().host_before == first
+    with session.between_engines():
+        left = np.ones(2**26, dtype=np.uint8)
+    more = session.watch().host_before - first
+    assert left.nbytes * 0.9 < more < left.nbytes * 1.5
 
 
 def test_workloads_have_the_lengths_that_they_are_known_for():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,6 +123,14 @@ class Session:
         if self._host_before is None or not self._shares:
             self._host_before = resident_bytes()
         return PeakWatch(self._host_before)
+
+    @contextmanager
+    def between_engines(self) -> Iterator[None]:
+        """What the work inside leaves in memory, such as libraries, is no later engine's."""
+        before = resident_bytes()
+        yield
+        if self._host_before is not None:
+            self._host_before += max(0, resident_bytes() - before)
 
     def planned_host_bytes(self, plan: Plan) -> int:
         """Host memory that may come to what there was: what the plan takes, or all that engines share."""

@@ -86,8 +86,9 @@ def measure_plan(
     has_gpu = plan.device.type == "cuda"
     if has_gpu:  # the engine has taken all that it was allowed; what follows is not the engine
         torch.cuda.set_per_process_memory_fraction(1.0, plan.device)
-    measured = [replace(m, check=_check(loaded, source, effort)) for m, source in runs]
-    rate = plain_copy_rate(page_bytes(loaded), effort.copy_s, has_gpu=has_gpu)
+    with session.between_engines():
+        measured = [replace(m, check=_check(loaded, source, effort)) for m, source in runs]
+        rate = plain_copy_rate(page_bytes(loaded), effort.copy_s, has_gpu=has_gpu)
     host_memory = config.host_memory or session.limit_host_memory
     limit = _limit(plan, config.gpu_memory, host_memory, rate, workload)
     return Cell(
