@@ -40,12 +40,17 @@ def values_of(problem: Problem) -> dict[str, tuple[float, ...]]:
 
 
 def starts(problem: Problem) -> tuple[Choice, ...]:
-    """The usual choice, two that differ in much, and one that takes as little memory as any."""
+    """The usual choice, three that differ in much, and one that takes as little memory as any.
+
+    Sweeps over whole layers pay with a ring of two layers and little room for prompts, and each of these alone does
+    not: no other start leads there.
+    """
     values = values_of(problem)
     usual = Choice(**{name: some[0] for name, some in values.items()})  # type: ignore[arg-type]
     finest: dict[str, Any] = {"parts": max(values["parts"]), "pages": min(values["pages"])}
     fine = replace(usual, micro_batches=2, prefill=4.0, **finest)
     whole = replace(usual, ring=1.2, micro_batches=2, prefill=4.0, parts=1, groups=2)
+    bridging = replace(usual, ring=2.0, prefill=1.25, parts=1, groups=2)
     least: dict[str, Any] = {name: min(values[name]) for name in ("ring", "prefill")}
     most: dict[str, Any] = {name: max(values[name]) for name in ("micro_batches", "parts", "pages")}
-    return usual, fine, whole, replace(usual, **least, **most)
+    return usual, fine, whole, bridging, replace(usual, **least, **most)
