@@ -325,8 +325,13 @@ def test_what_is_left_out_gains_nothing_where_no_lane_has_time_for_it_and_a_boun
     assert experts < faster < 2 * experts + 0.01
     _, kv, experts = left_out(plan, h2d=1.0, cpu=20.0)
     assert experts == 0, "the CPU has no time for more"
-    moved = plan.prediction.num_seqs * WORK.mean_context() * MIXTRAL.kv_bytes_per_token(2) / H100.h2d
-    share = (20 - 1) / (20 + moved)
+    moved = plan.prediction.num_seqs * WORK.mean_context() * MIXTRAL.kv_bytes_per_token(2)
+    problem = problem_of(MIXTRAL, "bfloat16", Memory(110 * GIB, 24 * GIB), WORK)
+    room = problem.use(plan.policy).device.resident / moved
+    assert kv == pytest.approx(1 / (1 - room) - 1), "no more KV than there are experts to make room"
+    _, kv, _ = left_out(plan, h2d=5.0, cpu=5.5)
+    share = (5.5 - 5) / (5.5 + moved / H100.h2d)
+    assert 0 < share < room
     assert kv == pytest.approx(1 / (1 - share) - 1), "both take as long once that share is on the GPU"
 
 

@@ -68,7 +68,8 @@ def _attention_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alter
 def _kv_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alternative:
     """A byte of KV there takes the place of a byte of experts, which then crosses the link in every pass.
 
-    So it pays as far as the CPU is what holds the pass back: moved is the share at which both take as long.
+    So it pays as far as the CPU is what holds the pass back: moved is the share at which both take as long, or what
+    resident experts make room for.
     """
     lanes, moved = planned.prediction.lane_s, _kv_bytes(problem, planned)
     if not planned.policy.num_frames:
@@ -78,12 +79,15 @@ def _kv_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alternative:
         )  # fmt: skip
     link_s = moved / rates.h2d
     spare = lanes["cpu"] - lanes["h2d"]
-    share = max(0.0, spare / (lanes["cpu"] + link_s))
-    gain = planned.prediction.pass_s / max(planned.prediction.pass_s - share * lanes["cpu"], lanes["h2d"]) - 1
+    room = problem.use(planned.policy).device.resident / max(moved, 1.0)
+    share = max(0.0, min(spare / (lanes["cpu"] + link_s), room))
+    pass_s = planned.prediction.pass_s
+    gain = pass_s / max(pass_s - share * lanes["cpu"], lanes["h2d"] + share * link_s) - 1
     reason = (
         "experts would make room for it, and cross the link in each pass: that is busy longer than the CPU"
         if share == 0
-        else f"the CPU is busy longer than the link: {share:.0%} of the KV on the GPU would even them out"
+        else f"the CPU is busy longer than the link: {share:.0%} of the KV on the GPU would "
+        + ("even them out" if share < room else "take the place of all experts there")
     )
     return Alternative("a share of KV on the GPU", "r_c>0", gain if share else 0.0, reason)
 
