@@ -13,7 +13,7 @@ from moe_lightning.policy import Policy
 
 _RUNNERS_UP = 3
 _WORTH = 1.002  # a smaller gain is not looked for: where the link is the bound, all plans are about as fast
-_BEHIND = 0.6  # of the best that is known: one choice after the other seldom makes up for more
+_BEHIND = 0.85  # of the best that is known: one choice after the other seldom makes up for more
 _APART = 2e-3  # runners-up that differ by less are one
 
 
