@@ -11,6 +11,7 @@ that fits into none of the memories gets the smallest larger ones that hold it.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -91,6 +92,8 @@ def cells(spec: ModelSpec, rates: MeasuredRates, lengths: str) -> Iterator[Row]:
 
 def _rows(spec: ModelSpec, rates: MeasuredRates, lengths: str, gpu: int, host: int) -> Iterator[Row]:
     for gen in _GEN:
+        gc.collect()
+        gc.freeze()  # what earlier searches remember is in no user's process: the collector need not look at it
         start = time.process_time()
         try:
             found = search(
