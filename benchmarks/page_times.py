@@ -28,6 +28,7 @@ from moe_lightning.bench.session import Loaded, Session
 from moe_lightning.bench.throughput import page_bytes
 from moe_lightning.bench.workloads import workload
 from moe_lightning.config import EngineConfig
+from moe_lightning.errors import ConfigError
 from moe_lightning.perf.workload import num_decoding
 from moe_lightning.pipeline.task import Task, TaskKind
 from moe_lightning.pipeline.timeline import Timeline
@@ -40,7 +41,7 @@ LEFT_OUT: dict[str, tuple[TaskKind, ...]] = {
     "without attention": (TaskKind.ATTENTION,),
     "without experts": (TaskKind.EXPERTS,),
     "without queries and results": COPIES,
-    "attention and pages alone": (*GPU_KINDS, *COPIES, TaskKind.STORE_KV),
+    "attention, pages and little else": (*GPU_KINDS, *COPIES, TaskKind.STORE_KV),
     "passes again": (),
 }
 WARM_UP = 2
@@ -167,7 +168,12 @@ def main() -> None:
         max_num_seqs=args.cell.seqs,
     )  # fmt: skip
     session = Session(config, spec_of("mixtral-8x7b"), shares_memory=True)
-    loaded = session.load(session.plan(work, config), config.gpu_memory)
+    plan = session.plan(work, config)
+    if not (plan.policy.packed and plan.policy.num_frames):
+        raise ConfigError(
+            "the loops copy packed pages, and this plan streams none; give a cell with less memory"
+        )
+    loaded = session.load(plan, config.gpu_memory)
     session.fill_kv(loaded)
     steady = Steady(loaded, args.cell)
     *kinds, again = LEFT_OUT.items()

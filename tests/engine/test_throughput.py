@@ -174,15 +174,25 @@ def test_engines_that_share_memory_stream_other_shares_and_stay_right(mixtral):
     assert len(addresses) == 1
 
 
-def test_what_checks_leave_in_memory_is_no_later_engines(mixtral):
-    config = EngineConfig(str(mixtral), device="cpu", load_format="dummy")
+def test_what_checks_leave_in_memory_is_no_later_engines(mixtral, monkeypatch):
+    config = EngineConfig(str(mixtral), device="cpu", load_format="dummy", host_memory=514 * 2**20)
     session = Session(config, registry.resolve(str(mixtral)), shares_memory=True)
-    first = session.watch().host_before
-    assert session.watch().host_before == first
-    with session.between_engines():
-        left = np.ones(2**26, dtype=np.uint8)
-    more = session.watch().host_before - first
-    assert left.nbytes * 0.9 < more < left.nbytes * 1.5
+    plan = replace(make_plan(config, tiny_policy(**POLICY)), max_model_len=64)
+    session.plan = lambda work, config=None: plan
+    left = list[np.ndarray]()
+
+    def check(loaded, source, effort):
+        left.append(np.ones(2**26, dtype=np.uint8))
+        if effort.num_checked > 1:
+            raise RuntimeError
+
+    monkeypatch.setattr(throughput, "_check", check)
+    before = measured(session).peaks.host_before
+    after = session.watch().host_before
+    assert left[0].nbytes * 0.9 < after - before < left[0].nbytes * 1.5
+    with pytest.raises(RuntimeError):
+        measured(session, num_checked=2)
+    assert session.watch().host_before - after > left[0].nbytes * 0.9, "also where a check fails"
 
 
 def test_workloads_have_the_lengths_that_they_are_known_for():

@@ -28,7 +28,7 @@ from moe_lightning.perf.planner import problem_of, search
 from moe_lightning.perf.predict import pass_work
 from moe_lightning.perf.rates import DatasheetRates, LighterPages, MeasuredRates
 from moe_lightning.perf.refit import Refitted
-from moe_lightning.perf.sizing import ROOM, sized
+from moe_lightning.perf.sizing import ROOM, Choice, largest_policy, sized
 from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.pipeline import cgopipe
 from moe_lightning.pipeline.baselines import SCHEDULES
@@ -40,7 +40,8 @@ MIXTRAL = registry.resolve("mixtral-8x7b")
 H100 = PRESETS["h100-sxm"]
 WORK = Workload((20, 30, 40, 214), gen_len=32)
 MTBENCH = workload("mtbench", 128)
-PROFILE = Path(__file__).parents[2] / "benchmarks" / "results" / "profile_h100.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+PROFILE = RESULTS / "profile_h100.json"
 
 
 @cache
@@ -326,13 +327,23 @@ def test_what_is_left_out_gains_nothing_where_no_lane_has_time_for_it_and_a_boun
     _, kv, experts = left_out(plan, h2d=1.0, cpu=20.0)
     assert experts == 0, "the CPU has no time for more"
     moved = plan.prediction.num_seqs * WORK.mean_context() * MIXTRAL.kv_bytes_per_token(2)
-    problem = problem_of(MIXTRAL, "bfloat16", Memory(110 * GIB, 24 * GIB), WORK)
-    room = problem.use(plan.policy).device.resident / moved
+    use = problem_of(MIXTRAL, "bfloat16", Memory(120 * GIB, 24 * GIB), WORK).use(plan.policy)
+    room = (use.device.resident + use.device.ring + 24 * GIB - use.gpu_bytes) / moved
     assert kv == pytest.approx(1 / (1 - room) - 1), "no more KV than there are experts to make room"
     _, kv, _ = left_out(plan, h2d=5.0, cpu=5.5)
     share = (5.5 - 5) / (5.5 + moved / H100.h2d)
     assert 0 < share < room
     assert kv == pytest.approx(1 / (1 - share) - 1), "both take as long once that share is on the GPU"
+
+
+def test_whole_layers_with_a_ring_of_two_are_found_where_no_single_change_leads_there():
+    rates = MeasuredRates(load_profile(RESULTS / "cells_7acbf6c_2" / "profile.json"))
+    memory, work = Memory(120 * GIB, 23 * GIB), workload("mtbench", 32)
+    found = search(MIXTRAL, "bfloat16", memory, rates, work)
+    problem = replace(problem_of(MIXTRAL, "bfloat16", memory, work), packed=True)
+    choice = Choice(ring=2.0, micro_batches=8, prefill=1.25, groups=2, ahead=2.0, pages=14, parts=1)
+    known = outlook(MIXTRAL, "bfloat16", largest_policy(problem, choice), rates, work)
+    assert found.tokens_per_s > 0.99 * known.job_tokens_per_s
 
 
 # -- what does not fit -------------------------------------------------------------------------------------

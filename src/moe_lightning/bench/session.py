@@ -126,11 +126,16 @@ class Session:
 
     @contextmanager
     def between_engines(self) -> Iterator[None]:
-        """What the work inside leaves in memory, such as libraries, is no later engine's."""
+        """What the work inside leaves in memory, such as libraries, is no later engine's.
+
+        Nor is what it freed and the process kept, though a later engine may use that.
+        """
         before = resident_bytes()
-        yield
-        if self._host_before is not None:
-            self._host_before += max(0, resident_bytes() - before)
+        try:
+            yield
+        finally:
+            if self._host_before is not None:
+                self._host_before += max(0, resident_bytes() - before)
 
     def planned_host_bytes(self, plan: Plan) -> int:
         """Host memory that may come to what there was: what the plan takes, or all that engines share."""

@@ -69,7 +69,7 @@ def _kv_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alternative:
     """A byte of KV there takes the place of a byte of experts, which then crosses the link in every pass.
 
     So it pays as far as the CPU is what holds the pass back: moved is the share at which both take as long, or what
-    resident experts make room for.
+    the memory of all experts there holds.
     """
     lanes, moved = planned.prediction.lane_s, _kv_bytes(problem, planned)
     if not planned.policy.num_frames:
@@ -77,19 +77,24 @@ def _kv_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alternative:
             "a share of KV on the GPU", "r_c>0", _room_for_kv(problem, planned),
             "all experts are on the GPU; what memory is left there could hold KV",
         )  # fmt: skip
-    link_s = moved / rates.h2d
     spare = lanes["cpu"] - lanes["h2d"]
-    room = problem.use(planned.policy).device.resident / max(moved, 1.0)
-    share = max(0.0, min(spare / (lanes["cpu"] + link_s), room))
+    if spare <= 0:
+        return Alternative(
+            "a share of KV on the GPU", "r_c>0", 0.0,
+            "experts would make room for it, and cross the link in each pass: that is busy longer than the CPU",
+        )  # fmt: skip
+    use = problem.use(planned.policy)
+    assert problem.memory.gpu is not None
+    room = (use.device.resident + use.device.ring + problem.memory.gpu - use.gpu_bytes) / moved
+    even = spare / (lanes["cpu"] + moved / rates.h2d)
+    share = min(even, room)
     pass_s = planned.prediction.pass_s
-    gain = pass_s / max(pass_s - share * lanes["cpu"], lanes["h2d"] + share * link_s) - 1
-    reason = (
-        "experts would make room for it, and cross the link in each pass: that is busy longer than the CPU"
-        if share == 0
-        else f"the CPU is busy longer than the link: {share:.0%} of the KV on the GPU would "
-        + ("even them out" if share < room else "take the place of all experts there")
-    )
-    return Alternative("a share of KV on the GPU", "r_c>0", gain if share else 0.0, reason)
+    gain = pass_s / max(pass_s - share * lanes["cpu"], lanes["h2d"]) - 1
+    what = "would even them out" if even <= room else "would take the place of all experts there"
+    return Alternative(
+        "a share of KV on the GPU", "r_c>0", gain,
+        f"the CPU is busy longer than the link: {share:.1%} of the KV on the GPU {what}",
+    )  # fmt: skip
 
 
 def _room_for_kv(problem: Problem, planned: Planned) -> float:

@@ -43,7 +43,7 @@ def starts(problem: Problem) -> tuple[Choice, ...]:
     """The usual choice, three that differ in much, and one that takes as little memory as any.
 
     Sweeps over whole layers pay with a ring of two layers and little room for prompts, and each of these alone does
-    not: no other start leads there.
+    not: from the other starts luck alone leads there.
     """
     values = values_of(problem)
     usual = Choice(**{name: some[0] for name, some in values.items()})  # type: ignore[arg-type]
