@@ -2,7 +2,7 @@
 
 Passes of a steady state, whole and with a part of their tasks left out (their answers mean nothing then); each
 page is counted by whether the CPU attended and the GPU computed while it came. If loops and passes agree, what
-slows pages is not in the passes.
+slows pages is not in the passes. The loops take some 6 GiB of GPU memory beside the cell's.
 
     python benchmarks/page_times.py --cell 24GiB,128,steady --json page_times.json
 """
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from cells import CellSpec
-from contention import Machine, together
+from contention import Machine, conditions
 
 from moe_lightning.bench.machine import facts, require_gpu
 from moe_lightning.bench.models import spec_of
@@ -133,23 +133,6 @@ def _share(intervals: np.ndarray, start: float, end: float) -> float:
     return float(both.clip(min=0).sum() / (end - start))
 
 
-def loops(loaded: Loaded) -> list[dict[str, Any]]:
-    """Copies of the engine's pages and attention over its K and V, alone and together."""
-    worker, num_layers = loaded.worker, loaded.plan.spec.num_layers
-    kv = worker.kv.arena.tensor
-    m = Machine(worker.weights.pages.host, kv.view(num_layers, -1, *kv.shape[1:]))
-    lanes = {"back": m.results_back(), "queries": m.queries()}
-    return [
-        together("loops: copies", copies=m.copies()),
-        together("loops: attention", attention=m.attention()),
-        together("loops: both", copies=m.copies(), attention=m.attention()),
-        together("loops: both, attention half of the time", copies=m.copies(), attention=m.attention(work=0.5)),
-        together(
-            "loops: both, results back and queries", copies=m.copies(), attention=m.attention(), **lanes
-        ),
-    ]  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -170,16 +153,16 @@ def main() -> None:
     session = Session(config, spec_of("mixtral-8x7b"), shares_memory=True)
     plan = session.plan(work, config)
     if not (plan.policy.packed and plan.policy.num_frames):
-        raise ConfigError(
-            "the loops copy packed pages, and this plan streams none; give a cell with less memory"
-        )
+        raise ConfigError("loops copy packed pages, and this plan streams none; give a cell with less memory")
     loaded = session.load(plan, config.gpu_memory)
     session.fill_kv(loaded)
     steady = Steady(loaded, args.cell)
     *kinds, again = LEFT_OUT.items()
     found = [steady.passes(*kind, args.passes) for kind in kinds]
     torch.cuda.set_per_process_memory_fraction(1.0)  # the engine has taken what it was allowed
-    found += [row for _ in range(args.turns) for row in loops(loaded)]
+    kv = loaded.worker.kv.arena.tensor
+    machine = Machine(loaded.worker.weights.pages.host, kv.view(plan.spec.num_layers, -1, *kv.shape[1:]))
+    found += [row for _ in range(args.turns) for row in conditions(machine)]
     found.append(steady.passes(*again, args.passes))
     if args.json:
         args.json.write_text(json.dumps(facts() | {"conditions": found}, indent=1) + "\n", encoding="utf-8")
