@@ -2,7 +2,7 @@
 
 Passes of a steady state, whole and with a part of their tasks left out (their answers mean nothing then); each
 page is counted by whether the CPU attended and the GPU computed while it came. If loops and passes agree, what
-slows pages is not in the passes. The loops take some 6 GiB of GPU memory beside the cell's.
+slows pages is not in the passes. The loops take some 8 GiB of GPU memory beside the cell's.
 
     python benchmarks/page_times.py --cell 24GiB,128,steady --json page_times.json
 """
