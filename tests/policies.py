@@ -38,6 +38,7 @@ def drawn_policy(number):
         "num_blocks": draw.choice([40, 64]),
         "prefill_tokens": draw.choice([80, 120, 256]),
         "max_num_seqs": draw.choice([3, 7, 8]),
+        "kv_every": draw.choice([0, 0, 1, 2, NUM_LAYERS]),
     }
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from moe_lightning.hardware.curve import RateCurve, TimeCurve
 from moe_lightning.hardware.kernel_times import (
+    DecodeProfile,
     DenseProfile,
     ExpertsProfile,
     ModelShape,
@@ -78,6 +79,7 @@ PROFILE = Profile(
             ),
         ),
         link=LINK, lanes=LANES,
+        decode=(DecodeProfile(32, 8, 128, "bfloat16", RateCurve((64.0, 2048.0), (1e12, 2e12))),),
         small=(
             SmallKernels(
                 MIXTRAL, "bfloat16", TimeCurve((1.0, 512.0), (2.8e-5, 6.4e-5)),

@@ -23,7 +23,9 @@ class Policy:
         num_frames: frames of the ring that streamed pages go through.
         expert_parts: sweeps over a layer's experts, each over some of them (`cgopipe` only; the others take whole
             layers). The ring must hold the streamed pages of one.
-        num_blocks: KV blocks in host memory.
+        kv_every: the last of every so many layers keeps its KV on the GPU, which attends there (r_c, by layers);
+            0: none does (`cgopipe` only).
+        num_blocks: KV blocks; each has a place in every layer.
         block_size: tokens in a KV block.
         schedule: name of the builder, `cgopipe` or a baseline.
         packed: bfloat16 experts are stored with exponents of four bits, 25 % smaller and exact, and unpacked on the
@@ -43,4 +45,5 @@ class Policy:
     block_size: int = 16
     schedule: str = "cgopipe"
     expert_parts: int = 1
+    kv_every: int = 0
     packed: bool = False

@@ -97,6 +97,7 @@ def device_parts(worker, has_gpu):
         ),
         "uploads": size(worker._uploader._on_device) if has_gpu else 0,
         "staging": size(*b.kv_stage),
+        "kv": size(worker._kv.on_device),
     }
 
 
@@ -123,6 +124,8 @@ def size(*tensors):
         (POLICIES[1], torch.float16, {}), (POLICIES[2], torch.bfloat16, {}),
         (POLICIES[0], torch.bfloat16, {"packed": True, "expert_parts": 3}),
         (POLICIES[2], torch.bfloat16, {"packed": True}),
+        (POLICIES[0], torch.float16, {"kv_every": 2}), (POLICIES[1], torch.bfloat16, {"kv_every": 1}),
+        (POLICIES[0], torch.bfloat16, {"kv_every": 2, "schedule": "flexgen"}),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -143,12 +146,12 @@ def test_every_family_is_counted():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"packed": True}, {"kv_every": 2}, {"kv_every": 1}])
 @pytest.mark.parametrize("values", POLICIES[:2])
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_on_a_gpu_each_part_is_what_a_worker_holds_and_there_is_no_other(architecture, values, packed):
+def test_on_a_gpu_each_part_is_what_a_worker_holds_and_there_is_no_other(architecture, values, changes):
     spec = spec_of(architecture, hidden_size=128, intermediate_size=256, vocab_size=512)
-    policy = policy_of(spec, values, packed=packed)
+    policy = policy_of(spec, values, **changes)
     before, device = storages(), torch.device("cuda", 0)
     worker = build_worker(spec, policy, torch.bfloat16, device, tensors=None)
     held = held_beside(before)
@@ -223,7 +226,8 @@ def test_sampling_takes_no_more_than_is_set_aside_and_much_of_it(rows, dtype):
     assert peak.most <= allowed
 
 
-def test_small_arrays_and_rotations_take_no_more_than_is_set_aside():
+@pytest.mark.parametrize("kv_every", [0, 3])
+def test_small_arrays_and_rotations_take_no_more_than_is_set_aside(kv_every):
     spec = spec_of("MixtralForCausalLM")
     uploaded, own = 0, Uploader(torch.device("cpu"))
 
@@ -237,10 +241,13 @@ def test_small_arrays_and_rotations_take_no_more_than_is_set_aside():
     # The most arrays a row can have: prompts of one token, each sampled from.
     sampling = replace(EVERYTHING, forbidden_ids=())
     prompts = tuple(PrefillPiece([3], 0, [block], sampling) for block in range(200))
-    rows = tuple(DecodeRow(5, 7, [300 + row], sampling) for row in range(200))
+    # With tables on the device, one sequence is long and all others are short.
+    blocks = [[300 + row] if row or not kv_every else list(range(300, 1300)) for row in range(200)]
+    rows = tuple(DecodeRow(5, 16 * len(of_row) - 9, of_row, sampling) for of_row in blocks)
     step = Step(prefill=(prompts[:24],) * 8, decode=(rows[:100], rows[100:]))
-    batches = build_micro_batches(step, 16, spec.vocab_size, Counting())
-    policy = policy_of(spec, (2, (0, 0, 0), 0, 200, 8 * 24, 1, 16), micro_batch_size=100)
+    batches = build_micro_batches(step, 16, spec.vocab_size, Counting(), keeps_kv=kv_every > 0)
+    values = (2, (0, 0, 0), 0, 200, 8 * 24, sum(map(len, blocks)), 16)
+    policy = policy_of(spec, values, micro_batch_size=100, kv_every=kv_every)
     use = memory_use(spec, 2, policy).during_pass
     # A buffer that is too small, and one of twice its size.
     assert use.arrays / 6 < uploaded <= use.arrays / 3

@@ -165,8 +165,9 @@ def test_engines_that_share_memory_stream_other_shares_and_stay_right(mixtral):
     )
     session = Session(config, registry.resolve(str(mixtral)), shares_memory=True)
     addresses = set()
-    for resident in ((1, 0, 2), (10, 6, 16), (0, 0, 0)):
-        plan = make_plan(config, tiny_policy(**{**POLICY, "resident_pages": resident}))
+    for resident, kv_every in (((1, 0, 2), 0), ((10, 6, 16), 2), ((4, 0, 2), 1), ((0, 0, 0), 0)):
+        policy = tiny_policy(**{**POLICY, "resident_pages": resident, "kv_every": kv_every})
+        plan = make_plan(config, policy)
         session.plan = lambda work, config=None, plan=plan: plan
         assert measured(session, num_checked=3).measured[0].check.is_equal
         addresses.add(session._shared.arena.tensor.data_ptr())

@@ -1,4 +1,4 @@
-"""Decode attention on the GPU over staged blocks against the reference."""
+"""Decode attention over blocks on the GPU against the reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from moe_lightning.kernels import reference
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.models.spec import AttentionSpec
-from moe_lightning.runtime.kv_staging import in_turns, stage
+from moe_lightning.runtime.kv_staging import PlacedBlocks, in_turns, stage
 
 pytest.importorskip("triton")
 from moe_lightning.kernels.paged_attention import paged_attention
@@ -47,9 +47,11 @@ def test_each_query_sees_its_own_tokens_and_no_others(
     qkv = torch.randn(len(lengths), heads, head_dim, generator=generator).to(dot_dtype)
     lens = torch.tensor(lengths)
     expected = reference.decode_attention(qkv[:, :num_heads], kv, tables, lens, window)
+    placed = PlacedBlocks.in_cache(tables.numpy(), lens.numpy() - 1, block_size, _put)
     out = torch.full((len(lengths), num_heads * head_dim), 7.0, dtype=dot_dtype, device=device)
     q = qkv.to(device)[:, :num_heads]
-    paged_attention(q, kv.to(device), tables.to(device), lens.to(device), window, out)
+    tables, first, lens = (t.to(device) for t in (placed.tables, placed.first, placed.context_lens))
+    paged_attention(q, kv.to(device), tables, first, lens, window, out)
     assert_close(out, expected.flatten(1), dot_dtype)
 
 
@@ -63,9 +65,22 @@ def test_staged_blocks_are_those_of_each_sequence_in_order():
     assert staged.rows == slice(0, 3)
     assert torch.equal(slot[:6], kv.layer(1)[[7, 3, 9, 2, 5, 11]])
     assert slot[6].eq(-1).all()
-    assert staged.tables.tolist() == [[0, 1, 2], [3, 0, 0], [4, 5, 0]]
-    assert staged.context_lens.tolist() == [9, 4, 5]
-    assert staged.slots.tolist() == [2 * 4 + 0, 3 * 4 + 3, 5 * 4 + 0]
+    placed = staged.placed
+    assert placed.tables.tolist() == [0, 1, 2, 3, 4, 5]
+    assert placed.first.tolist() == [0, 3, 4]
+    assert placed.context_lens.tolist() == [9, 4, 5]
+    assert placed.slots.tolist() == [2 * 4 + 0, 3 * 4 + 3, 5 * 4 + 0]
+
+
+def test_blocks_of_the_cache_are_those_of_each_sequence_that_hold_its_tokens():
+    tables, positions = np.array([[7, 3, 9, 4], [2, 8, 0, 0], [5, 11, 0, 0]]), np.array([8, 3, 4])
+    placed = PlacedBlocks.in_cache(tables, positions, 4, _put)
+    assert placed.tables.tolist() == [7, 3, 9, 2, 5, 11]  # 4 and 8 are for tokens to come
+    assert placed.first.tolist() == [0, 3, 4]
+    assert placed.context_lens.tolist() == [9, 4, 5]
+    assert placed.slots.tolist() == [9 * 4 + 0, 2 * 4 + 3, 11 * 4 + 0]
+    padded = reference.padded_tables(placed.tables, placed.first, placed.context_lens, 4)
+    assert [padded[row, :count].tolist() for row, count in enumerate((3, 1, 2))] == [[7, 3, 9], [2], [5, 11]]
 
 
 @pytest.mark.parametrize("capacity", range(3, 8))
@@ -76,7 +91,7 @@ def test_pieces_are_all_sequences_in_order_and_none_is_more_than_a_slot_holds(ca
     assert rows == list(range(5))
     assert all(len(piece.host_blocks) <= capacity for piece in pieces)
     assert torch.cat([piece.blocks for piece in pieces]).tolist() == [0, 1, 2, 4, 8, 9, 12, 13, 14, 16]
-    assert all(int(piece.slots.max()) < 4 * len(piece.blocks) for piece in pieces)
+    assert all(int(piece.placed.slots.max()) < 4 * len(piece.blocks) for piece in pieces)
 
 
 def _put(values, dtype):

@@ -53,7 +53,11 @@ STEP = Step(
 )  # fmt: skip
 POSITIONS = ((*range(6), *range(3)), (3, 4, 5, 6), (4, 9, 12), (0, 20))
 SAMPLED = (1, 1, 3, 2)
-ATTENTION = (TaskKind.ATTENTION, TaskKind.GPU_ATTENTION, TaskKind.PREFILL_ATTENTION)
+ATTENTION = (
+    TaskKind.ATTENTION, TaskKind.GPU_ATTENTION, TaskKind.RESIDENT_ATTENTION, TaskKind.PREFILL_ATTENTION,
+)  # fmt: skip
+# By name: a schedule, and how often a layer keeps its KV on the GPU.
+WAYS = {"cgopipe": ("cgopipe", 0), "kept": ("cgopipe", 2), "flexgen": ("flexgen", 0)}
 COPIES = (TaskKind.OFFLOAD_QKV, TaskKind.LOAD_HIDDEN, TaskKind.LOAD_PAGE, TaskKind.STORE_KV)
 
 
@@ -151,6 +155,8 @@ class Watching:
     def _observe(self, task: Task, flops: int, moved: int, seen: list[Seen]) -> Observed:
         if task.kind in COPIES:
             return Observed(task, Cost(flops, moved, moved, moved))
+        if task.kind is TaskKind.KEEP_KV:  # read and written in one memory
+            return Observed(task, Cost(flops, 2 * moved))
         if task.kind is TaskKind.LOAD_KV:
             (piece,) = self._runner._batches[task.micro_batches[0]].staged
             blocks = len(piece.host_blocks)
@@ -190,9 +196,10 @@ class Watching:
         own = self._tensor(BufferKind.QKV, task.micro_batches[0]).nbytes  # earlier chunks' are left out
         if task.kind is TaskKind.ATTENTION:
             return Observed(task, Cost(flops, host_bytes=rows + cached + appended))
-        return Observed(
-            task, Cost(flops, rows + own + (cached if task.kind is TaskKind.GPU_ATTENTION else 0))
-        )
+        if task.kind is TaskKind.PREFILL_ATTENTION:
+            return Observed(task, Cost(flops, rows + own))
+        grown = appended if task.kind is TaskKind.RESIDENT_ATTENTION else 0
+        return Observed(task, Cost(flops, rows + own + cached + grown))
 
     def _experts(self, task: Task, flops: int) -> Observed:
         ids = torch.cat(
@@ -226,7 +233,8 @@ class Watching:
             return
         on_host = task.kind is TaskKind.ATTENTION
         q, k, v = self._runner._split(self._tensor(BufferKind.HOST_QKV if on_host else BufferKind.QKV, j))
-        kv, size = self._runner._kv.layer(task.layer), self._runner._kv.block_size
+        cache, size = self._runner._kv, self._runner._kv.block_size
+        kv = (cache.kept if task.kind is TaskKind.RESIDENT_ATTENTION else cache.layer)(task.layer)
         for row, (table, length) in enumerate(
             zip(batch.block_tables, batch.context_lens.tolist(), strict=True)
         ):
@@ -236,8 +244,9 @@ class Watching:
             yield Seen(q[row], cached, [k[row : row + 1], v[row : row + 1]])
 
 
-def observe(architecture: str, dtype: str, schedule: str, parts: int = 1) -> list[Observed]:
+def observe(architecture: str, dtype: str, way: str, parts: int = 1) -> list[Observed]:
     """What each task of one pass did."""
+    schedule, kv_every = WAYS[way]
     torch.manual_seed(0)
     spec = spec_of(architecture)
     pages = spec.experts.num_experts * PAGES
@@ -249,10 +258,12 @@ def observe(architecture: str, dtype: str, schedule: str, parts: int = 1) -> lis
         num_frames=3 * pages,
         block_size=4,
         expert_parts=parts,
+        kv_every=kv_every,
     )
     cpu = torch.device("cpu")
     worker = build_worker(spec, policy, getattr(torch, dtype), cpu, tensors=None, executor="serial")
-    worker._kv.arena.tensor.normal_()  # the context of the sequences that decode
+    for cache in (worker._kv.arena.tensor, worker._kv.on_device):
+        cache.normal_()  # the context of the sequences that decode
     log: list[Observed] = []
     worker._wrap = lambda runner: Watching(runner, log)
     worker.run(STEP)
@@ -264,14 +275,12 @@ def observe(architecture: str, dtype: str, schedule: str, parts: int = 1) -> lis
 
 @pytest.fixture(
     scope="module",
-    params=[
-        (a, d, s) for a in ARCHITECTURES for d in ("float32", "bfloat16") for s in ("cgopipe", "flexgen")
-    ],
+    params=[(a, d, s) for a in ARCHITECTURES for d in ("float32", "bfloat16") for s in WAYS],
     ids="-".join,
 )
 def observed(request) -> tuple[list[Observed], PassWork]:
-    architecture, dtype, schedule = request.param
-    return observe(architecture, dtype, schedule), work_of(spec_of(architecture), dtype)
+    architecture, dtype, way = request.param
+    return observe(architecture, dtype, way), work_of(spec_of(architecture), dtype)
 
 
 def test_every_family_has_a_tiny_config() -> None:
@@ -279,11 +288,8 @@ def test_every_family_has_a_tiny_config() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_two_schedules_have_every_kind_of_task(architecture: str) -> None:
-    kinds = {
-        o.task.kind for schedule in ("cgopipe", "flexgen") for o in observe(architecture, "float32", schedule)
-    }
-    assert kinds == set(TaskKind)
+def test_these_ways_have_every_kind_of_task(architecture: str) -> None:
+    assert {o.task.kind for way in WAYS for o in observe(architecture, "float32", way)} == set(TaskKind)
 
 
 @pytest.mark.parametrize("parts", [2, 5])

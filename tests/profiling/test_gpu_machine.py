@@ -41,6 +41,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(gpu_machine, "dense", lambda *_: list(PROFILE.gpu.dense))
     monkeypatch.setattr(gpu_machine, "small_kernels", lambda *_: PROFILE.gpu.small[0])
     monkeypatch.setattr(gpu_machine, "prefill", lambda *_: PROFILE.gpu.prefill[0])
+    monkeypatch.setattr(gpu_machine, "decode", lambda *_: PROFILE.gpu.decode[0])
 
     def measured(*loads):
         steps = Steps(99, lambda *_: None)

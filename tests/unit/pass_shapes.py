@@ -36,7 +36,8 @@ def part_shapes(draw: st.DrawFn) -> PassShape:
     shape = draw(pass_shapes())
     parts = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
     missing = max(shape.streamed_pages) - sum(parts)
-    shape = replace(shape, part_pages=(*parts, max(missing, 0)))
+    kv_every = draw(st.integers(0, shape.num_layers + 1))
+    shape = replace(shape, part_pages=(*parts, max(missing, 0)), kv_every=kv_every)
     return replace(shape, num_frames=draw(st.integers(shape.least_frames, sum(shape.streamed_pages) + 2)))
 
 

@@ -160,7 +160,7 @@ def test_our_plan_as_json_is_the_searchs(capsys) -> None:
     memory = values["memory"]
     assert sum(memory["device"].values()) + sum(memory["during_pass"].values()) <= 23 * GIB
     assert all(r["tokens_per_s"] < prediction["job_tokens_per_s"] for r in values["runners_up"])
-    assert {each["symbol"] for each in values["left_out"]} == {"A_g=1", "r_c>0", "F_g<1"}
+    assert [each["symbol"].split("=")[0] for each in values["left_out"]] == ["A_g", "r_c", "F_g<1"]
     assert values["what_ifs"]["FP8 experts, same FLOP/s"] > prediction["job_tokens_per_s"]
     more, less = (values["what_ifs"][f"32 GiB {word} host memory"] for word in ("more", "less"))
     assert less < prediction["job_tokens_per_s"] <= 1.02 * more, "a bigger batch has a longer tail"

@@ -24,6 +24,7 @@ from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.limit import hardware_limit
 from moe_lightning.perf.memory import memory_use
 from moe_lightning.perf.outlook import at_best, estimate, outlook
+from moe_lightning.perf.passes import Passes
 from moe_lightning.perf.planner import problem_of, search
 from moe_lightning.perf.predict import pass_work
 from moe_lightning.perf.rates import DatasheetRates, LighterPages, MeasuredRates
@@ -195,17 +196,16 @@ def test_kv_memory_is_made_for_as_many_as_make_passes_fast_and_as_always_a_quart
         < 0.5 * problem.free_blocks(replace(policy, num_blocks=0))
     )
     assert policy.max_num_seqs == pytest.approx(ROOM * n, rel=0.01)
-    kv = alternatives(problem, plan, DatasheetRates(H100), 1e12)[1]
-    assert kv.gain == 0, "host memory is free: nobody needs the GPU's"
+    assert policy.kv_every == 1, "there is room on the GPU for as many"
     one = replace(problem, enough=1)
     assert one.most_blocks == problem.blocks_of_longest > problem.mean_blocks
     assert replace(problem, most_seqs=1).most_blocks == problem.blocks_of_longest
 
 
-def test_a_model_that_fits_on_the_gpu_streams_nothing():
-    policy = planned(120, 64).policy
+def test_a_model_that_fits_on_the_gpu_with_its_kv_streams_nothing():
+    policy = planned(400, num_requests=2000).policy
     assert policy.resident_pages == (8 * policy.pages_per_expert,) * 32
-    assert policy.num_frames == 0
+    assert (policy.num_frames, policy.kv_every) == (0, 1)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 7])
@@ -318,22 +318,49 @@ def left_out(plan, cpu_flops=1.6e12, **lanes):
     return [each.gain for each in alternatives(problem, plan, DatasheetRates(H100), cpu_flops)]
 
 
-def test_what_is_left_out_gains_nothing_where_no_lane_has_time_for_it_and_a_bounded_share_where_one_has():
+def test_experts_on_the_cpu_gain_nothing_where_it_has_no_time_and_a_bounded_share_where_it_has():
     plan = planned()
-    on_gpu, kv, experts = left_out(plan, h2d=2.0, cpu=1.0)
-    assert on_gpu < 0 and kv == 0 and 0 < experts < 1, "the link is busy longer than the CPU"
+    on_gpu, _, experts = left_out(plan, h2d=2.0, cpu=1.0)
+    assert on_gpu < 0 and 0 < experts < 1, "the link is busy longer than the CPU"
     faster = left_out(plan, 3.2e12, h2d=2.0, cpu=1.0)[2]
     assert experts < faster < 2 * experts + 0.01
-    _, kv, experts = left_out(plan, h2d=1.0, cpu=20.0)
-    assert experts == 0, "the CPU has no time for more"
-    moved = plan.prediction.num_seqs * WORK.mean_context() * MIXTRAL.kv_bytes_per_token(2)
-    use = problem_of(MIXTRAL, "bfloat16", Memory(120 * GIB, 24 * GIB), WORK).use(plan.policy)
-    room = (use.device.resident + use.device.ring + 24 * GIB - use.gpu_bytes) / moved
-    assert kv == pytest.approx(1 / (1 - room) - 1), "no more KV than there are experts to make room"
-    _, kv, _ = left_out(plan, h2d=5.0, cpu=5.5)
-    share = (5.5 - 5) / (5.5 + moved / H100.h2d)
-    assert 0 < share < room
-    assert kv == pytest.approx(1 / (1 - share) - 1), "both take as long once that share is on the GPU"
+    assert left_out(plan, h2d=1.0, cpu=20.0)[2] == 0, "the CPU has no time for more"
+
+
+# -- KV on the GPU -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gpu", "least", "most"), [(10, 0, 0), (24, 0, 1 / 6), (64, 1 / 6, 0.5)])
+def test_the_more_gpu_memory_the_more_kv_is_there(gpu, least, most):
+    every = planned(gpu).policy.kv_every
+    assert least <= (1 / every if every else 0) <= most
+
+
+def test_no_other_share_of_kv_on_the_gpu_is_faster_than_the_plans():
+    plan = planned(64)
+    assert plan.policy.kv_every
+    problem = problem_of(MIXTRAL, "bfloat16", Memory(120 * GIB, 64 * GIB), WORK)
+    problem = replace(problem, packed=plan.policy.packed)
+    for every in (0, 2, 4, 8):
+        other = largest_policy(problem, replace(plan.choice, kv_every=every))
+        reached = outlook(MIXTRAL, "bfloat16", other, DatasheetRates(H100), WORK).job_tokens_per_s
+        assert reached < 1.005 * plan.tokens_per_s
+    (_, kv, _) = alternatives(problem, plan, DatasheetRates(H100), 1e12)
+    assert kv.symbol == "r_c=0" and kv.gain < -0.05
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5, 8])
+def test_a_pass_of_few_simulated_layers_stands_for_all_where_some_keep_their_kv(every):
+    """Those are taken as whole periods, so that the mean layer is the model's."""
+    problem = replace(problem_of(MIXTRAL, "bfloat16", Memory(120 * GIB, 64 * GIB), WORK), packed=True)
+    policy = largest_policy(problem, replace(planned(64).choice, kv_every=every))
+    passes = Passes(MIXTRAL, "bfloat16", policy, DatasheetRates(H100), WORK.mean_context(), WORK.mean_prompt)
+    few, lanes_of_few = passes.steady(4000, 4000, 6)
+    every_layer, lanes = passes.steady(4000, 4000, 32)
+    assert few == pytest.approx(every_layer, rel=0.05)
+    assert lanes_of_few == pytest.approx(lanes, rel=0.04)
+    at_least = passes.lane_seconds(4000, 4000)
+    assert {lane.value: at_least[lane] for lane in at_least} == pytest.approx(lanes, rel=0.02)
 
 
 def test_whole_layers_with_a_ring_of_two_are_found_where_no_single_change_leads_there():

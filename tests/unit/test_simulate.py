@@ -43,6 +43,8 @@ def test_a_task_starts_the_moment_the_last_thing_it_waits_for_is_done(
 def test_buffers_alone_lead_to_the_times_that_derived_dependencies_do(
     shape: PassShape, seed: int, name: str
 ) -> None:
+    if name != "cgopipe":  # the others sweep whole layers
+        shape = replace(shape, num_frames=max(shape.num_frames, *shape.streamed_pages))
     schedule = SCHEDULES[name](shape)
     rng = random.Random(seed)
     taken = [rng.choice((0.0, rng.random(), 100.0)) for _ in schedule.tasks]

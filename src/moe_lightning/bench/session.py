@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moe_lightning.bench.peaks import PeakWatch, resident_bytes
 from moe_lightning.config import EngineConfig
@@ -153,14 +154,13 @@ class Session:
 
         Memory that earlier engines used holds numbers already.
         """
-        cache = loaded.worker.kv.arena.tensor.view(-1)
-        if self._shared:
-            cache = cache[self._shared.filled_before(cache) :]
-        # Of the GPU's own matrices: a copy by the GPU may not cross pieces of host memory that are locked apart.
-        some = loaded.worker.weights.embed.view(-1)[: 2**24].cpu()
-        for start in range(0, len(cache), len(some)):
-            piece = cache[start : start + len(some)]
-            piece.copy_(some[: len(piece)])
+        kv, some = loaded.worker.kv, loaded.worker.weights.embed.view(-1)[: 2**24]
+        on_host = kv.arena.tensor.view(-1)
+        if self._shared and len(on_host):
+            on_host = on_host[self._shared.filled_before(on_host) :]
+        _repeat(some, kv.on_device.view(-1))
+        # By the CPU: a copy by the GPU may not cross pieces of host memory that are locked apart.
+        _repeat(some.cpu(), on_host)
 
     def unload(self) -> None:
         """Give GPU memory back, once the caller has dropped what was loaded."""
@@ -176,6 +176,12 @@ class Session:
             size = self.host_memory - ENGINE_BYTES - (GPU_CODE_BYTES if self._has_gpu else 0)
             self._shared = SharedArena(max(size, 1))
         return self._shared
+
+
+def _repeat(some: Tensor, into: Tensor) -> None:
+    for start in range(0, len(into), len(some)):
+        piece = into[start : start + len(some)]
+        piece.copy_(some[: len(piece)])
 
 
 def host_bytes(plan: Plan) -> int:

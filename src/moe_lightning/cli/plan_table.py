@@ -27,7 +27,7 @@ _DEVICE = {
     "weights": "other weights", "resident": "experts resident", "ring": "ring of frames",
     "unpacked": "experts unpacked",
     "activations": "activations", "workspace": "experts' workspace", "tables": "tables", "uploads": "small arrays",
-    "staging": "KV on its way",
+    "staging": "KV on its way", "kv": "KV cache",
 }  # fmt: skip
 _HOST = {
     "experts": "experts streamed", "kv": "KV cache", "rows": "rows of sequences", "uploads": "small arrays",
@@ -154,11 +154,12 @@ def _policy(report: Report) -> str:
         if policy.num_frames
         else ""
     )
+    kept = f", in GPU memory for one layer in {policy.kv_every}" if policy.kv_every else ""
     return (
         f"{num_seqs:,} sequences in {micro_batches} micro-batches of {policy.micro_batch_size}{more}; prompts "
         f"in chunks of {policy.chunk_tokens:,} tokens, up to {policy.max_num_seqs + policy.prefill_tokens:,} rows "
         f"a pass; {resident:.0%} of the experts resident{rest}; {policy.num_blocks:,} KV blocks of "
-        f"{policy.block_size} tokens"
+        f"{policy.block_size} tokens{kept}"
     )
 
 

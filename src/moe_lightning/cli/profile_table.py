@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moe_lightning.hardware.curve import TimeCurve
-from moe_lightning.hardware.kernel_times import ExpertsProfile, PrefillProfile, SmallKernels
+from moe_lightning.hardware.kernel_times import DecodeProfile, ExpertsProfile, PrefillProfile, SmallKernels
 from moe_lightning.hardware.profile import (
     AttentionProfile,
     GpuProfile,
@@ -41,6 +41,7 @@ def grids(profile: Profile) -> Iterator[Grid]:
         yield from _dense(profile.gpu)
         yield from (_small(found) for found in profile.gpu.small)
         yield _prefill(profile.gpu.prefill)
+        yield _decode(profile.gpu.decode)
 
 
 def to_text(grid: Grid) -> str:
@@ -178,6 +179,22 @@ def _prefill(found: Sequence[PrefillProfile]) -> Grid:
     )
     header = ("TFLOP/s by a token's prompt", *(f"{n:.0f}" for n in lengths), "K and V to their blocks")
     return Grid("Prefill attention", header, rows)
+
+
+def _decode(found: Sequence[DecodeProfile]) -> Grid:
+    contexts = found[0].rate.sizes if found else ()
+    rows = tuple(
+        (
+            f"{d.num_heads} heads on {d.num_kv_heads} of {d.head_dim}, {d.dtype}",
+            *(_giga(rate, "") for rate in d.rate.rates),
+        )
+        for d in found
+    )
+    return Grid(
+        "Decode attention in GPU memory",
+        ("GB/s of K and V by context", *(f"{n:.0f}" for n in contexts)),
+        rows,
+    )
 
 
 def _giga(rate: float, unit: str = " GB/s") -> str:

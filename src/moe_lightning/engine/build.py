@@ -22,7 +22,7 @@ from moe_lightning.memory.layout import PageLayout, Placement
 from moe_lightning.memory.shared_arena import SharedArena
 from moe_lightning.memory.weights import Weights, allocate
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.pipeline.shape import pages_of_largest_part
+from moe_lightning.pipeline.shape import layers_keeping_kv, pages_of_largest_part
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.cuda_executor import CudaExecutor
 from moe_lightning.runtime.executor import Executor, SerialExecutor, ThreadedExecutor
@@ -68,7 +68,10 @@ def build_worker(
         pages, blocks = (shared.pages, shared.blocks) if shared else (HostArena, HostArena)
         sweep = pages_of_largest_part(policy, spec.experts.num_experts)
         weights = allocate(spec, layout, placement, dtype, device, pages, sweep)
-        kv = KVCache(spec.num_layers, spec.attention, policy.num_blocks, policy.block_size, dtype, blocks)
+        kv = KVCache(
+            spec.num_layers, spec.attention, policy.num_blocks, policy.block_size, dtype, blocks,
+            kept=layers_keeping_kv(policy), device=device,
+        )  # fmt: skip
         _fill_and_compile(weights, kv, policy, tensors, seed, progress)
         return Worker(weights, policy, kv, lanes, device)
     except torch.OutOfMemoryError as error:

@@ -18,7 +18,7 @@ from moe_lightning.memory.weights import Weights
 from moe_lightning.perf.facts import PassFacts
 from moe_lightning.perf.replan import only_limits_differ
 from moe_lightning.pipeline.baselines import SCHEDULES
-from moe_lightning.pipeline.shape import pass_shape
+from moe_lightning.pipeline.shape import layers_keeping_kv, pass_shape
 from moe_lightning.pipeline.task import PassShape, Schedule
 from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.policy import Policy
@@ -93,7 +93,7 @@ class Worker:
             self._uploader.clear()
             batches = build_micro_batches(
                 step, self._policy.block_size, spec.vocab_size, self._uploader,
-                staging_blocks=len(stage[0]) if stage else 0,
+                staging_blocks=len(stage[0]) if stage else 0, keeps_kv=bool(layers_keeping_kv(self._policy)),
             )  # fmt: skip
             self._uploader.send()
             self._weights.pages.place_ring(self._ring_offset)

@@ -146,6 +146,25 @@ class DenseProfile:
 
 
 @dataclass(frozen=True)
+class DecodeProfile:
+    """Attention of one query per sequence over blocks in GPU memory: bytes/s of K and V by tokens of a sequence.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: heads of keys and values.
+        head_dim: elements of each.
+        dtype: of activations and KV.
+        rate: bytes/s, the new K and V appended.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    rate: RateCurve
+
+
+@dataclass(frozen=True)
 class PrefillProfile:
     """Causal attention on the GPU: FLOP/s of its two products by tokens of the prompt that a token is in.
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.curve import RateCurve, TimeCurve
 from moe_lightning.hardware.kernel_times import (
+    DecodeProfile,
     DenseProfile,
     ExpertsProfile,
     ModelShape,
@@ -188,6 +189,7 @@ class GpuProfile:
         link: copies.
         lanes: launching and handing over.
         small: kernels beside the products; none where nobody measured.
+        decode: attention over KV in its memory; none where nobody measured.
     """
 
     memory: float
@@ -198,6 +200,7 @@ class GpuProfile:
     link: LinkProfile
     lanes: LaneProfile
     small: tuple[SmallKernels, ...] = ()
+    decode: tuple[DecodeProfile, ...] = ()
 
     def experts_like(self, shape: ModelShape, dtype: str) -> ExpertsProfile:
         """The measured experts nearest to these."""
@@ -222,12 +225,15 @@ class GpuProfile:
 
     def prefill_like(self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> PrefillProfile:
         """The measured geometry nearest to this one."""
+        apart = _geometry_apart(num_heads, num_kv_heads, head_dim, dtype)
+        return _nearest(self.prefill, apart, "prefill attention")
 
-        def distance(p: PrefillProfile) -> float:
-            heads = _apart(p.num_heads, num_heads) + _apart(p.num_kv_heads, num_kv_heads)
-            return heads + 2 * _apart(p.head_dim, head_dim) + _OTHER_DTYPE * (p.dtype != dtype)
-
-        return _nearest(self.prefill, distance, "prefill attention")
+    def decode_like(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str
+    ) -> DecodeProfile | None:
+        """The measured geometry nearest to this one."""
+        apart = _geometry_apart(num_heads, num_kv_heads, head_dim, dtype)
+        return min(self.decode, key=apart, default=None)
 
 
 @dataclass(frozen=True)
@@ -286,6 +292,7 @@ class Profile:
         return (
             (has_link or not link.is_pinned)
             and bool(self.gpu.small)
+            and bool(self.gpu.decode)
             and all(found.is_whole for found in self.gpu.small)
         )
 
@@ -349,6 +356,18 @@ def _experts_like(experts: tuple[ExpertsProfile, ...], shape: ModelShape, dtype:
 
 def _apart(a: float, b: float) -> float:
     return abs(math.log(a / b))
+
+
+def _geometry_apart(
+    num_heads: int, num_kv_heads: int, head_dim: int, dtype: str
+) -> Callable[[PrefillProfile | DecodeProfile], float]:
+    """How far a measured geometry is from this one."""
+
+    def distance(p: PrefillProfile | DecodeProfile) -> float:
+        heads = _apart(p.num_heads, num_heads) + _apart(p.num_kv_heads, num_kv_heads)
+        return heads + 2 * _apart(p.head_dim, head_dim) + _OTHER_DTYPE * (p.dtype != dtype)
+
+    return distance
 
 
 def _nearest(candidates: Iterable[_T], distance: Callable[[_T], float], what: str) -> _T:

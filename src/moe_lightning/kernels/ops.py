@@ -217,12 +217,22 @@ def prefill_attention(
 
 
 def decode_attention(
-    q: Tensor, kv: Tensor, block_tables: Tensor, context_lens: Tensor, sliding_window: int | None, out: Tensor
+    q: Tensor,
+    kv: Tensor,
+    tables: Tensor,
+    first: Tensor,
+    context_lens: Tensor,
+    sliding_window: int | None,
+    out: Tensor,
 ) -> None:
-    """Attention of one query per sequence over its blocks, into out [B, num_heads * D]; see `reference`."""
+    """Attention of one query per sequence over its blocks, into out [B, num_heads * D].
+
+    `tables` [N] int64 has the blocks of all sequences; those of each begin at `first` [B] int64. See `reference`.
+    """
     if q.is_cuda:
         from moe_lightning.kernels import paged_attention as kernel
 
-        kernel.paged_attention(q, kv, block_tables, context_lens, sliding_window, out)
+        kernel.paged_attention(q, kv, tables, first, context_lens, sliding_window, out)
         return
-    out.copy_(reference.decode_attention(q, kv, block_tables, context_lens, sliding_window).flatten(1))
+    padded = reference.padded_tables(tables, first, context_lens, kv.shape[3])
+    out.copy_(reference.decode_attention(q, kv, padded, context_lens, sliding_window).flatten(1))

@@ -9,15 +9,16 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit
 def _attention_kernel(
-    q_ptr, kv_ptr, tables_ptr, lens_ptr, out_ptr, q_stride, out_stride, table_stride, window, scale,
+    q_ptr, kv_ptr, tables_ptr, first_ptr, lens_ptr, out_ptr, q_stride, out_stride, window, scale,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The queries of one KV head of one sequence."""
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lens_ptr + sequence).to(tl.int32)
+    table = tables_ptr + tl.load(first_ptr + sequence)
     rows, dims = tl.arange(0, ROWS), tl.arange(0, DIMS)
     in_head = (dims < HEAD_DIM)[None, :]
     inside = (rows < GROUP)[:, None] & in_head
@@ -29,9 +30,7 @@ def _attention_kernel(
     for start in range(tl.maximum(0, length - window), length, BLOCK_K):
         positions = start + tl.arange(0, BLOCK_K)
         present = positions < length
-        blocks = tl.load(
-            tables_ptr + sequence * table_stride + positions // BLOCK_SIZE, mask=present, other=0
-        )
+        blocks = tl.load(table + positions // BLOCK_SIZE, mask=present, other=0)
         first = (
             (blocks.to(tl.int64) * 2 * NUM_KV_HEADS + head) * BLOCK_SIZE + positions % BLOCK_SIZE
         ) * HEAD_DIM
@@ -53,14 +52,21 @@ def _attention_kernel(
 
 
 def paged_attention(
-    q: Tensor, kv: Tensor, block_tables: Tensor, context_lens: Tensor, sliding_window: int | None, out: Tensor
+    q: Tensor,
+    kv: Tensor,
+    tables: Tensor,
+    first: Tensor,
+    context_lens: Tensor,
+    sliding_window: int | None,
+    out: Tensor,
 ) -> None:
     """Attention over each sequence's tokens, the new one's included.
 
     Args:
         q: [B, num_heads, D]; heads lie side by side, rows may lie apart.
         kv: [num_blocks, 2, num_kv_heads, block_size, D], contiguous.
-        block_tables: [B, max_blocks] int64.
+        tables: [N] int64, the blocks of all sequences.
+        first: [B] int64, where those of each begin.
         context_lens: [B] int64, at least 1.
         sliding_window: tokens that a query sees, itself included; None for all.
         out: [B, num_heads * D].
@@ -75,7 +81,7 @@ def paged_attention(
     window = sliding_window if sliding_window is not None else 2**30
     scale = math.log2(math.e) / math.sqrt(head_dim)
     _attention_kernel[(len(q), num_kv_heads)](
-        q, kv, block_tables, context_lens, out, q.stride(0), out.stride(0), block_tables.stride(0), window, scale,
+        q, kv, tables, first, context_lens, out, q.stride(0), out.stride(0), window, scale,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim,
         DIMS=dims, BLOCK_SIZE=block_size, BLOCK_K=32, num_warps=4,
     )  # fmt: skip

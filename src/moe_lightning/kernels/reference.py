@@ -222,6 +222,13 @@ def decode_attention(
     return out
 
 
+def padded_tables(tables: Tensor, first: Tensor, context_lens: Tensor, block_size: int) -> Tensor:
+    """Tables [N] that begin at `first` [B] as [B, max_blocks], each row filled up with anything."""
+    most = -(-int(context_lens.max()) // block_size)
+    places = first[:, None] + torch.arange(most, device=first.device)
+    return tables[places.clamp_(max=len(tables) - 1)]
+
+
 def _alike(context_lens: Tensor) -> list[Tensor]:
     """Sequences grouped so that padding to the longest of a group adds a quarter at most."""
     order = context_lens.argsort(descending=True, stable=True)

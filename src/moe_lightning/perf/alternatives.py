@@ -1,18 +1,19 @@
 """What a plan leaves out, and what it could gain at most: attention, KV or experts in another place.
 
-The runtime attends on the GPU in a baseline's schedule only and computes no experts on the CPU. From the seconds of
-each lane follows what these would give if nothing ever waited: an upper bound, as the paper's equations have it.
+Attention and KV in other places are simulated. The runtime computes no experts on the CPU: from the seconds of each
+lane follows what that would give if nothing ever waited, an upper bound, as the paper's equations have it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from moe_lightning.perf.choices import changed, values_of
 from moe_lightning.perf.cost import PassWork, task_cost
 from moe_lightning.perf.operators import decode_attention, experts
 from moe_lightning.perf.outlook import estimate
 from moe_lightning.perf.rates import Rates
-from moe_lightning.perf.sizing import Problem
+from moe_lightning.perf.sizing import Problem, largest_policy
 from moe_lightning.perf.trials import Planned
 from moe_lightning.pipeline.task import Lane, Task, TaskKind
 from moe_lightning.units import format_bytes
@@ -38,7 +39,7 @@ class Alternative:
 def alternatives(
     problem: Problem, planned: Planned, rates: Rates, cpu_flops: float
 ) -> tuple[Alternative, ...]:
-    """Attention on the GPU, a share of KV there, experts on the CPU.
+    """Attention on the GPU, another share of KV there, experts on the CPU.
 
     Args:
         problem: what was planned for.
@@ -48,7 +49,7 @@ def alternatives(
     """
     return (
         _attention_on_gpu(problem, planned, rates),
-        _kv_on_gpu(problem, planned, rates),
+        _kv_elsewhere(problem, planned, rates),
         _experts_on_cpu(problem, planned, cpu_flops),
     )
 
@@ -65,46 +66,27 @@ def _attention_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alter
     )  # fmt: skip
 
 
-def _kv_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alternative:
-    """A byte of KV there takes the place of a byte of experts, which then crosses the link in every pass.
+def _kv_elsewhere(problem: Problem, planned: Planned, rates: Rates) -> Alternative:
+    """By the simulation of plans that differ in that alone: with a share on the GPU, or without the plan's."""
+    now = planned.choice.kv_every
+    shares = [every for every in values_of(problem)["kv_every"] if bool(every) != bool(now)]
 
-    So it pays as far as the CPU is what holds the pass back: moved is the share at which both take as long, or what
-    the memory of all experts there holds.
-    """
-    lanes, moved = planned.prediction.lane_s, _kv_bytes(problem, planned)
-    if not planned.policy.num_frames:
+    def reached(every: float) -> float:
+        policy = largest_policy(problem, changed(planned.choice, "kv_every", every))
+        return estimate(problem.spec, problem.dtype, policy, rates, problem.workload) if policy else 0.0
+
+    gains = {every: reached(every) / planned.tokens_per_s - 1 for every in shares}
+    best = max(gains, key=gains.__getitem__, default=0)
+    if now:
         return Alternative(
-            "a share of KV on the GPU", "r_c>0", _room_for_kv(problem, planned),
-            "all experts are on the GPU; what memory is left there could hold KV",
+            "all KV in host memory", "r_c=0", gains[0],
+            f"the CPU would attend in all layers; now the GPU does in one of {now:g}",
         )  # fmt: skip
-    spare = lanes["cpu"] - lanes["h2d"]
-    if spare <= 0:
-        return Alternative(
-            "a share of KV on the GPU", "r_c>0", 0.0,
-            "experts would make room for it, and cross the link in each pass: that is busy longer than the CPU",
-        )  # fmt: skip
-    use = problem.use(planned.policy)
-    assert problem.memory.gpu is not None
-    room = (use.device.resident + use.device.ring + problem.memory.gpu - use.gpu_bytes) / moved
-    even = spare / (lanes["cpu"] + moved / rates.h2d)
-    share = min(even, room)
-    pass_s = planned.prediction.pass_s
-    gain = pass_s / max(pass_s - share * lanes["cpu"], lanes["h2d"]) - 1
-    what = "would even them out" if even <= room else "would take the place of all experts there"
+    kv = format_bytes(_kv_bytes(problem, planned) / max(best, 1))
     return Alternative(
-        "a share of KV on the GPU", "r_c>0", gain,
-        f"the CPU is busy longer than the link: {share:.1%} of the KV on the GPU {what}",
+        "a share of KV on the GPU", f"r_c=1/{best:g}", gains.get(best, -1.0),
+        f"that of one layer in {best:g}, {kv}, would take the place of as many experts, which would cross the link",
     )  # fmt: skip
-
-
-def _room_for_kv(problem: Problem, planned: Planned) -> float:
-    """More sequences that the GPU's unused memory would hold, as a share of those in host memory."""
-    use = problem.use(planned.policy)
-    assert problem.memory.gpu is not None
-    # What nobody needs is left free in host memory first.
-    policy = planned.policy
-    is_full = policy.num_blocks >= problem.free_blocks(replace(policy, num_blocks=0))
-    return max(0, problem.memory.gpu - use.gpu_bytes) / max(use.host.kv, 1) if is_full else 0.0
 
 
 def _experts_on_cpu(problem: Problem, planned: Planned, cpu_flops: float) -> Alternative:

@@ -16,6 +16,7 @@ _VALUES: dict[str, tuple[float, ...]] = {
     "micro_batches": (8, 2, 4, 12, 16),
     "groups": (1, 2, 4),
     "ahead": (2.0, 1.0, 0.5),
+    "kv_every": (0, 12, 8, 6, 5, 4, 3, 2, 1),
 }
 _PAGE_SIZES = (1.0, 0.5, 2.0)  # shares of the usual page's
 
@@ -36,7 +37,8 @@ def values_of(problem: Problem) -> dict[str, tuple[float, ...]]:
     """What is tried of each choice, the one that is begun with first."""
     most = problem.spec.experts.num_experts
     parts = tuple(count for count in _VALUES["parts"] if count <= most)
-    return {**_VALUES, "parts": parts, "pages": tuple(_pages(problem))}
+    every = tuple(count for count in _VALUES["kv_every"] if count <= problem.spec.num_layers)
+    return {**_VALUES, "parts": parts, "kv_every": every, "pages": tuple(_pages(problem))}
 
 
 def starts(problem: Problem) -> tuple[Choice, ...]:

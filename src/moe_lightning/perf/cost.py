@@ -45,6 +45,7 @@ class PassWork:
         unpacked_for: the micro-batch whose sweep comes first and unpacks pages for all; None: they are not packed.
         num_prefill: micro-batches of prompts, which come before those that decode; None where nobody says.
         streamed_pages: that come to the GPU in the pass; None where nobody says.
+        kv_share: of the layers, those that have their KV on the GPU.
 
     Raises:
         ConfigError: the dtype is not known, or the pages are not equal slices.
@@ -60,6 +61,7 @@ class PassWork:
     unpacked_for: int | None = None
     num_prefill: int | None = None
     streamed_pages: int | None = None
+    kv_share: float = 0.0
 
     def num_experts_in(self, part: int) -> int:
         """Experts that a part sweeps."""
@@ -165,6 +167,17 @@ def _gpu_attention(work: PassWork, task: Task) -> Cost:
     return _gpu(work, _attention_flops(work, task), _decode_elements(work, task))
 
 
+def _resident_attention(work: PassWork, task: Task) -> Cost:
+    """The same, and the new K and V appended."""
+    appended = _tokens(work, task) * 2 * work.spec.attention.kv_size
+    return _gpu(work, _attention_flops(work, task), _decode_elements(work, task) + appended)
+
+
+def _keep_kv(work: PassWork, task: Task) -> Cost:
+    """Read where they were computed, and written to the cache."""
+    return _gpu(work, 0, 2 * _tokens(work, task) * 2 * work.spec.attention.kv_size)
+
+
 def _prefill_attention(work: PassWork, task: Task) -> Cost:
     """Keys of earlier chunks are not counted as bytes: the products outweigh them by far."""
     a = work.spec.attention
@@ -230,6 +243,8 @@ _COSTS: dict[TaskKind, Callable[[PassWork, Task], Cost]] = {
     TaskKind.STORE_KV: _store_kv,
     TaskKind.LOAD_KV: _load_kv,
     TaskKind.GPU_ATTENTION: _gpu_attention,
+    TaskKind.RESIDENT_ATTENTION: _resident_attention,
+    TaskKind.KEEP_KV: _keep_kv,
     TaskKind.POST_ATTENTION: _post_attention,
     TaskKind.LOAD_PAGE: _load_page,
     TaskKind.EXPERTS: _experts,

@@ -143,7 +143,7 @@ def _check_value(base: Policy, name: str, value: object) -> None:
         if not isinstance(value, bool):
             raise ConfigError(f"packed={value!r}: give true or false")
     else:
-        least = 0 if name in ("look_ahead", "num_frames") else 1
+        least = 0 if name in ("look_ahead", "num_frames", "kv_every") else 1
         if not _is_int(value, least):
             raise ConfigError(f"{name}={value!r}: give an integer of {least} or more")
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.page_size import page_bytes
 from moe_lightning.pipeline.baselines import STAGING_SLOTS
-from moe_lightning.pipeline.shape import pages_of_largest_part
+from moe_lightning.pipeline.shape import layers_keeping_kv, pages_of_largest_part
 from moe_lightning.policy import Policy
 from moe_lightning.units import MIB
 
@@ -27,6 +27,7 @@ GPU_CODE_BYTES = 640 * MIB
 _LIBRARIES = 64 * MIB  # cuBLAS' workspaces, what the allocator rounds up
 _UNEVEN = 1.5  # KV of a micro-batch, as a multiple of an even share: few sequences may be long ones
 _INT32, _INT64, _FLOAT32 = 4, 8, 4
+_TABLE_INTS = 3  # of a sequence beside its table: where that begins, tokens, the new one's place
 
 
 class _Parts:
@@ -52,6 +53,7 @@ class DeviceUse(_Parts):
         tables: of pages, and rotary frequencies.
         uploads: where a pass's small arrays arrive; none on a CPU.
         staging: KV on its way to attention, in schedules that attend on the GPU.
+        kv: the cache of layers that keep it there.
     """
 
     weights: int
@@ -63,6 +65,7 @@ class DeviceUse(_Parts):
     tables: int
     uploads: int
     staging: int
+    kv: int
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class HostUse(_Parts):
 
     Attributes:
         experts: that are streamed.
-        kv: the cache.
+        kv: the cache of the other layers.
         rows: of decoding sequences, on their way to attention and back.
         uploads: where a pass's small arrays are put together, and the count that streams wait for; none on a CPU.
     """
@@ -149,6 +152,8 @@ def memory_use(
     # Where pages lie when the ring begins at its first frame, where they are now, and where unpacked.
     tables = (2 * spec.num_layers + policy.packed) * per_layer
     a, rows = spec.attention, policy.max_num_seqs + policy.prefill_tokens
+    kept = len(layers_keeping_kv(policy))
+    layer_kv = policy.num_blocks * _block_bytes(spec, dtype_bytes, policy)
     return MemoryUse(
         DeviceUse(
             weights=_other_parameters(spec) * dtype_bytes,
@@ -159,11 +164,12 @@ def memory_use(
             workspace=_workspace_bytes(spec, dtype_bytes, rows) if has_gpu else 0,
             tables=tables * _INT32 + a.head_dim // 2 * _FLOAT32,
             uploads=UPLOAD_BYTES if has_gpu else 0,
-            staging=_staging_bytes(spec, dtype_bytes, policy),
+            staging=staging_slots(policy) * staging_blocks(policy) * _block_bytes(spec, dtype_bytes, policy),
+            kv=kept * layer_kv,
         ),
         HostUse(
             experts=(per_layer * spec.num_layers - resident) * page,
-            kv=policy.num_blocks * policy.block_size * spec.kv_bytes_per_token(dtype_bytes),
+            kv=(spec.num_layers - kept) * layer_kv,
             rows=policy.max_num_seqs * (a.qkv_size + a.q_size) * dtype_bytes,
             uploads=UPLOAD_BYTES + COUNTER_BYTES if has_gpu else 0,
         ),
@@ -204,7 +210,7 @@ def _pass_use(spec: ModelSpec, dtype_bytes: int, policy: Policy, rows: int) -> P
     return PassUse(
         rotary=a.head_dim * (rows * 2 * dtype_bytes + largest * 3 * _FLOAT32),
         # The buffer that is too small, those before it, and the one of twice its size.
-        arrays=3 * _ROW_ARRAY_BYTES * rows,
+        arrays=3 * (_ROW_ARRAY_BYTES * rows + _table_bytes(policy)),
         attention=attention,
         logits=logits * (dtype_bytes + _FLOAT32)
         + at_once * _SORTED_BYTES
@@ -225,6 +231,13 @@ def staging_blocks(policy: Policy) -> int:
     return min(policy.num_blocks, policy.micro_batch_size * longest, max(longest, round(share)))
 
 
-def _staging_bytes(spec: ModelSpec, dtype_bytes: int, policy: Policy) -> int:
-    block = spec.kv_bytes_per_token(dtype_bytes) // spec.num_layers * policy.block_size
-    return staging_slots(policy) * staging_blocks(policy) * block
+def _block_bytes(spec: ModelSpec, dtype_bytes: int, policy: Policy) -> int:
+    """Of a KV block in one layer."""
+    return spec.kv_bytes_per_token(dtype_bytes) // spec.num_layers * policy.block_size
+
+
+def _table_bytes(policy: Policy) -> int:
+    """Of block tables for attention on the GPU: every block is in one of them."""
+    if not layers_keeping_kv(policy):
+        return 0
+    return _INT64 * (policy.num_blocks + _TABLE_INTS * policy.max_num_seqs)

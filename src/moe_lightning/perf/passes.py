@@ -14,7 +14,7 @@ from moe_lightning.perf.predict import pass_work
 from moe_lightning.perf.rates import Rates
 from moe_lightning.pipeline import cgopipe
 from moe_lightning.pipeline.baselines import SCHEDULES
-from moe_lightning.pipeline.shape import pass_shape
+from moe_lightning.pipeline.shape import kv_every, layers_keeping_kv, pass_shape
 from moe_lightning.pipeline.simulate import times, until_tokens
 from moe_lightning.pipeline.task import Lane, PassShape, Task, TaskKind
 from moe_lightning.policy import Policy
@@ -61,16 +61,20 @@ class Passes:
         All of them where that is no more work.
         """
         layers = self.spec.num_layers
-        long = layers if depth + (depth - _SHORT) >= layers else depth
+        between, every = _SHORT, kv_every(self.policy)
+        if every:  # whole periods of layers that keep their KV on the GPU
+            between = every * ceil(_SHORT / every)
+            depth = max(depth, between + 1)
+        long = layers if depth + (depth - between) >= layers else depth
         end, lanes = self._simulated(decode, prefill, long)
         if long < layers:
-            short = max(1, depth - _SHORT)
+            short = max(1, depth - between)
             end_of_short, lanes_of_short = self._simulated(decode, prefill, short)
             more = (layers - long) / (long - short)
             end += (end - end_of_short) * more
             lanes = {lane: lanes[lane] + (lanes[lane] - lanes_of_short[lane]) * more for lane in Lane}
-        between = _HOST_S + _HOST_SEQ_S * decode
-        return max(lanes[Lane.H2D], end + between), {lane.value: lanes[lane] for lane in Lane}
+        idle = _HOST_S + _HOST_SEQ_S * decode
+        return max(lanes[Lane.H2D], end + idle), {lane.value: lanes[lane] for lane in Lane}
 
     def lane_seconds(self, decode: int, prefill: int) -> dict[Lane, float]:
         """Seconds that each lane works in a pass, but for embedding and sampling."""
@@ -87,19 +91,21 @@ class Passes:
 
         chunks = _counted(work, range(shape.num_prefill))
         rows = _counted(work, range(shape.num_prefill, shape.num_micro_batches))
-        both, layers = {**chunks, **rows}, shape.num_layers
+        both, keeping = {**chunks, **rows}, shape.num_keeping_kv
+        others = shape.num_layers - keeping
         gpu = (
             of(TaskKind.PRE_ATTENTION, Lane.GPU, both)
             + of(TaskKind.PREFILL_ATTENTION, Lane.GPU, chunks)
             + of(TaskKind.POST_ATTENTION, Lane.GPU, both)
             + of(TaskKind.EXPERTS, Lane.GPU, dict.fromkeys(shape.groups, 1))
         )
+        kept = of(TaskKind.RESIDENT_ATTENTION, Lane.GPU, rows) + of(TaskKind.KEEP_KV, Lane.GPU, chunks)
         d2h = of(TaskKind.OFFLOAD_QKV, Lane.D2H, rows) + of(TaskKind.STORE_KV, Lane.D2H, chunks)
         return {
-            Lane.GPU: layers * gpu,
-            Lane.D2H: layers * d2h,
-            Lane.CPU: layers * of(TaskKind.ATTENTION, Lane.CPU, rows),
-            Lane.BACK: layers * of(TaskKind.LOAD_HIDDEN, Lane.BACK, rows),
+            Lane.GPU: shape.num_layers * gpu + keeping * kept,
+            Lane.D2H: others * d2h,
+            Lane.CPU: others * of(TaskKind.ATTENTION, Lane.CPU, rows),
+            Lane.BACK: others * of(TaskKind.LOAD_HIDDEN, Lane.BACK, rows),
             Lane.H2D: sum(shape.streamed_pages) * of(TaskKind.LOAD_PAGE, Lane.H2D, {(): 1}),
         }
 
@@ -131,11 +137,14 @@ class Passes:
         chunks, groups = _cut(prefill, policy.chunk_tokens), _cut(decode, policy.micro_batch_size)
         num_experts = self.spec.experts.num_experts
         shape = pass_shape(policy, num_experts, len(chunks), len(groups), num_layers=layers)
-        return shape, pass_work(
+        work = pass_work(
             replace(self.spec, num_layers=layers), shape, chunks + groups, self.mean_context,
             pages_per_expert=policy.pages_per_expert, dtype=self.dtype, prompt_len=self.mean_prompt,
             token_prompt=self.token_prompt, packed=policy.packed,
         )  # fmt: skip
+        # The share of all layers, so that passes of fewer have the same rates.
+        kept = len(layers_keeping_kv(policy))
+        return shape, replace(work, kv_share=kept / self.spec.num_layers) if kept else work
 
 
 @lru_cache(maxsize=32)

@@ -113,6 +113,10 @@ class LighterPages:
 
 
 UNPACKING = 0.8  # of the rate at which the GPU copies its memory
+_ATTENDING = 0.4  # of the same, for attention over KV in it
+# Pages in passes take so much longer than profiles' beside the same lanes: in 119 recorded steady states it was 9 %
+# in the middle, and 4 to 10 % in those whose profile was minutes old. A profile's second meets fewer slow moments.
+_IN_PASSES = 1.05
 # Kernels of a task beside products, and beside those that were measured one behind the other.
 _EMBED_KERNELS, _PREFILL_KERNELS, _SAMPLE_KERNELS = 8, 2, 8
 
@@ -129,6 +133,7 @@ class _Measured:
         self._output = gpu.dense_like(a.q_size, spec.hidden_size, dtype)
         self._head = gpu.dense_like(spec.hidden_size, spec.vocab_size, dtype)
         self._prefill = gpu.prefill_like(a.num_heads, a.num_kv_heads, a.head_dim, dtype)
+        self._decode = gpu.decode_like(a.num_heads, a.num_kv_heads, a.head_dim, dtype)
         self._small = gpu.small_like(spec.hidden_size, spec.experts.num_experts)
         link = gpu.link
         self._slowed = link.fastest_h2d / link.slowest_h2d
@@ -145,19 +150,19 @@ class _Measured:
         """
         work = self._work
         if work.streamed_pages is None or work.num_prefill is None:
-            return self._slowed, 2.0
+            return _IN_PASSES * self._slowed, 2.0
         first = work.num_prefill
         decode = Counter(zip(work.tokens[first:], work.context_tokens[first:], strict=True))
         of_layer = sum(count * self._attends(*size) for size, count in decode.items())
-        attention_s = work.spec.num_layers * of_layer
-        page_s = self._gpu.link.h2d.seconds_at(streamed_page_bytes(work)) * self._slowed
+        attention_s = work.spec.num_layers * (1 - work.kv_share) * of_layer
+        page_s = _IN_PASSES * self._gpu.link.h2d.seconds_at(streamed_page_bytes(work)) * self._slowed
         pages_s = work.streamed_pages * page_s
         longer = max(attention_s, pages_s)
         if not longer:
-            return self._slowed, 1.0
+            return _IN_PASSES * self._slowed, 1.0
         # Bytes come at one rate in this share of the time, and at the other in the rest.
         attends = attention_s / longer
-        return 1 / (attends / self._slowed + 1 - attends), 1 + pages_s / longer
+        return _IN_PASSES / (attends / self._slowed + 1 - attends), 1 + pages_s / longer
 
     def _attends(self, tokens: int, context: int) -> float:
         a = self._work.spec.attention
@@ -209,6 +214,8 @@ class _Measured:
             case TaskKind.PREFILL_ATTENTION:
                 mean = work.context_tokens[task.micro_batches[0]] * 2 / max(tokens, 1)
                 return self._prefill.seconds(max(mean, 1.0), cost.flops) + _PREFILL_KERNELS * gap
+            case TaskKind.RESIDENT_ATTENTION | TaskKind.GPU_ATTENTION:
+                return self._attends_on_gpu(task, tokens) + gap
             case TaskKind.EXPERTS:
                 share = work.num_experts_in(task.part) / spec.experts.num_experts
                 return self._unpacked(task) + self._swept(tokens, share) + gap
@@ -217,6 +224,15 @@ class _Measured:
                 product = self._head.seconds(spec.hidden_size, spec.vocab_size, rows)
                 return product + moved + _SAMPLE_KERNELS * gap
         return cost.device_bytes / self._gpu.memory + gap
+
+    def _attends_on_gpu(self, task: Task, tokens: int) -> float:
+        """Seconds of attention over KV that stays there; by a guess where nobody measured it."""
+        a, context = self._work.spec.attention, sum(self._work.context_tokens[j] for j in task.micro_batches)
+        if self._decode is None:
+            rate = _ATTENDING * self._gpu.memory
+        else:
+            rate = self._decode.rate.rate_at(context / max(tokens, 1))
+        return context * 2 * a.kv_size * self._size / rate
 
     def _swept(self, tokens: int, share: float) -> float:
         """Seconds of a sweep: of several where there are more tokens than are computed at once."""

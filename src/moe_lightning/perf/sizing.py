@@ -35,6 +35,7 @@ class Choice:
         ahead: how far attention is launched ahead of post-attention, in passes over the micro-batches.
         pages: slices of an expert.
         parts: of a layer's experts, each swept as its pages come.
+        kv_every: the last of every so many layers keeps its KV on the GPU; 0: none does.
     """
 
     ring: float
@@ -44,6 +45,7 @@ class Choice:
     ahead: float
     pages: int
     parts: int
+    kv_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,14 @@ class Problem:
         block = self.spec.kv_bytes_per_token(self.dtype_bytes) * BLOCK_SIZE
         return (self.memory.host - self.use(policy).host_bytes) // block
 
+    def least_blocks(self, num_seqs: int) -> int:
+        """KV blocks that so many sequences hold at their mean length, and any one in any case."""
+        return max(self.blocks_of_longest, ceil(num_seqs * self.mean_blocks))
+
     @property
     def most_blocks(self) -> int:
         """KV blocks that are of use."""
-        for_enough = max(self.blocks_of_longest, ceil(self.enough * self.mean_blocks))
-        return min(for_enough, self.most_seqs * self.blocks_of_longest)
+        return min(self.least_blocks(self.enough), self.most_seqs * self.blocks_of_longest)
 
 
 def largest_policy(problem: Problem, choice: Choice) -> Policy | None:
@@ -134,13 +139,15 @@ def sized(problem: Problem, choice: Choice, num_seqs: int) -> Policy | None:
 
     More may run while they are short: `ROOM` times as many, but no more than the problem allows.
     """
-    placed = _with_pages(problem, choice, _draft(problem, choice, num_seqs))
+    draft, least = _draft(problem, choice, num_seqs), problem.least_blocks(num_seqs)
+    if choice.kv_every:  # blocks take room of pages, so there are no more of them than are needed
+        placed = _with_pages(problem, choice, replace(draft, num_blocks=least))
+        return placed if placed and problem.use(placed).host_bytes <= problem.memory.host else None
+    placed = _with_pages(problem, choice, draft)
     if placed is None:
         return None
     blocks = problem.free_blocks(placed)
-    if blocks < max(problem.blocks_of_longest, num_seqs * problem.mean_blocks):
-        return None
-    return replace(placed, num_blocks=min(blocks, problem.most_blocks))
+    return replace(placed, num_blocks=min(blocks, problem.most_blocks)) if blocks >= least else None
 
 
 def _draft(problem: Problem, choice: Choice, num_seqs: int) -> Policy:
@@ -155,7 +162,7 @@ def _draft(problem: Problem, choice: Choice, num_seqs: int) -> Policy:
         group_size=2**16 if choice.groups == 1 else ceil(count / choice.groups),
         look_ahead=ceil(choice.ahead * count), prefill_tokens=prefill, chunk_tokens=min(CHUNK_TOKENS, prefill),
         pages_per_expert=choice.pages, resident_pages=(0,) * problem.spec.num_layers, num_frames=0, num_blocks=0,
-        block_size=BLOCK_SIZE, expert_parts=choice.parts, packed=problem.packed,
+        block_size=BLOCK_SIZE, expert_parts=choice.parts, packed=problem.packed, kv_every=choice.kv_every,
     )  # fmt: skip
 
 

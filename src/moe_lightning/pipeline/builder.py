@@ -56,6 +56,10 @@ class PassBuilder:
         """Decode attention on the CPU, which also appends k and v to the cache."""
         self._tasks.append(common.attention(layer, j, self._kv(layer, j)))
 
+    def resident_attention(self, layer: int, j: int) -> None:
+        """Decode attention on the GPU over a cache that is there, to which it appends."""
+        self._tasks.append(common.resident_attention(layer, j, self._kv(layer, j)))
+
     def load_hidden(self, layer: int, j: int, lane: Lane = Lane.H2D) -> None:
         """The attention output back to the GPU."""
         self._tasks.append(own(TaskKind.LOAD_HIDDEN, lane, layer, j))
@@ -67,6 +71,10 @@ class PassBuilder:
     def store_kv(self, layer: int, j: int) -> None:
         """Keys and values to the cache in host memory."""
         self._tasks.append(common.store_kv(layer, j, self._kv(layer, j)))
+
+    def keep_kv(self, layer: int, j: int) -> None:
+        """Keys and values to the cache on the GPU."""
+        self._tasks.append(common.keep_kv(layer, j, self._kv(layer, j)))
 
     def load_kv(self, layer: int, j: int, slot: int) -> None:
         """The cache of a decode micro-batch to a staging slot on the GPU."""

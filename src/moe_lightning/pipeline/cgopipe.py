@@ -18,7 +18,7 @@ def launched(shape: PassShape) -> PassBuilder:
     Larger groups sweep a layer's experts once for several micro-batches. Prompts fill the GPU's time while the CPU
     attends: their attention comes before that of the decode micro-batches is awaited, and their experts after the
     decode sequences have left for the next layer's attention. Where experts are swept in parts, the groups come
-    part by part, so that the frames of each are soon free.
+    part by part, so that the frames of each are soon free. Where a layer has its KV on the GPU, the GPU attends.
     """
     builder = PassBuilder(shape)
     ahead = LookAhead(builder)
@@ -34,7 +34,8 @@ def launched(shape: PassShape) -> PassBuilder:
             builder.post_attention(layer, j)
         for j in decode:
             ahead.launch(ahead.position(layer, j) + 1)
-            builder.load_hidden(layer, j, Lane.BACK)
+            if not shape.keeps_kv(layer):
+                builder.load_hidden(layer, j, Lane.BACK)
             builder.load_pages(pages_due(builder, layer, j))
             builder.post_attention(layer, j)
             if not shape.part_pages:
@@ -63,9 +64,12 @@ def sweep_parts(builder: PassBuilder, ahead: LookAhead, layer: int) -> None:
 
 
 def prefill(builder: PassBuilder, layer: int, j: int) -> None:
-    """A prefill chunk up to its attention; its k and v leave for the host meanwhile."""
+    """A prefill chunk up to its attention; its k and v leave for the cache meanwhile."""
     builder.pre_attention(layer, j)
-    builder.store_kv(layer, j)
+    if builder.shape.keeps_kv(layer):
+        builder.keep_kv(layer, j)
+    else:
+        builder.store_kv(layer, j)
     builder.prefill_attention(layer, j)
 
 
@@ -93,7 +97,7 @@ def sample_after_last(builder: PassBuilder, layer: int, group: int) -> None:
 
 
 class LookAhead:
-    """Launches the way to CPU attention of decode micro-batches, in order, ahead of their post-attention.
+    """Launches decode micro-batches up to their attention, in order, ahead of their post-attention.
 
     Decode micro-batches of all layers are one sequence; the look-ahead runs over the end of a layer into the
     next as far as the hidden states are there.
@@ -117,6 +121,9 @@ class LookAhead:
             if layer > 0 and not self._builder.is_group_done(layer - 1, j):
                 return
             self._builder.pre_attention(layer, j)
-            self._builder.offload_qkv(layer, j)
-            self._builder.attention(layer, j)
+            if shape.keeps_kv(layer):
+                self._builder.resident_attention(layer, j)
+            else:
+                self._builder.offload_qkv(layer, j)
+                self._builder.attention(layer, j)
             self._launched += 1

@@ -35,6 +35,13 @@ def attention(layer: int, j: int, kv: Buffer) -> Task:
 
 
 @lru_cache(maxsize=2**16)
+def resident_attention(layer: int, j: int, kv: Buffer) -> Task:
+    """Decode attention on the GPU over a cache that is there, to which it appends."""
+    reads, writes = (buffer(B.QKV, j), kv), (kv, buffer(B.ATTENTION_OUT, j))
+    return Task(TaskKind.RESIDENT_ATTENTION, Lane.GPU, layer, (j,), reads, writes)
+
+
+@lru_cache(maxsize=2**16)
 def prefill_attention(layer: int, j: int) -> Task:
     """Causal attention of a chunk over itself and the chunks before it."""
     chunks = tuple(buffer(B.QKV, chunk) for chunk in range(j + 1))
@@ -44,8 +51,14 @@ def prefill_attention(layer: int, j: int) -> Task:
 
 @lru_cache(maxsize=2**16)
 def store_kv(layer: int, j: int, kv: Buffer) -> Task:
-    """Keys and values of a chunk to its cache."""
+    """Keys and values of a chunk to its cache in host memory."""
     return Task(TaskKind.STORE_KV, Lane.D2H, layer, (j,), (buffer(B.QKV, j),), (kv,))
+
+
+@lru_cache(maxsize=2**16)
+def keep_kv(layer: int, j: int, kv: Buffer) -> Task:
+    """Keys and values of a chunk to its cache on the GPU."""
+    return Task(TaskKind.KEEP_KV, Lane.GPU, layer, (j,), (buffer(B.QKV, j),), (kv,))
 
 
 @lru_cache(maxsize=2**12)

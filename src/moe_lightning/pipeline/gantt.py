@@ -17,6 +17,8 @@ COLOURS = {
     TaskKind.PRE_ATTENTION: "#90caf9",
     TaskKind.PREFILL_ATTENTION: "#5c9ce6",
     TaskKind.GPU_ATTENTION: "#4dd0e1",
+    TaskKind.RESIDENT_ATTENTION: "#26a69a",
+    TaskKind.KEEP_KV: "#90a4ae",
     TaskKind.POST_ATTENTION: "#80cbc4",
     TaskKind.EXPERTS: "#81c784",
     TaskKind.SAMPLE: "#bcaaa4",

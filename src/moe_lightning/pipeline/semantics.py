@@ -20,7 +20,7 @@ class Rule(NamedTuple):
     reads: tuple[B, ...] = ()
 
 
-# CPU and GPU attention are one function; so are the two ways by which k and v get into the cache.
+# Attention is one function wherever it is computed; so are the ways by which k and v get into the cache.
 RULES: dict[TaskKind, tuple[Rule, ...]] = {
     T.EMBED: (Rule(B.HIDDEN, "embed"),),
     T.PRE_ATTENTION: (Rule(B.QKV, "qkv", (B.HIDDEN,)),),
@@ -34,6 +34,11 @@ RULES: dict[TaskKind, tuple[Rule, ...]] = {
     T.STORE_KV: (Rule(B.KV, "append", (B.KV, B.QKV)),),
     T.LOAD_KV: (Rule(B.KV_STAGE, _COPY, (B.KV,)),),
     T.GPU_ATTENTION: (Rule(B.ATTENTION_OUT, "attention", (B.QKV, B.KV_STAGE)),),
+    T.RESIDENT_ATTENTION: (
+        Rule(B.ATTENTION_OUT, "attention", (B.QKV, B.KV)),
+        Rule(B.KV, "append", (B.KV, B.QKV)),
+    ),
+    T.KEEP_KV: (Rule(B.KV, "append", (B.KV, B.QKV)),),
     T.POST_ATTENTION: (
         Rule(B.HIDDEN, "post_attention", (B.ATTENTION_OUT, B.HIDDEN)),
         Rule(B.EXPERTS_IN, "routed", (B.ATTENTION_OUT, B.HIDDEN)),
@@ -175,11 +180,15 @@ class _PlainLoops:
             self._machine.run(Task(T.LOAD_PAGE, Lane.H2D, layer, (), (), (frame,), page, frame.index))
 
     def attend(self, layer: int, j: int) -> None:
-        """Both ways a decode micro-batch may go; k and v are appended once, as the last thing."""
-        store = Task(T.STORE_KV, Lane.D2H, layer, (j,), (), ())
+        """All ways that a micro-batch may go in such a layer; k and v are appended once, as the last thing."""
+        keeps_kv = self._shape.keeps_kv(layer)
+        store = Task(T.KEEP_KV if keeps_kv else T.STORE_KV, Lane.D2H, layer, (j,), (), ())
         if j < self._shape.num_prefill:
             self.run(T.PREFILL_ATTENTION, layer, j)
             self._keep(store, self._machine.run(store))
+            return
+        if keeps_kv:
+            self.run(T.RESIDENT_ATTENTION, layer, j)
             return
         self._keep(store, self._machine.effects(store))
         for kind in (T.LOAD_KV, T.GPU_ATTENTION, T.OFFLOAD_QKV, T.ATTENTION, T.LOAD_HIDDEN):

@@ -30,8 +30,19 @@ def pass_shape(
     streamed = tuple(pages - resident for resident in policy.resident_pages[:num_layers])
     return PassShape(
         len(streamed), num_prefill, num_decode, policy.group_size, policy.look_ahead, streamed, policy.num_frames,
-        preloaded=preloaded, part_pages=_part_pages(policy, num_experts),
+        preloaded=preloaded, part_pages=_part_pages(policy, num_experts), kv_every=kv_every(policy),
     )  # fmt: skip
+
+
+def kv_every(policy: Policy) -> int:
+    """The last of every so many layers keeps its KV on the GPU: none, 0, in schedules that know no such layers."""
+    return policy.kv_every if policy.schedule == "cgopipe" else 0
+
+
+def layers_keeping_kv(policy: Policy) -> range:
+    """The layers that have their KV on the GPU."""
+    every, num_layers = kv_every(policy), len(policy.resident_pages)
+    return range(every - 1, num_layers, every) if every else range(0)
 
 
 def check_ring(policy: Policy, num_experts: int) -> None:

@@ -30,6 +30,8 @@ class TaskKind(StrEnum):
     STORE_KV = "store_kv"  # k, v of j -> KV cache in host memory
     LOAD_KV = "load_kv"  # KV cache of decode j -> GPU (baselines with attention on the GPU)
     GPU_ATTENTION = "gpu_attention"  # decode attention of j over KV loaded to the GPU (baselines)
+    RESIDENT_ATTENTION = "resident_attention"  # decode attention of j over KV that stays on the GPU
+    KEEP_KV = "keep_kv"  # k, v of prefill j -> KV cache that stays on the GPU
     POST_ATTENTION = "post_attention"  # output projection, norm, router of j
     LOAD_PAGE = "load_page"  # one page of expert weights -> frame
     EXPERTS = "experts"  # a part of one layer's experts for all micro-batches of g
@@ -46,7 +48,7 @@ class BufferKind(StrEnum):
     ATTENTION_OUT = "attention_out"  # attention output, GPU
     EXPERTS_IN = "experts_in"  # normed hidden states with routing, GPU
     FRAME = "frame"  # a page's place on the GPU
-    KV = "kv"  # KV cache of one layer and micro-batch, host
+    KV = "kv"  # KV cache of one layer and micro-batch, wherever that layer has it
     KV_STAGE = "kv_stage"  # KV loaded for one micro-batch, GPU; the index is a staging slot
     TOKENS = "tokens"  # sampled ids
 
@@ -98,6 +100,8 @@ class PassShape:
 
     Where a layer's experts are swept in parts, `part_pages` has the pages of each; the first of them are resident.
     So frames are free again before the whole layer is done, and the ring may be smaller than a layer.
+
+    The last of every `kv_every` layers keeps its KV on the GPU; 0: none does.
     """
 
     num_layers: int
@@ -109,6 +113,16 @@ class PassShape:
     num_frames: int
     preloaded: bool = False
     part_pages: tuple[int, ...] = ()
+    kv_every: int = 0
+
+    def keeps_kv(self, layer: int) -> bool:
+        """Whether the layer has its KV on the GPU."""
+        return self.kv_every > 0 and (layer + 1) % self.kv_every == 0
+
+    @property
+    def num_keeping_kv(self) -> int:
+        """Layers that have their KV on the GPU."""
+        return self.num_layers // self.kv_every if self.kv_every else 0
 
     @property
     def num_parts(self) -> int:

@@ -19,6 +19,8 @@ LETTERS = {
     TaskKind.STORE_KV: "s",
     TaskKind.LOAD_KV: "k",
     TaskKind.GPU_ATTENTION: "G",
+    TaskKind.RESIDENT_ATTENTION: "R",
+    TaskKind.KEEP_KV: "K",
     TaskKind.POST_ATTENTION: "p",
     TaskKind.LOAD_PAGE: "W",
     TaskKind.EXPERTS: "X",

@@ -116,7 +116,7 @@ def _final(shape: PassShape, expected: dict[Place, Symbol], machine: Machine) ->
         for j in micro_batches
     ]
     cache = [
-        (kv_buffer(shape, layer, j), expected[TaskKind.STORE_KV, layer, 0, j, BufferKind.KV])
+        (kv_buffer(shape, layer, j), expected[_appended_by(shape, layer, j), layer, 0, j, BufferKind.KV])
         for layer in range(shape.num_layers)
         for j in micro_batches
     ]
@@ -125,6 +125,12 @@ def _final(shape: PassShape, expected: dict[Place, Symbol], machine: Machine) ->
         for k, (layer, page) in enumerate(pages[: shape.pages_ahead])
     ]
     return tokens + cache + ahead
+
+
+def _appended_by(shape: PassShape, layer: int, j: int) -> TaskKind:
+    if not shape.keeps_kv(layer):
+        return TaskKind.STORE_KV
+    return TaskKind.KEEP_KV if j < shape.num_prefill else TaskKind.RESIDENT_ATTENTION
 
 
 # Messages.

@@ -21,6 +21,7 @@ from moe_lightning.memory.mapped import device_view
 from moe_lightning.profiling import gpu, host
 from moe_lightning.profiling.arena import HostMemory
 from moe_lightning.profiling.attention import AttentionBench
+from moe_lightning.profiling.decode import decode
 from moe_lightning.profiling.dense import dense
 from moe_lightning.profiling.effort import Effort
 from moe_lightning.profiling.lanes import LanesBench
@@ -48,7 +49,7 @@ def measure_gpu_machine(
         DeviceError: the GPU does not answer.
     """
     dtype = require_gpu()
-    steps = Steps(9 + len(effort.geometries) + 6 * len(shapes), report)
+    steps = Steps(9 + len(effort.geometries) + 7 * len(shapes), report)
     with steps.named(), _within_budget(effort, gpu_memory) as effort:
         return _all(shapes, effort, dtype, steps)  # when it returns, what it had on the GPU is free
 
@@ -145,7 +146,7 @@ def _kernels(
     memory = gpu.memory_rate(effort)
     steps.begin("GPU products")
     flops = {host.name_of(d): gpu.product_flops(d, effort) for d in dict.fromkeys((dtype, *_GPU_DTYPES))}
-    experts, products, prompts, small, page_rates = [], [], [], [], []
+    experts, products, prompts, decoding, small, page_rates = [], [], [], [], [], []
     for shape, load in zip(shapes, loads, strict=True):
         steps.begin(f"compiling experts of {shape.name}")
         bench = gpu.ExpertsBench(shape, dtype, effort)
@@ -163,10 +164,20 @@ def _kernels(
         small.append(small_kernels(shape, dtype, effort, load))
         steps.begin(f"attention of prompts of {shape.name}, beside the same")
         prompts.append(prefill(shape, dtype, effort, load))
+        steps.begin(f"attention over KV in GPU memory of {shape.name}")
+        decoding.append(decode(shape, dtype, effort))
     if page_rates:
         link = replace(link, h2d_beside_attention=fmean(page_rates))
     return GpuProfile(
-        memory, flops, tuple(experts), tuple(products), tuple(prompts), link, lanes, tuple(small)
+        memory,
+        flops,
+        tuple(experts),
+        tuple(products),
+        tuple(prompts),
+        link,
+        lanes,
+        tuple(small),
+        tuple(decoding),
     )
 
 

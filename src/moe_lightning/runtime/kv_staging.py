@@ -1,4 +1,4 @@
-"""KV of decode micro-batches on the GPU, for schedules that attend there."""
+"""KV of decode micro-batches on the GPU, for attention there."""
 
 from __future__ import annotations
 
@@ -18,42 +18,67 @@ Put = Callable[[npt.NDArray[np.generic], torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
+class PlacedBlocks:
+    """Where sequences' KV lies on the device; all tensors are there.
+
+    Attributes:
+        tables: [N] int64, each sequence's blocks, one sequence after the other.
+        first: [B] int64, where each sequence's begin.
+        context_lens: [B] int64, with the new token.
+        slots: [B] int64, where the new token goes.
+    """
+
+    tables: Tensor
+    first: Tensor
+    context_lens: Tensor
+    slots: Tensor
+
+    @classmethod
+    def in_cache(cls, tables: Ints, positions: Ints, block_size: int, put: Put) -> PlacedBlocks:
+        """Where the cache has them; arguments as in `in_turns`."""
+        return cls._of(tables[_used(tables, positions, block_size)], positions, block_size, put)
+
+    @classmethod
+    def in_a_row(cls, positions: Ints, block_size: int, put: Put) -> PlacedBlocks:
+        """Where all of them have been brought together, from block 0 on."""
+        return cls._of(np.arange((positions // block_size + 1).sum()), positions, block_size, put)
+
+    @classmethod
+    def _of(cls, blocks: Ints, positions: Ints, block_size: int, put: Put) -> PlacedBlocks:
+        counts = positions // block_size + 1
+        ends = np.cumsum(counts)
+        slots = blocks[ends - 1] * block_size + positions % block_size
+        arrays = (blocks, ends - counts, positions + 1, slots)
+        return cls(*(put(array, torch.int64) for array in arrays))
+
+
+def _used(tables: Ints, positions: Ints, block_size: int) -> npt.NDArray[np.bool_]:
+    """Which entries of tables are a sequence's blocks."""
+    return np.arange(tables.shape[1]) <= (positions // block_size)[:, None]
+
+
+@dataclass(frozen=True)
 class StagedBlocks:
-    """Where the blocks of some sequences lie once they are staged: one after the other, sequence by sequence.
+    """The blocks of some sequences that are staged together: one after the other, sequence by sequence.
 
     Attributes:
         rows: of the sequences in their micro-batch.
         host_blocks: [N] int64 (host), the cache's numbers of the blocks.
         blocks: the same on the device.
-        tables: [B, max_blocks] int64, each sequence's blocks in the slot.
-        context_lens: [B] int64, with the new token.
-        slots: [B] int64, where in the slot the new token goes.
+        placed: where they lie then, in the slot.
     """
 
     rows: slice
     host_blocks: Tensor
     blocks: Tensor
-    tables: Tensor
-    context_lens: Tensor
-    slots: Tensor
+    placed: PlacedBlocks
 
     @classmethod
     def of(cls, rows: slice, tables: Ints, positions: Ints, block_size: int, put: Put) -> StagedBlocks:
         """For sequences whose new tokens go in at positions [B]; arguments as in `in_turns`."""
-        counts = positions // block_size + 1
-        is_used = np.arange(tables.shape[1]) < counts[:, None]
-        starts = np.cumsum(counts) - counts
-        staged = np.where(is_used, starts[:, None] + np.arange(tables.shape[1]), 0)
-        blocks = tables[is_used]
-        slots = (starts + counts - 1) * block_size + positions % block_size
-        return cls(
-            rows=rows,
-            host_blocks=torch.from_numpy(blocks),
-            blocks=put(blocks, torch.int64),
-            tables=put(staged, torch.int64),
-            context_lens=put(positions + 1, torch.int64),
-            slots=put(slots, torch.int64),
-        )
+        blocks = tables[_used(tables, positions, block_size)]
+        placed = PlacedBlocks.in_a_row(positions, block_size, put)
+        return cls(rows, torch.from_numpy(blocks), put(blocks, torch.int64), placed)
 
 
 def in_turns(

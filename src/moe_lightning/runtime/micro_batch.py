@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_lightning.kernels.prefill_plan import PrefillPlan
 from moe_lightning.kernels.reference import Segment
-from moe_lightning.runtime.kv_staging import StagedBlocks, in_turns
+from moe_lightning.runtime.kv_staging import PlacedBlocks, StagedBlocks, in_turns
 from moe_lightning.runtime.sampling_batch import RowSampling, SamplingBatch, build_sampling_batch
 from moe_lightning.runtime.upload import Uploader
 
@@ -73,7 +73,9 @@ class MicroBatch:
         host_rows: decode only: its rows in the host buffers.
         block_tables: decode only: [B, max_blocks] int64 (host).
         context_lens: decode only: [B] int64 with the new token (host).
-        staged: decode only, where the GPU attends: where its blocks go there, in as many turns as it takes.
+        staged: decode only, where the GPU attends to KV that comes from the host: where its blocks go there, in as
+            many turns as it takes.
+        kept: decode only, where layers keep their KV on the device: its blocks there.
     """
 
     rows: slice
@@ -90,14 +92,22 @@ class MicroBatch:
     block_tables: Tensor | None = None
     context_lens: Tensor | None = None
     staged: tuple[StagedBlocks, ...] = ()
+    kept: PlacedBlocks | None = None
 
 
 def build_micro_batches(
-    step: Step, block_size: int, vocab_size: int, uploader: Uploader, *, staging_blocks: int = 0
+    step: Step,
+    block_size: int,
+    vocab_size: int,
+    uploader: Uploader,
+    *,
+    staging_blocks: int = 0,
+    keeps_kv: bool = False,
 ) -> list[MicroBatch]:
     """The micro-batches of a step, their tensors put on the uploader's device; rows in order, prefill first.
 
-    Where the GPU attends to decode sequences, `staging_blocks` of their KV have room there at a time.
+    Where the GPU attends to KV that comes from the host, `staging_blocks` have room there at a time. `keeps_kv`:
+    some layers keep theirs on the device.
     """
     batches, row, host_row = [], 0, 0
     first_row: dict[int, int] = {}  # of each prompt, by its first KV block
@@ -106,7 +116,10 @@ def build_micro_batches(
         batches.append(batch)
         row = batch.rows.stop
     for rows in step.decode:
-        batch = _decode(rows, row, host_row, block_size, vocab_size, uploader, staging_blocks=staging_blocks)
+        batch = _decode(
+            rows, row, host_row, block_size, vocab_size, uploader,
+            staging_blocks=staging_blocks, keeps_kv=keeps_kv,
+        )  # fmt: skip
         batches.append(batch)
         row, host_row = row + len(rows), host_row + len(rows)
     return batches
@@ -164,6 +177,7 @@ def _decode(
     uploader: Uploader,
     *,
     staging_blocks: int,
+    keeps_kv: bool,
 ) -> MicroBatch:
     tables = _tables([r.block_table for r in rows])
     positions = np.array([r.position for r in rows], dtype=np.int64)
@@ -186,6 +200,7 @@ def _decode(
         staged=in_turns(tables, positions, block_size, staging_blocks, uploader.put)
         if staging_blocks
         else (),
+        kept=PlacedBlocks.in_cache(tables, positions, block_size, uploader.put) if keeps_kv else None,
     )
 
 

@@ -17,7 +17,7 @@ from moe_lightning.perf.memory import HEAD_ROWS
 from moe_lightning.pipeline.shape import experts_in
 from moe_lightning.pipeline.task import BufferKind, Task
 from moe_lightning.runtime.buffers import PassBuffers
-from moe_lightning.runtime.kv_staging import stage
+from moe_lightning.runtime.kv_staging import PlacedBlocks, stage
 from moe_lightning.runtime.micro_batch import MicroBatch
 from moe_lightning.runtime.sampler import SampleOutput, prompt_logprobs, sample
 
@@ -126,16 +126,29 @@ class TaskRunner:
 
     def _gpu_attention(self, task: Task) -> None:
         """Over the staged blocks, which new tokens join here; what the slot had no room for comes after these."""
-        batch, window = self._batch(task), self._spec.attention.sliding_window
-        kv = self._buffers.kv_stage[task.reads[1].index]
-        q, k, v = self._split(self._buffers.qkv[batch.rows])
-        out = self._buffers.attention_out[batch.rows]
+        batch, kv = self._batch(task), self._buffers.kv_stage[task.reads[1].index]
         for piece in batch.staged:
-            rows = piece.rows
-            if rows.start:
+            if piece.rows.start:
                 stage(self._kv, task.layer, piece, kv)
-            ops.store_kv(kv, k[rows], v[rows], piece.slots)
-            ops.decode_attention(q[rows], kv, piece.tables, piece.context_lens, window, out[rows])
+            start = batch.rows.start
+            self._attend(slice(start + piece.rows.start, start + piece.rows.stop), kv, piece.placed)
+
+    def _resident_attention(self, task: Task) -> None:
+        batch = self._batch(task)
+        assert batch.kept is not None
+        self._attend(batch.rows, self._kv.kept(task.layer), batch.kept)
+
+    def _attend(self, rows: slice, kv: Tensor, placed: PlacedBlocks) -> None:
+        """Append the new k and v of some rows to blocks on the device, and attend to them."""
+        q, k, v = self._split(self._buffers.qkv[rows])
+        window, out = self._spec.attention.sliding_window, self._buffers.attention_out[rows]
+        ops.store_kv(kv, k, v, placed.slots)
+        ops.decode_attention(q, kv, placed.tables, placed.first, placed.context_lens, window, out)
+
+    def _keep_kv(self, task: Task) -> None:
+        batch = self._batch(task)
+        _, k, v = self._split(self._buffers.qkv[batch.rows])
+        ops.store_kv(self._kv.kept(task.layer), k, v, batch.slots)
 
     def _post_attention(self, task: Task) -> None:
         batch, layer, b = self._batch(task), self._weights.layers[task.layer], self._buffers
