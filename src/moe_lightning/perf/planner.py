@@ -104,12 +104,21 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None, *, beside: b
         found.vary(near.choice, 1)
     *usual, smallest = starts(problem)
     for start in () if beside and found.best else usual:
-        found.vary(start, 1 if near else _ROUNDS)
+        if not (start.kv_every and _waits_for_pages(found.best)):
+            found.vary(start, 1 if near else _ROUNDS)
     if found.best is None:
         found.vary(smallest, _ROUNDS)
     if found.best is None:
         raise no_feasible_policy(problem, smallest)
     return with_slack(problem, found.best_with_others(), rates)
+
+
+def _waits_for_pages(plan: Planned | None) -> bool:
+    """Rather than for the CPU: KV on the GPU, which takes the place of pages, makes such a plan slower."""
+    if plan is None or plan.choice.kv_every:
+        return False
+    lane_s = plan.prediction.lane_s
+    return lane_s["h2d"] > lane_s["cpu"]
 
 
 def problem_of(
