@@ -241,9 +241,12 @@ def test_small_arrays_and_rotations_take_no_more_than_is_set_aside(kv_every):
     # The most arrays a row can have: prompts of one token, each sampled from.
     sampling = replace(EVERYTHING, forbidden_ids=())
     prompts = tuple(PrefillPiece([3], 0, [block], sampling) for block in range(200))
-    # With tables on the device, one sequence is long and all others are short.
-    blocks = [[300 + row] if row or not kv_every else list(range(300, 1300)) for row in range(200)]
-    rows = tuple(DecodeRow(5, 16 * len(of_row) - 9, of_row, sampling) for of_row in blocks)
+    # With tables on the device, sequences are long enough for these to be most of what is sent, one more so.
+    of_row = 40 if kv_every else 1
+    blocks = [list(range(300 + of_row * row, 300 + of_row * (row + 1))) for row in range(200)]
+    if kv_every:
+        blocks[0] = list(range(10_000, 11_000))
+    rows = tuple(DecodeRow(5, 16 * len(each) - 9, each, sampling) for each in blocks)
     step = Step(prefill=(prompts[:24],) * 8, decode=(rows[:100], rows[100:]))
     batches = build_micro_batches(step, 16, spec.vocab_size, Counting(), keeps_kv=kv_every > 0)
     values = (2, (0, 0, 0), 0, 200, 8 * 24, sum(map(len, blocks)), 16)
@@ -251,6 +254,7 @@ def test_small_arrays_and_rotations_take_no_more_than_is_set_aside(kv_every):
     use = memory_use(spec, 2, policy).during_pass
     # A buffer that is too small, and one of twice its size.
     assert use.arrays / 6 < uploaded <= use.arrays / 3
+    assert memory_use(spec, 2, replace(policy, kv_every=0)).during_pass.arrays / 3 < uploaded or not kv_every
     worker = build_worker(spec, policy, torch.bfloat16, torch.device("cpu"), tensors=None, executor="serial")
     runner = TaskRunner(worker._weights, worker._kv, worker._buffers, None, worker._inv_freq, batches)
     with Peak() as peak:

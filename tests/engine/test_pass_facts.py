@@ -34,7 +34,9 @@ def batches(of):
 def test_tokens_keys_and_rows_are_those_of_each_token_of_each_micro_batch(step, window):
     spec = replace(SPEC, attention=replace(SPEC.attention, sliding_window=window))
     work = pass_work(spec, "bfloat16", POLICY, step, streamed_pages=7)
-    assert (work.num_prefill, work.streamed_pages) == (len(step.prefill), 7)
+    assert (work.num_prefill, work.streamed_pages, work.kv_share) == (len(step.prefill), 7, 0.0)
+    three_layers = replace(spec, num_layers=3)
+    assert pass_work(three_layers, "bfloat16", replace(POLICY, kv_every=2), step).kv_share == 1 / 3
     starts = [[(p.start, len(p.token_ids)) for p in chunk] for chunk in step.prefill]
     starts += [[(row.position, 1) for row in members] for members in step.decode]
     seen = [[start + i + 1 for start, count in part for i in range(count)] for part in starts]

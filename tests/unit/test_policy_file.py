@@ -46,7 +46,16 @@ def test_resident_pages_that_are_no_count_for_each_layer_are_refused(pages, path
 
 @pytest.mark.parametrize(
     "name, value",
-    [("num_blocks", 0), ("num_blocks", True), ("group_size", "2"), ("num_frames", -1), ("mu", 3)],
+    [
+        ("num_blocks", 0),
+        ("num_blocks", True),
+        ("group_size", "2"),
+        ("num_frames", -1),
+        ("mu", 3),
+        ("kv_every", -1),
+        ("kv_every", "2"),
+        ("kv_every", 4),
+    ],
 )
 def test_another_wrong_value_is_named(name, value, path):
     path.write_text(json.dumps({name: value}))

@@ -169,6 +169,28 @@ def test_a_product_takes_the_rates_of_the_one_nearest_in_size() -> None:
     assert found.seconds(4096, 16000, 512) == pytest.approx(3e-4 / 2)
 
 
+def test_a_large_copy_that_was_disturbed_is_as_fast_as_a_smaller_one() -> None:
+    """Else pages would be predicted faster beside attention than alone."""
+    assert PROFILE.gpu
+    link = PROFILE.gpu.link
+    slow = replace(link.h2d, seconds=(*link.h2d.seconds[:-1], 2 * link.h2d.seconds[-1]))
+    found = replace(link, h2d=slow)
+    last, before = link.h2d.sizes[-1], link.h2d.sizes[-2]
+    assert found.fastest_h2d == pytest.approx(link.h2d.rate_at(before))
+    assert found.to_gpu.seconds_at(last) == pytest.approx(last / link.h2d.rate_at(before))
+    assert found.to_gpu.seconds[:-1] == pytest.approx(link.h2d.seconds[:-1])
+    assert link.to_gpu.seconds == pytest.approx(link.h2d.seconds), "nothing was disturbed there"
+
+
+def test_attention_over_kv_on_the_gpu_is_that_of_the_nearest_geometry() -> None:
+    assert PROFILE.gpu
+    (one,) = PROFILE.gpu.decode
+    other = replace(one, num_kv_heads=4)
+    gpu = replace(PROFILE.gpu, decode=(one, other))
+    assert gpu.decode_like(32, 4, 128, "bfloat16") == other
+    assert gpu.decode_like(32, 8, 128, "bfloat16") == one
+
+
 def test_prefill_attention_takes_its_flops_at_the_rate_of_the_prompts_length() -> None:
     found = PROFILE.gpu.prefill_like(32, 8, 128, "bfloat16")
     assert found.seconds(4096, 4e14) == pytest.approx(1.0)

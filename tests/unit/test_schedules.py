@@ -180,6 +180,15 @@ def test_algorithm_1_of_two_layers_and_three_micro_batches_is_the_golden_one() -
     assert launches_of_algorithm_1(SCHEDULES["cgopipe"](paper_shape(2, 3))) == golden
 
 
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_layers_keep_their_kv_on_the_gpu_in_cgopipe_alone(name: str) -> None:
+    schedule = SCHEDULES[name](PassShape(4, 1, 2, 1, 2, (2,) * 4, 4, kv_every=2))
+    validate(schedule)
+    kinds = {TaskKind.RESIDENT_ATTENTION, TaskKind.KEEP_KV}
+    layers = {task.layer for task in schedule.tasks if task.kind in kinds}
+    assert layers == ({1, 3} if name == "cgopipe" else set())
+
+
 @few
 @given(shape=pass_shapes())
 def test_without_overlap_one_task_runs_at_a_time(shape: PassShape) -> None:

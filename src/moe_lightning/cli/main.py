@@ -15,9 +15,9 @@ from moe_lightning.errors import MoELightningError
 _DESCRIPTION = """\
 Batch inference for Mixture-of-Experts models that do not fit on the GPU.
 
-Expert weights stay in host memory and stream through the GPU; attention over the KV cache runs on the CPU
-beside it, so that copies, GPU and CPU work at the same time. Many requests share each stream of the weights:
-give it a file of requests and let it run.
+Expert weights stay in host memory and stream through the GPU; attention over the KV cache runs where the cache
+lies, most of it on the CPU, so that copies, GPU and CPU work at the same time. Many requests share each stream of
+the weights: give it a file of requests and let it run.
 """
 _EXAMPLES = """\
 examples:

@@ -197,6 +197,6 @@ def _what_ifs(report: Report) -> Table:
 def _left_out(report: Report) -> Table:
     table = _grid("left", "right", "left")
     for each in report.left_out:
-        gain = f"{each.gain:+.0%}" if each.gain < 0 else f"+{each.gain:.1%} at most"
+        gain = f"+{each.gain:.1%} at most" if each.is_bound else f"{each.gain:+.0%}"
         table.add_row(f"{each.name} ({each.symbol})", gain, each.reason)
     return table

@@ -55,6 +55,13 @@ class TimeCurve:
         """The highest rate of the points."""
         return max(size / second for size, second in zip(self.sizes, self.seconds, strict=True))
 
+    def never_slower(self) -> TimeCurve:
+        """The curve of work whose rate falls at no larger size: where it did, the larger one was disturbed."""
+        rates = accumulate(
+            (size / second for size, second in zip(self.sizes, self.seconds, strict=True)), max
+        )
+        return TimeCurve(self.sizes, tuple(size / rate for size, rate in zip(self.sizes, rates, strict=True)))
+
     @cached_property
     def fixed_s(self) -> float:
         """Seconds at size 0: where the line through the first two points ends."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from moe_lightning.errors import ConfigError
@@ -129,7 +130,17 @@ class LinkProfile:
     @property
     def fastest_h2d(self) -> float:
         """Bytes/s of the largest copies to the GPU with nothing beside them."""
-        return self.h2d.rate_at(self.h2d.sizes[-1])
+        return self.to_gpu.rate_at(self.h2d.sizes[-1])
+
+    @cached_property
+    def to_gpu(self) -> TimeCurve:
+        """`h2d` without what disturbed larger copies more than smaller ones."""
+        return self.h2d.never_slower()
+
+    @cached_property
+    def to_host(self) -> TimeCurve:
+        """`d2h` likewise."""
+        return self.d2h.never_slower()
 
     @property
     def slowest_h2d(self) -> float:
@@ -336,7 +347,7 @@ class Profile:
             DeviceSpec(self.machine.gpu.name, self.machine.gpu.memory_bytes, g.memory, g.flops),
             DeviceSpec(m.cpu, m.host_memory_bytes, h.read_under_copies or h.read, cpu_flops, m.cores),
             g.link.fastest_h2d,
-            g.link.d2h.rate_at(g.link.d2h.sizes[-1]),
+            g.link.to_host.rate_at(g.link.d2h.sizes[-1]),
             g.lanes.mean_handover_s,
             tuple(f"{part}: {source}" for part in ("GPU", "host", "link")),
         )

@@ -26,14 +26,16 @@ class Alternative:
     Attributes:
         name: what would be where.
         symbol: of the paper's policy.
-        gain: of tokens/s: the least upper bound known; negative where the simulation says so.
+        gain: of tokens/s, by simulation, or at most.
         reason: why.
+        is_bound: the gain is an upper bound.
     """
 
     name: str
     symbol: str
     gain: float
     reason: str
+    is_bound: bool = False
 
 
 def alternatives(
@@ -47,11 +49,10 @@ def alternatives(
         rates: of the machine.
         cpu_flops: FLOP/s of the CPUs in matrix products.
     """
-    return (
-        _attention_on_gpu(problem, planned, rates),
-        _kv_elsewhere(problem, planned, rates),
-        _experts_on_cpu(problem, planned, cpu_flops),
-    )
+    found = [_kv_elsewhere(problem, planned, rates), _experts_on_cpu(problem, planned, cpu_flops)]
+    if planned.choice.kv_every != 1:  # else all of it is there
+        found.insert(0, _attention_on_gpu(problem, planned, rates))
+    return tuple(found)
 
 
 def _attention_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alternative:
@@ -67,8 +68,11 @@ def _attention_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alter
 
 
 def _kv_elsewhere(problem: Problem, planned: Planned, rates: Rates) -> Alternative:
-    """By the simulation of plans that differ in that alone: with a share on the GPU, or without the plan's."""
-    now = planned.choice.kv_every
+    """By the simulation of plans that differ in that alone: with a share on the GPU, or without the plan's.
+
+    They have KV for as many sequences, or for those that fit.
+    """
+    now, problem = planned.choice.kv_every, replace(problem, enough=planned.prediction.num_seqs)
     shares = [every for every in values_of(problem)["kv_every"] if bool(every) != bool(now)]
 
     def reached(every: float) -> float:
@@ -85,7 +89,7 @@ def _kv_elsewhere(problem: Problem, planned: Planned, rates: Rates) -> Alternati
     kv = format_bytes(_kv_bytes(problem, planned) / max(best, 1))
     return Alternative(
         "a share of KV on the GPU", f"r_c=1/{best:g}", gains.get(best, -1.0),
-        f"that of one layer in {best:g}, {kv}, would take the place of as many experts, which would cross the link",
+        f"that of one layer in {best:g}, {kv}, would take the place of experts, which would cross the link",
     )  # fmt: skip
 
 
@@ -103,7 +107,7 @@ def _experts_on_cpu(problem: Problem, planned: Planned, cpu_flops: float) -> Alt
     return Alternative(
         "experts on the CPU", "F_g<1", gain,
         f"{per_byte:,.0f} FLOP for a byte of experts: all of them would take it {cpu_s:.3g} s a pass, the link "
-        f"{link_s:.3g} s; it has time for {share:.1%}",
+        f"{link_s:.3g} s; it has time for {share:.1%}", is_bound=True,
     )  # fmt: skip
 
 

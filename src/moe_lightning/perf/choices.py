@@ -18,7 +18,6 @@ _VALUES: dict[str, tuple[float, ...]] = {
     "ahead": (2.0, 1.0, 0.5),
     "kv_every": (0, 12, 8, 6, 5, 4, 3, 2, 1),
 }
-_KEEPING = 3
 _PAGE_SIZES = (1.0, 0.5, 2.0)  # shares of the usual page's
 
 
@@ -43,10 +42,10 @@ def values_of(problem: Problem) -> dict[str, tuple[float, ...]]:
 
 
 def starts(problem: Problem) -> tuple[Choice, ...]:
-    """The usual choice, four that differ in much, and one that takes as little memory as any.
+    """The usual choice, three that differ in much, and one that takes as little memory as any.
 
     Sweeps over whole layers pay with a ring of two layers and little room for prompts, and each of these alone does
-    not: from the other starts luck alone leads there. How much KV on the GPU pays is found best from where some is.
+    not: from the other starts luck alone leads there.
     """
     values = values_of(problem)
     usual = Choice(**{name: some[0] for name, some in values.items()})  # type: ignore[arg-type]
@@ -54,7 +53,6 @@ def starts(problem: Problem) -> tuple[Choice, ...]:
     fine = replace(usual, micro_batches=2, prefill=4.0, **finest)
     whole = replace(usual, ring=1.2, micro_batches=2, prefill=4.0, parts=1, groups=2)
     bridging = replace(usual, ring=2.0, prefill=1.25, parts=1, groups=2)
-    keeping = replace(bridging, kv_every=min(_KEEPING, problem.spec.num_layers))
     least: dict[str, Any] = {name: min(values[name]) for name in ("ring", "prefill")}
     most: dict[str, Any] = {name: max(values[name]) for name in ("micro_batches", "parts", "pages")}
-    return usual, fine, whole, bridging, keeping, replace(usual, **least, **most)
+    return usual, fine, whole, bridging, replace(usual, **least, **most)

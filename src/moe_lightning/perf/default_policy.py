@@ -142,6 +142,11 @@ def _check_value(base: Policy, name: str, value: object) -> None:
     elif name == "packed":
         if not isinstance(value, bool):
             raise ConfigError(f"packed={value!r}: give true or false")
+    elif name == "kv_every" and _is_int(value, 0) and value > len(base.resident_pages):  # type: ignore[operator]
+        raise ConfigError(
+            f"kv_every={value}: the last of so many layers keeps its KV on the GPU, and there are "
+            f"{len(base.resident_pages)}; give no more, or 0"
+        )
     else:
         least = 0 if name in ("look_ahead", "num_frames", "kv_every") else 1
         if not _is_int(value, least):

@@ -62,9 +62,8 @@ class Passes:
         """
         layers = self.spec.num_layers
         between, every = _SHORT, kv_every(self.policy)
-        if (
-            every and decode > 1
-        ):  # whole periods of layers that keep their KV on the GPU; few sequences hardly attend
+        if every and decode > 1:
+            # Whole periods of layers that keep their KV on the GPU; few sequences hardly attend anywhere.
             between = every * ceil(_SHORT / every)
             depth = max(depth, between + 1)
         long = layers if depth + (depth - between) >= layers else depth

@@ -27,6 +27,7 @@ from moe_lightning.perf.workload import Workload
 
 _ROUNDS = 2
 _WORTH_PACKING = 0.995  # where plain experts reach this share, they are left as they are
+_FEWER = 0.65, 0.4  # shares of the sequences, where KV on the GPU may be of too many
 _SPARE, _ENOUGH = 8, 0.985  # so many times the sequences with which this share is reached are enough
 
 
@@ -102,23 +103,42 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None, *, beside: b
     if near:
         found.try_plan(near)
         found.vary(near.choice, 1)
-    *usual, smallest = starts(problem)
-    for start in () if beside and found.best else usual:
-        if not (start.kv_every and _waits_for_pages(found.best)):
-            found.vary(start, 1 if near else _ROUNDS)
+    usual, fine, whole, bridging, smallest = starts(problem)
+    # What is mostly fastest comes first: the more is known to be far behind.
+    for start in () if beside and found.best else (bridging, whole, usual, fine):
+        found.vary(start, 1 if near else _ROUNDS)
+    if found.best and not _waits_for_pages(found.best):
+        for start in (bridging, found.best.choice):
+            found.vary(found.most_promising(start, "kv_every")[0], 1)
     if found.best is None:
         found.vary(smallest, _ROUNDS)
     if found.best is None:
         raise no_feasible_policy(problem, smallest)
+    if found.best.choice.kv_every and not beside:
+        found, problem = _of_fewer_sequences(found, problem, rates)
     return with_slack(problem, found.best_with_others(), rates)
 
 
-def _waits_for_pages(plan: Planned | None) -> bool:
+def _of_fewer_sequences(found: Trials, problem: Problem, rates: Rates) -> tuple[Trials, Problem]:
+    """Trials with KV on the GPU, where each sequence takes room of experts: as many as fit may be too many."""
+    assert found.best is not None
+    most, best = found.best.prediction.num_seqs, (found, problem)
+    for share in _FEWER:
+        fewer = replace(problem, enough=ceil(share * most))
+        others = Trials(fewer, rates)
+        others.vary(found.best.choice, 1)
+        bridging = starts(problem)[-2]
+        for start in (others.most_promising(bridging, "kv_every")[0], replace(bridging, kv_every=1)):
+            others.vary(start, 1)
+        if others.best and others.best.tokens_per_s > best[0].best.tokens_per_s:  # type: ignore[union-attr]
+            best = others, fewer
+    return best
+
+
+def _waits_for_pages(plan: Planned) -> bool:
     """Rather than for the CPU: KV on the GPU, which takes the place of pages, makes such a plan slower."""
-    if plan is None or plan.choice.kv_every:
-        return False
     lane_s = plan.prediction.lane_s
-    return lane_s["h2d"] > lane_s["cpu"]
+    return not plan.choice.kv_every and lane_s["h2d"] > lane_s["cpu"]
 
 
 def problem_of(

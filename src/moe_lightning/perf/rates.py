@@ -139,7 +139,7 @@ class _Measured:
         self._slowed = link.fastest_h2d / link.slowest_h2d
         self._page_slowed, self._beside_pages = self._together()
         # Copies to the host run beside both: pages, as was measured, and attention, which slows all copies alike.
-        self._d2h_slowed = self._slowed * link.d2h.rate_at(link.d2h.sizes[-1]) / link.d2h_beside_h2d
+        self._d2h_slowed = self._slowed * link.to_host.rate_at(link.d2h.sizes[-1]) / link.d2h_beside_h2d
 
     def _together(self) -> tuple[float, float]:
         """How many times as long pages take as alone, and what comes back from attention as without pages.
@@ -155,7 +155,7 @@ class _Measured:
         decode = Counter(zip(work.tokens[first:], work.context_tokens[first:], strict=True))
         of_layer = sum(count * self._attends(*size) for size, count in decode.items())
         attention_s = work.spec.num_layers * (1 - work.kv_share) * of_layer
-        page_s = _IN_PASSES * self._gpu.link.h2d.seconds_at(streamed_page_bytes(work)) * self._slowed
+        page_s = _IN_PASSES * self._gpu.link.to_gpu.seconds_at(streamed_page_bytes(work)) * self._slowed
         pages_s = work.streamed_pages * page_s
         longer = max(attention_s, pages_s)
         if not longer:
@@ -186,8 +186,8 @@ class _Measured:
         if task.kind is TaskKind.STORE_KV:  # by kernels, to places that are apart
             return store.seconds_at(size) if store else size / (link.kv_store or link.d2h_beside_h2d)
         if task.lane is Lane.D2H:
-            return link.d2h.seconds_at(size) * self._d2h_slowed
-        seconds = link.h2d.seconds_at(size)
+            return link.to_host.seconds_at(size) * self._d2h_slowed
+        seconds = link.to_gpu.seconds_at(size)
         if task.kind is TaskKind.LOAD_PAGE:
             return max(seconds * self._page_slowed, self._gpu.lanes.h2d_gap_s)
         # Beside pages each has half of the link. What that takes from pages is in their rate.

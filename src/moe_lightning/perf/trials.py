@@ -14,6 +14,7 @@ from moe_lightning.policy import Policy
 _RUNNERS_UP = 3
 _WORTH = 1.002  # a smaller gain is not looked for: where the link is the bound, all plans are about as fast
 _BEHIND = 0.85  # of the best that is known: one choice after the other seldom makes up for more
+_FEW = 3  # shares of KV on the GPU that are simulated at a time
 _APART = 2e-3  # runners-up that differ by less are one
 
 
@@ -57,17 +58,29 @@ class Trials:
             self._simulate(policy, plan.choice)
 
     def vary(self, start: Choice, rounds: int) -> None:
-        """Vary one choice after the other from `start`; nothing where that is far behind."""
+        """Vary one choice after the other from `start`; nothing where that is far behind.
+
+        KV is left in host memory alone where the start has it there.
+        """
         base = self._try([start]) or start
         policy = self._policy(start)
         if policy and self._value(policy) < _BEHIND * self._reached:
             return
         for _ in range(rounds):
             before = base
-            for name, values in self._values.items():
-                base = self._try([changed(base, name, value) for value in values]) or base
+            for name in self._values:
+                if name == "kv_every" and not start.kv_every:
+                    continue  # all in host memory: whether that is best is looked at in the end
+                some = self.most_promising(base, name)
+                # Passes with KV on the GPU are simulated to more layers, so fewer of them.
+                base = self._try(some[:_FEW] if name == "kv_every" else some) or base
             if base == before:
                 return
+
+    def most_promising(self, choice: Choice, name: str) -> list[Choice]:
+        """The choice with other values, those of the highest bound first."""
+        some = [changed(choice, name, value) for value in self._values[name]]
+        return sorted(some, key=lambda c: -(self._bound(p) if (p := self._policy(c)) else 0.0))
 
     def best_with_others(self) -> Planned:
         """The best plan with its runners-up."""

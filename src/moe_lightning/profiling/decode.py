@@ -22,7 +22,10 @@ _TURNS = 4  # with other sequences' blocks each, so that none finds its own in t
 
 
 def decode(shape: ModelShape, dtype: torch.dtype, effort: Effort) -> DecodeProfile:
-    """One new token each of sequences that fill `effort.call_bytes`, appended and attended to, by context."""
+    """One new token each of some sequences, appended and attended to, by context.
+
+    K and V of several calls fill `effort.call_bytes`.
+    """
     token_bytes = 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize
     rates = []
     for context in effort.contexts:
