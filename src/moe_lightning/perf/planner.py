@@ -27,6 +27,7 @@ from moe_lightning.perf.workload import Workload
 
 _ROUNDS = 2
 _WORTH_PACKING = 0.995  # where plain experts reach this share, they are left as they are
+_MUCH = 3  # one layer in so many keeps its KV on the GPU: then each sequence takes much room of experts
 _FEWER = 0.65, 0.4  # shares of the sequences, where KV on the GPU may be of too many
 _SPARE, _ENOUGH = 8, 0.985  # so many times the sequences with which this share is reached are enough
 
@@ -114,7 +115,7 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None, *, beside: b
         found.vary(smallest, _ROUNDS)
     if found.best is None:
         raise no_feasible_policy(problem, smallest)
-    if found.best.choice.kv_every and not beside:
+    if 1 <= found.best.choice.kv_every <= _MUCH and not beside:
         found, problem = _of_fewer_sequences(found, problem, rates)
     return with_slack(problem, found.best_with_others(), rates)
 
