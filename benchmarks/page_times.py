@@ -152,8 +152,11 @@ def main() -> None:
     )  # fmt: skip
     session = Session(config, spec_of("mixtral-8x7b"), shares_memory=True)
     plan = session.plan(work, config)
-    if not (plan.policy.packed and plan.policy.num_frames):
-        raise ConfigError("loops copy packed pages, and this plan streams none; give a cell with less memory")
+    if not (plan.policy.packed and plan.policy.num_frames) or plan.policy.kv_every:
+        raise ConfigError(
+            "loops copy packed pages and attend to all layers on the CPU; this plan streams none or keeps KV on "
+            "the GPU; give a cell with less memory"
+        )
     loaded = session.load(plan, config.gpu_memory)
     session.fill_kv(loaded)
     steady = Steady(loaded, args.cell)

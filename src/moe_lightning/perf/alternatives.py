@@ -80,15 +80,15 @@ def _kv_elsewhere(problem: Problem, planned: Planned, rates: Rates) -> Alternati
         return estimate(problem.spec, problem.dtype, policy, rates, problem.workload) if policy else 0.0
 
     gains = {every: reached(every) / planned.tokens_per_s - 1 for every in shares}
-    best = max(gains, key=gains.__getitem__, default=0)
+    best = max(gains, key=gains.__getitem__)
     if now:
         return Alternative(
             "all KV in host memory", "r_c=0", gains[0],
             f"the CPU would attend in all layers; now the GPU does in one of {now:g}",
         )  # fmt: skip
-    kv = format_bytes(_kv_bytes(problem, planned) / max(best, 1))
+    kv = format_bytes(_kv_bytes(problem, planned) / best)
     return Alternative(
-        "a share of KV on the GPU", f"r_c=1/{best:g}", gains.get(best, -1.0),
+        "a share of KV on the GPU", f"r_c=1/{best:g}", gains[best],
         f"that of one layer in {best:g}, {kv}, would take the place of experts, which would cross the link",
     )  # fmt: skip
 

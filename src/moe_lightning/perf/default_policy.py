@@ -142,7 +142,7 @@ def _check_value(base: Policy, name: str, value: object) -> None:
     elif name == "packed":
         if not isinstance(value, bool):
             raise ConfigError(f"packed={value!r}: give true or false")
-    elif name == "kv_every" and _is_int(value, 0) and value > len(base.resident_pages):  # type: ignore[operator]
+    elif name == "kv_every" and isinstance(value, int) and value > len(base.resident_pages):
         raise ConfigError(
             f"kv_every={value}: the last of so many layers keeps its KV on the GPU, and there are "
             f"{len(base.resident_pages)}; give no more, or 0"
