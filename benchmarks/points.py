@@ -19,7 +19,7 @@ from moe_lightning.engine.gpu_budget import cap_gpu_memory
 from moe_lightning.engine.plan import Plan, make_plan, measured_rates
 from moe_lightning.hardware.profile_cache import load_profile
 from moe_lightning.perf.default_policy import Memory
-from moe_lightning.perf.outlook import outlook
+from moe_lightning.perf.outlook import Outlook
 from moe_lightning.perf.planner import problem_of, search
 from moe_lightning.perf.rates import MeasuredRates, Rates
 from moe_lightning.perf.sizing import Problem
@@ -81,7 +81,7 @@ class Asked:
     def plan_of(self, cell: CellSpec, policy: Policy) -> Plan:
         """The engine's plan, with what it is predicted to reach."""
         work = workload(cell.workload, cell.gen_len)
-        found = outlook(self.spec, self.dtype, policy, self.rates, work)
+        found = Outlook(self.spec, self.dtype, policy, self.rates, work).prediction
         plan = make_plan(self.setting(cell), policy, spec=self.spec)
         return replace(plan, prediction=found, rates=self.rates, workload=work)
 

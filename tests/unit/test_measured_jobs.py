@@ -10,7 +10,7 @@ import pytest
 from moe_lightning.bench.workloads import workload
 from moe_lightning.hardware.profile_cache import load_profile
 from moe_lightning.models import registry
-from moe_lightning.perf.outlook import outlook
+from moe_lightning.perf.outlook import Outlook
 from moe_lightning.perf.rates import MeasuredRates
 from moe_lightning.perf.refit import Refitted
 from moe_lightning.pipeline.task import TaskKind
@@ -38,12 +38,12 @@ def test_a_job_takes_what_is_predicted_where_lanes_are_as_fast_as_measured(cell,
     policy, work = Policy(**values), workload("mtbench", stored["workload"]["gen_len"])
     steady, job = stored["measured"]
     rates = MeasuredRates(load_profile(RESULTS / profile))
-    thought = outlook(MIXTRAL, "bfloat16", policy, rates, work).lane_s
+    thought = Outlook(MIXTRAL, "bfloat16", policy, rates, work).prediction.lane_s
     factors = {
         kind: steady["lanes"]["use"][lane]["seconds"] / thought[lane]
         for lane, kinds in LANES.items()
         for kind in kinds
     }
-    found = outlook(MIXTRAL, "bfloat16", policy, Refitted(rates, factors), work)
+    found = Outlook(MIXTRAL, "bfloat16", policy, Refitted(rates, factors), work).prediction
     assert found.tokens_per_s == pytest.approx(steady["tokens_per_s"], rel=0.05)
     assert found.job_tokens_per_s == pytest.approx(job["tokens_per_s"], rel=0.05)

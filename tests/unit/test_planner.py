@@ -23,7 +23,7 @@ from moe_lightning.perf.alternatives import alternatives
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.limit import hardware_limit
 from moe_lightning.perf.memory import memory_use
-from moe_lightning.perf.outlook import at_best, estimate, outlook
+from moe_lightning.perf.outlook import Outlook
 from moe_lightning.perf.passes import Passes
 from moe_lightning.perf.planner import problem_of, search
 from moe_lightning.perf.predict import pass_work
@@ -73,7 +73,9 @@ def test_as_many_sequences_as_fill_memory_at_their_mean_length_decode_and_a_quar
     policy, n = plan.policy, plan.prediction.num_seqs
     assert n * WORK.mean_blocks(16) <= policy.num_blocks < (n + 1) * WORK.mean_blocks(16)
     assert policy.max_num_seqs == pytest.approx(ROOM * n, rel=0.005)
-    fewer = outlook(MIXTRAL, "bfloat16", replace(policy, max_num_seqs=n), DatasheetRates(H100), WORK)
+    fewer = Outlook(
+        MIXTRAL, "bfloat16", replace(policy, max_num_seqs=n), DatasheetRates(H100), WORK
+    ).prediction
     job_rate = plan.prediction.job_tokens_per_s
     same = replace(fewer, job_tokens_per_s=job_rate)
     assert same == plan.prediction, "what may run while all are short is no part of a steady pass"
@@ -104,7 +106,7 @@ def test_no_other_schedule_is_predicted_faster_than_the_plan(schedule):
     policy = replace(
         whole, schedule=schedule, expert_parts=1, resident_pages=(resident,) * 32, num_frames=pages - resident
     )
-    found = outlook(MIXTRAL, "bfloat16", policy, DatasheetRates(H100), WORK)
+    found = Outlook(MIXTRAL, "bfloat16", policy, DatasheetRates(H100), WORK).prediction
     assert found.job_tokens_per_s <= plan.tokens_per_s
     if schedule in ("flexgen", "no_overlap"):
         assert found.pass_s > 1.2 * plan.prediction.pass_s, "the test could not fail otherwise"
@@ -120,7 +122,9 @@ def test_no_other_schedule_is_predicted_faster_than_the_plan(schedule):
 )  # fmt: skip
 def test_no_policy_that_differs_in_one_value_is_predicted_much_faster(change):
     plan = planned()
-    found = outlook(MIXTRAL, "bfloat16", replace(plan.policy, **change), DatasheetRates(H100), WORK)
+    found = Outlook(
+        MIXTRAL, "bfloat16", replace(plan.policy, **change), DatasheetRates(H100), WORK
+    ).prediction
     assert found.job_tokens_per_s <= 1.005 * plan.tokens_per_s
 
 
@@ -133,7 +137,9 @@ def test_a_plan_gives_a_little_of_its_speed_for_a_ring_that_bridges_slower_atten
     assert plan.choice.ring > fastest.choice.ring
     assert 0.985 * fastest.tokens_per_s <= plan.tokens_per_s <= fastest.tokens_per_s
     slower = Refitted(given[3], {TaskKind.ATTENTION: 1.35, TaskKind.EXPERTS: 1.2})
-    slow, slowest = (outlook(*given[:2], p.policy, slower, MTBENCH).tokens_per_s for p in (plan, fastest))
+    slow, slowest = (
+        Outlook(*given[:2], p.policy, slower, MTBENCH).prediction.tokens_per_s for p in (plan, fastest)
+    )
     assert slow > 1.03 * slowest
     assert all(other.tokens_per_s < plan.tokens_per_s for other in plan.runners_up)
 
@@ -152,8 +158,8 @@ def test_estimates_and_bounds_are_about_what_is_simulated():
     plan, rates = planned(), DatasheetRates(H100)
     for found in (plan, *plan.runners_up):
         given = (MIXTRAL, "bfloat16", found.policy, rates, WORK)
-        assert estimate(*given) == pytest.approx(found.tokens_per_s, rel=0.05)
-        assert at_best(*given) > 0.99 * found.tokens_per_s
+        assert Outlook(*given).estimate == pytest.approx(found.tokens_per_s, rel=0.05)
+        assert Outlook(*given).at_best > 0.99 * found.tokens_per_s
 
 
 def test_the_search_for_a_large_model_simulates_few_tasks(monkeypatch):
@@ -273,7 +279,7 @@ def test_a_plan_runs_on_better_hardware_at_least_as_fast(better, factor):
     before = planned(16, 110)
     use = memory_use(MIXTRAL, 2, before.policy)
     assert use.gpu_bytes <= memory.gpu and use.host_bytes <= memory.host
-    after = outlook(MIXTRAL, "bfloat16", before.policy, rates, WORK)
+    after = Outlook(MIXTRAL, "bfloat16", before.policy, rates, WORK).prediction
     assert after.job_tokens_per_s >= before.tokens_per_s * (1 - 1e-9)
 
 
@@ -347,18 +353,13 @@ def test_no_other_share_of_kv_on_the_gpu_is_faster_than_the_plans():
     problem = replace(problem, packed=plan.policy.packed)
     for every in (0, 2, 4, 8):
         other = largest_policy(problem, replace(plan.choice, kv_every=every))
-        reached = outlook(MIXTRAL, "bfloat16", other, DatasheetRates(H100), WORK).job_tokens_per_s
+        reached = Outlook(MIXTRAL, "bfloat16", other, DatasheetRates(H100), WORK).prediction.job_tokens_per_s
         assert reached < 1.005 * plan.tokens_per_s
     (_, kv, _) = alternatives(problem, plan, DatasheetRates(H100), 1e12)
     assert kv.symbol == "r_c=0" and kv.gain < -0.05
 
 
-def test_passes_of_fewer_layers_have_the_share_of_all_that_keep_their_kv():
-    problem = replace(problem_of(MIXTRAL, "bfloat16", Memory(120 * GIB, 64 * GIB), WORK), packed=True)
-    policy = largest_policy(problem, replace(planned(64).choice, kv_every=3))
-    passes = Passes(MIXTRAL, "bfloat16", policy, DatasheetRates(H100), WORK.mean_context(), WORK.mean_prompt)
-    shares = [passes._pass(4000, 4000, layers)[1].kv_share for layers in (1, 5, 32)]
-    assert shares == [10 / 32] * 3
+def test_the_work_of_a_pass_has_the_share_of_layers_that_keep_their_kv():
     shape = PassShape(32, 0, 1, 1, 0, (112,) * 32, 112, kv_every=3)
     assert pass_work(MIXTRAL, shape, (8,), 100, pages_per_expert=14).kv_share == 10 / 32
 
@@ -392,7 +393,7 @@ def test_whole_layers_with_a_ring_of_two_are_found_where_no_single_change_leads_
     found = search(MIXTRAL, "bfloat16", memory, rates, work)
     problem = replace(problem_of(MIXTRAL, "bfloat16", memory, work), packed=True)
     choice = Choice(ring=2.0, micro_batches=8, prefill=1.25, groups=2, ahead=2.0, pages=14, parts=1)
-    known = outlook(MIXTRAL, "bfloat16", largest_policy(problem, choice), rates, work)
+    known = Outlook(MIXTRAL, "bfloat16", largest_policy(problem, choice), rates, work).prediction
     assert found.tokens_per_s > 0.99 * known.job_tokens_per_s
 
 

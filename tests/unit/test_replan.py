@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moe_lightning.hardware.presets import preset
 from moe_lightning.models.registry import resolve
 from moe_lightning.perf.default_policy import Memory
-from moe_lightning.perf.outlook import outlook
+from moe_lightning.perf.outlook import Outlook
 from moe_lightning.perf.planner import search
 from moe_lightning.perf.rates import DatasheetRates
 from moe_lightning.perf.refit import Refitted
@@ -45,11 +45,11 @@ def test_a_new_plan_keeps_within_bounds_takes_the_same_memory_and_is_not_slower(
     for name in ("max_num_seqs", "micro_batch_size", "prefill_tokens", "chunk_tokens"):
         assert 1 <= getattr(found, name) <= getattr(PLANNED, name)
     assert found.prefill_tokens >= BOUNDS.least_prefill
-    was = outlook(SPEC, "bfloat16", now, rates, WORK)
+    was = Outlook(SPEC, "bfloat16", now, rates, WORK).prediction
     assert predicted.tokens_per_s >= was.tokens_per_s
     if found != now:
         assert predicted.tokens_per_s >= 1.03 * was.tokens_per_s
-    assert predicted == outlook(SPEC, "bfloat16", found, rates, WORK)
+    assert predicted == Outlook(SPEC, "bfloat16", found, rates, WORK).prediction
 
 
 def test_the_planners_policy_stays_while_rates_are_what_they_were():
@@ -58,7 +58,7 @@ def test_the_planners_policy_stays_while_rates_are_what_they_were():
 
 def test_where_attention_takes_longer_than_the_gpu_experts_sweep_for_part_of_the_sequences_at_a_time():
     whole = replace(PLANNED, expert_parts=1, num_frames=SPEC.experts.num_experts * PLANNED.pages_per_expert)
-    lanes = outlook(SPEC, "bfloat16", whole, RATES, WORK).lane_s
+    lanes = Outlook(SPEC, "bfloat16", whole, RATES, WORK).prediction.lane_s
     rates = Refitted(RATES, {TaskKind.ATTENTION: 1.5 * lanes["gpu"] / lanes["cpu"]})
     found, _ = replan(SPEC, "bfloat16", whole, Bounds(whole, BOUNDS.least_prefill), rates, WORK)
     assert found.group_size < whole.group_size

@@ -14,7 +14,7 @@ from moe_lightning.engine.worker import RecordedPass
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.drift import Drift, is_close
 from moe_lightning.perf.memory import HEAD_ROWS
-from moe_lightning.perf.outlook import outlook
+from moe_lightning.perf.outlook import Outlook
 from moe_lightning.perf.passes import Passes
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.refit import Refitted, fit, kind_seconds
@@ -169,7 +169,7 @@ class Watch:
     ) -> Found:  # fmt: skip
         """Runs in any thread: nothing that changes is read or written."""
         spec, dtype, work = self._spec, self._dtype, self._workload
-        was = outlook(spec, dtype, before, old_rates, work).tokens_per_s / old_rest
+        was = Outlook(spec, dtype, before, old_rates, work).prediction.tokens_per_s / old_rest
         rates = Refitted(self._planned_rates, factors)
         rest = seconds / self._predicted(step, before, rates)
         policy, prediction = replan(spec, dtype, before, bounds, rates, work)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from moe_lightning.perf.choices import changed, values_of
 from moe_lightning.perf.cost import PassWork, task_cost
 from moe_lightning.perf.operators import decode_attention, experts
-from moe_lightning.perf.outlook import estimate
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.sizing import Problem, largest_policy
 from moe_lightning.perf.trials import Planned
@@ -58,7 +57,7 @@ def alternatives(
 def _attention_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alternative:
     """By the simulation of the schedule that does it."""
     policy = replace(planned.policy, schedule="flexgen")
-    found = estimate(problem.spec, problem.dtype, policy, rates, problem.workload)
+    found = problem.outlook(policy, rates).estimate
     point = decode_attention(problem.spec, problem.dtype, max(1, round(problem.workload.mean_context())))
     moved = _kv_bytes(problem, planned)
     return Alternative(
@@ -77,7 +76,7 @@ def _kv_elsewhere(problem: Problem, planned: Planned, rates: Rates) -> Alternati
 
     def reached(every: float) -> float:
         policy = largest_policy(problem, changed(planned.choice, "kv_every", every))
-        return estimate(problem.spec, problem.dtype, policy, rates, problem.workload) if policy else 0.0
+        return problem.outlook(policy, rates).estimate if policy else 0.0
 
     gains = {every: reached(every) / planned.tokens_per_s - 1 for every in shares}
     best = max(gains, key=gains.__getitem__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 from moe_lightning.models.spec import ModelSpec
@@ -53,55 +53,55 @@ class Prediction:
         return self.prefill_tokens / self.pass_s
 
 
-def outlook(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload: Workload) -> Prediction:
-    """Passes with as many sequences as KV memory holds and the prompts that take the place of those that end.
+@dataclass(frozen=True)
+class Outlook:
+    """A workload under a policy, with passes as full as KV memory allows.
+
+    Passes have as many sequences as KV memory holds and the prompts that take the place of those that end. What is
+    worked out for one of `prediction`, `estimate` and `at_best` serves the others.
 
     Raises:
         ScheduleError: the policy's ring cannot hold the pages of a layer.
         ConfigError: the policy's pages are not the model's, or the machine has no rate for the dtype.
     """
-    plan = _Whole(spec, dtype, policy, rates, workload)
-    n, prompts = plan.num_seqs, plan.steady_prompts
-    deep = max(_LONG, _MOST_TASKS // plan.passes.tasks_of_layer(n, prompts))
-    pass_s, lane_s = plan.passes.steady(n, prompts, deep)
-    job_s = plan.job_s(partial(plan.simulated, depth=_LONG), pass_s)
-    return Prediction(
-        pass_s, lane_s, n, prompts, plan.num_tokens / (plan.num_passes * pass_s), plan.num_tokens / job_s,
-        job_s if workload.num_requests else None,
-    )  # fmt: skip
-
-
-def estimate(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload: Workload) -> float:
-    """Generated tokens/s of the whole job, about as `outlook` has them: quicker, from fewer layers.
-
-    Where nothing or next to nothing decodes, lanes seldom wait for each other.
-    """
-    plan = _Whole(spec, dtype, policy, rates, workload)
-
-    def seconds(decode: int, prompts: int) -> float:
-        if decode <= 1:
-            return plan.busiest(decode, prompts)
-        has_many = plan.passes.tasks_of_layer(decode, prompts) > _MANY_TASKS
-        return plan.simulated(decode, prompts, _SHORTEST if has_many else _SHORT)
-
-    return plan.num_tokens / plan.job_s(seconds)
-
-
-def at_best(spec: ModelSpec, dtype: str, policy: Policy, rates: Rates, workload: Workload) -> float:
-    """Generated tokens/s of the whole job if the busiest lane never waited: no order of its tasks exceeds that."""
-    plan = _Whole(spec, dtype, policy, rates, workload)
-    return plan.num_tokens / plan.job_s(plan.busiest)
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """A workload under a policy, with passes as full as KV memory allows."""
 
     spec: ModelSpec
     dtype: str
     policy: Policy
     rates: Rates
     workload: Workload
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """By simulation of as many layers as tell of all."""
+        n, prompts = self.num_seqs, self.steady_prompts
+        deep = max(_LONG, _MOST_TASKS // self.passes.tasks_of_layer(n, prompts))
+        pass_s, lane_s = self.passes.steady(n, prompts, deep)
+        job_s = self._job_s(partial(self._simulated, depth=_LONG), pass_s)
+        return Prediction(
+            pass_s, lane_s, n, prompts, self.num_tokens / (self.num_passes * pass_s), self.num_tokens / job_s,
+            job_s if self.workload.num_requests else None,
+        )  # fmt: skip
+
+    @cached_property
+    def estimate(self) -> float:
+        """Generated tokens/s of the whole job, about as predicted: quicker, from fewer layers.
+
+        Where nothing or next to nothing decodes, lanes seldom wait for each other.
+        """
+
+        def seconds(decode: int, prompts: int) -> float:
+            if decode <= 1:
+                return self._busiest(decode, prompts)
+            has_many = self.passes.tasks_of_layer(decode, prompts) > _MANY_TASKS
+            return self._simulated(decode, prompts, _SHORTEST if has_many else _SHORT)
+
+        return self.num_tokens / self._job_s(seconds)
+
+    @cached_property
+    def at_best(self) -> float:
+        """Generated tokens/s of the whole job if the busiest lane never waited: no order of tasks exceeds that."""
+        return self.num_tokens / self._job_s(self._busiest)
 
     @cached_property
     def passes(self) -> Passes:
@@ -139,15 +139,15 @@ class _Whole:
         prompts = self.num_requests * self.workload.mean_prompt
         return max(self.num_tokens / self.num_seqs, prompts / self.policy.prefill_tokens)
 
-    def simulated(self, decode: int, prompts: int, depth: int) -> float:
+    def _simulated(self, decode: int, prompts: int, depth: int) -> float:
         """Seconds of a pass with so many sequences and prompt tokens, from `depth` layers and few pages of each."""
-        return replace(self.passes, most_pages=_FEW_PAGES).steady(decode, prompts, depth)[0]
+        return self.passes.steady(decode, prompts, depth, most_pages=_FEW_PAGES)[0]
 
-    def busiest(self, decode: int, prompts: int) -> float:
+    def _busiest(self, decode: int, prompts: int) -> float:
         """Seconds that the busiest lane of a pass works."""
         return max(self.passes.lane_seconds(decode, prompts).values())
 
-    def job_s(self, seconds: Callable[[int, int], float], steady_s: float | None = None) -> float:
+    def _job_s(self, seconds: Callable[[int, int], float], steady_s: float | None = None) -> float:
         """Of the whole job: its passes are between the extremes, and are taken to be so in time as well."""
         kinds, n = kinds_of_passes(self.policy, self.workload), self.num_seqs
         most = most_prompts(self.policy, self.workload)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import ceil
+from typing import NamedTuple
 
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.cost import PassWork
@@ -14,7 +15,7 @@ from moe_lightning.perf.predict import pass_work
 from moe_lightning.perf.rates import Rates
 from moe_lightning.pipeline import cgopipe
 from moe_lightning.pipeline.baselines import SCHEDULES
-from moe_lightning.pipeline.shape import kv_every, layers_keeping_kv, pass_shape
+from moe_lightning.pipeline.shape import kv_every, pass_shape
 from moe_lightning.pipeline.simulate import times, until_tokens
 from moe_lightning.pipeline.task import Lane, PassShape, Task, TaskKind
 from moe_lightning.policy import Policy
@@ -23,6 +24,7 @@ from moe_lightning.policy import Policy
 # a head start, such as pages loaded before, that is used up in deeper layers only.
 _SHORT = 3
 ALL_PAGES = 2**30
+_PAGE = Task(TaskKind.LOAD_PAGE, Lane.H2D, 0, (), (), ())
 _HOST_S, _HOST_SEQ_S = 3e-3, 11e-6  # between two passes, and for each sequence
 
 
@@ -37,7 +39,6 @@ class Passes:
         rates: of the machine.
         mean_context: tokens that a decoding sequence holds.
         mean_prompt: tokens of a prompt.
-        most_pages: of a layer that are simulated, each standing for several where there are more.
         token_prompt: tokens of the prompt that a token is in, on average; None: prompts are equally long.
     """
 
@@ -47,18 +48,20 @@ class Passes:
     rates: Rates
     mean_context: float
     mean_prompt: float
-    most_pages: int = ALL_PAGES
     token_prompt: float | None = None
 
     def tasks_of_layer(self, decode: int, prefill: int) -> int:
         """Tasks of a layer of a pass, about."""
-        shape, _ = self._pass(decode, prefill, 1)
+        shape = self._kind(decode, prefill).shape
         return max(shape.streamed_pages) + 5 * shape.num_micro_batches + 2 * shape.num_parts
 
-    def steady(self, decode: int, prefill: int, depth: int = 8) -> tuple[float, dict[str, float]]:
+    def steady(
+        self, decode: int, prefill: int, depth: int = 8, *, most_pages: int = ALL_PAGES
+    ) -> tuple[float, dict[str, float]]:
         """Seconds of a pass in the middle of many, and of each lane in it; simulated are `depth` layers at most.
 
-        All of them where that is no more work.
+        All of them where that is no more work. Of each layer no more than `most_pages` pages are simulated, each
+        standing for several where there are more.
         """
         layers = self.spec.num_layers
         between, every = _SHORT, kv_every(self.policy)
@@ -67,10 +70,10 @@ class Passes:
             between = every * ceil(_SHORT / every)
             depth = max(depth, between + 1)
         long = layers if depth + (depth - between) >= layers else depth
-        end, lanes = self._simulated(decode, prefill, long)
+        end, lanes = self._simulated(decode, prefill, long, most_pages)
         if long < layers:
             short = max(1, depth - between)
-            end_of_short, lanes_of_short = self._simulated(decode, prefill, short)
+            end_of_short, lanes_of_short = self._simulated(decode, prefill, short, most_pages)
             more = (layers - long) / (long - short)
             end += (end - end_of_short) * more
             lanes = {lane: lanes[lane] + (lanes[lane] - lanes_of_short[lane]) * more for lane in Lane}
@@ -79,8 +82,7 @@ class Passes:
 
     def lane_seconds(self, decode: int, prefill: int) -> dict[Lane, float]:
         """Seconds that each lane works in a pass, but for embedding and sampling."""
-        shape, work = self._pass(decode, prefill, self.spec.num_layers)
-        seconds = _remembered(self.rates.seconds(work), work, 1.0)
+        shape, work, seconds = self._kind(decode, prefill)
 
         def of(kind: TaskKind, lane: Lane, members: Mapping[tuple[int, ...], int]) -> float:
             parts = range(shape.num_parts if kind is TaskKind.EXPERTS else 1)
@@ -107,19 +109,25 @@ class Passes:
             Lane.D2H: others * d2h,
             Lane.CPU: others * of(TaskKind.ATTENTION, Lane.CPU, rows),
             Lane.BACK: others * of(TaskKind.LOAD_HIDDEN, Lane.BACK, rows),
-            Lane.H2D: sum(shape.streamed_pages) * of(TaskKind.LOAD_PAGE, Lane.H2D, {(): 1}),
+            Lane.H2D: sum(shape.streamed_pages) * seconds(_PAGE),
         }
 
-    def _simulated(self, decode: int, prefill: int, layers: int) -> tuple[float, dict[Lane, float]]:
+    def _simulated(
+        self, decode: int, prefill: int, layers: int, most_pages: int
+    ) -> tuple[float, dict[Lane, float]]:
         """Seconds until the last token of a pass of fewer layers, and those that each lane works."""
-        shape, work = self._pass(decode, prefill, layers)
-        shape = _with_fewer_pages(shape, self.most_pages)
+        whole, _, seconds = self._kind(decode, prefill)
+        shape = _with_fewer_pages(self._shape(whole.num_prefill, whole.num_decode, layers), most_pages)
         # As each simulated page stands for several, or layers have a page more or less than those left out.
-        pages = self._streamed_of_layer * layers / max(sum(shape.streamed_pages), 1)
+        page_s = seconds(_PAGE) * self._streamed_of_layer * layers / max(sum(shape.streamed_pages), 1)
+
+        def timed(task: Task) -> float:
+            return page_s if task.kind is TaskKind.LOAD_PAGE else seconds(task)
+
         if self.policy.schedule == "cgopipe":
-            return until_tokens(_launched(shape), _remembered(self.rates.seconds(work), work, pages))
+            return until_tokens(_launched(shape), timed)
         schedule = SCHEDULES[self.policy.schedule](shape)
-        starts, ends = times(schedule, _remembered(self.rates.seconds(work), work, pages))
+        starts, ends = times(schedule, timed)
         last, lanes = 0.0, dict.fromkeys(Lane, 0.0)
         for task, start, end in zip(schedule.tasks, starts, ends, strict=True):
             lanes[task.lane] += end - start
@@ -133,19 +141,35 @@ class Passes:
         per_layer = self.spec.experts.num_experts * self.policy.pages_per_expert
         return per_layer - sum(self.policy.resident_pages) / self.spec.num_layers
 
-    def _pass(self, decode: int, prefill: int, layers: int) -> tuple[PassShape, PassWork]:
-        policy = self.policy
-        chunks, groups = _cut(prefill, policy.chunk_tokens), _cut(decode, policy.micro_batch_size)
+    def _kind(self, decode: int, prefill: int) -> _Kind:
+        """Passes of so many sequences and prompt tokens; worked out once."""
+        if (decode, prefill) not in self._kinds:
+            policy = self.policy
+            chunks, groups = _cut(prefill, policy.chunk_tokens), _cut(decode, policy.micro_batch_size)
+            shape = self._shape(len(chunks), len(groups), self.spec.num_layers)
+            work = pass_work(
+                self.spec, shape, chunks + groups, self.mean_context, pages_per_expert=policy.pages_per_expert,
+                dtype=self.dtype, prompt_len=self.mean_prompt, token_prompt=self.token_prompt,
+                packed=policy.packed,
+            )  # fmt: skip
+            self._kinds[decode, prefill] = _Kind(shape, work, _remembered(self.rates.seconds(work), work))
+        return self._kinds[decode, prefill]
+
+    @cached_property
+    def _kinds(self) -> dict[tuple[int, int], _Kind]:
+        return {}
+
+    def _shape(self, num_prefill: int, num_decode: int, layers: int) -> PassShape:
         num_experts = self.spec.experts.num_experts
-        shape = pass_shape(policy, num_experts, len(chunks), len(groups), num_layers=layers)
-        work = pass_work(
-            replace(self.spec, num_layers=layers), shape, chunks + groups, self.mean_context,
-            pages_per_expert=policy.pages_per_expert, dtype=self.dtype, prompt_len=self.mean_prompt,
-            token_prompt=self.token_prompt, packed=policy.packed,
-        )  # fmt: skip
-        # The share of all layers, so that passes of fewer have the same rates.
-        kept = len(layers_keeping_kv(policy))
-        return shape, replace(work, kv_share=kept / self.spec.num_layers) if kept else work
+        return pass_shape(self.policy, num_experts, num_prefill, num_decode, num_layers=layers)
+
+
+class _Kind(NamedTuple):
+    """Passes of all layers with so many sequences and prompt tokens: what each of their tasks takes."""
+
+    shape: PassShape
+    work: PassWork
+    seconds: Callable[[Task], float]
 
 
 @lru_cache(maxsize=32)
@@ -168,20 +192,20 @@ def _with_fewer_pages(shape: PassShape, most: int) -> PassShape:
     return replace(fewer, num_frames=max(fewer.num_frames, fewer.least_frames))
 
 
-def _remembered(seconds: Callable[[Task], float], work: PassWork, pages: float) -> Callable[[Task], float]:
-    """Asks once for tasks that differ in their layer, page or like micro-batch alone; a page stands for several."""
-    known: dict[tuple[TaskKind, Hashable, int], float] = {}
+def _remembered(seconds: Callable[[Task], float], work: PassWork) -> Callable[[Task], float]:
+    """Asks once for tasks that differ in their layer, page or like micro-batch alone."""
+    known: dict[tuple[TaskKind, tuple[int, ...], int], float] = {}
     sizes = list(zip(work.tokens, work.context_tokens, work.sampled_rows, strict=True))
     # Of like micro-batches, the first.
     firsts = {size: j for j, size in reversed(list(enumerate(sizes)))}
-    like: dict[tuple[int, ...], Hashable] = {(j,): firsts[size] for j, size in enumerate(sizes)}
+    like: dict[tuple[int, ...], tuple[int, ...]] = {(j,): (firsts[size],) for j, size in enumerate(sizes)}
 
     def of(task: Task) -> float:
         members = task.micro_batches
         key = task.kind, like.get(members, members), task.part
         found = known.get(key)
         if found is None:
-            found = known[key] = seconds(task) * (pages if task.kind is TaskKind.LOAD_PAGE else 1.0)
+            found = known[key] = seconds(task)
         return found
 
     return of

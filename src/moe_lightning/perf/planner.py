@@ -10,7 +10,6 @@ from moe_lightning.errors import ConfigError
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.choices import starts
 from moe_lightning.perf.default_policy import Memory
-from moe_lightning.perf.outlook import at_best, estimate
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.shortfall import no_feasible_policy
 from moe_lightning.perf.sizing import (
@@ -91,7 +90,7 @@ def _as_fast_as_they_are(problem: Problem, packed: Planned, rates: Rates) -> Pla
     """A plan with experts as they are that is about as fast as one with packed ones; None where there is none."""
     least = _WORTH_PACKING * packed.tokens_per_s
     same = largest_policy(problem, packed.choice)
-    if same is None or estimate(problem.spec, problem.dtype, same, rates, problem.workload) < least:
+    if same is None or problem.outlook(same, rates).estimate < least:
         return None
     plain = _searched(problem, rates, packed, beside=True)
     return plain if plain.tokens_per_s >= least else None
@@ -185,7 +184,7 @@ def _with_enough(problem: Problem, rates: Rates) -> Problem:
     @cache
     def bound(num_seqs: int) -> float:
         fewer = sized(replace(problem, enough=num_seqs), usual, num_seqs)
-        return at_best(problem.spec, problem.dtype, fewer, rates, problem.workload) if fewer else 0.0
+        return problem.outlook(fewer, rates).at_best if fewer else 0.0
 
     most = num_seqs = most_sequences(problem, usual)
     while num_seqs > _SPARE and bound(num_seqs // _SPARE) > _ENOUGH * bound(num_seqs):

@@ -8,7 +8,7 @@ from functools import cache
 from math import ceil
 
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.outlook import Prediction, outlook
+from moe_lightning.perf.outlook import Outlook, Prediction
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.policy import Policy
@@ -85,7 +85,7 @@ def replan(
 
     @cache
     def predicted(policy: Policy) -> Prediction:
-        return outlook(spec, dtype, policy, rates, workload)
+        return Outlook(spec, dtype, policy, rates, workload).prediction
 
     best, num_seqs = now, num_decoding(now, workload)
     for _ in range(2):

@@ -10,7 +10,9 @@ from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.cost import DTYPE_BYTES
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.memory import HEAD_ROWS, MemoryUse, memory_use
+from moe_lightning.perf.outlook import Outlook
 from moe_lightning.perf.page_size import page_bytes
+from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy
 
@@ -92,6 +94,10 @@ class Problem:
     def use(self, policy: Policy) -> MemoryUse:
         """Memory that a policy takes."""
         return memory_use(self.spec, self.dtype_bytes, policy, expert_bytes=self.expert_bytes)
+
+    def outlook(self, policy: Policy, rates: Rates) -> Outlook:
+        """What the workload should reach under a policy."""
+        return Outlook(self.spec, self.dtype, policy, rates, self.workload)
 
     def page_bytes(self, pages: int) -> int:
         """Bytes of a page where experts are cut into so many."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moe_lightning.perf.choices import RINGS
-from moe_lightning.perf.outlook import Prediction, outlook
+from moe_lightning.perf.outlook import Prediction
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.refit import Refitted
 from moe_lightning.perf.sizing import Problem, largest_policy
@@ -29,7 +29,7 @@ def with_slack(problem: Problem, plan: Planned, rates: Rates) -> Planned:
     """
 
     def predicted(policy: Policy, rates: Rates) -> Prediction:
-        return outlook(problem.spec, problem.dtype, policy, rates, problem.workload)
+        return problem.outlook(policy, rates).prediction
 
     slower = Refitted(rates, _SLOWER)
     least = (1 - _PREMIUM) * plan.tokens_per_s

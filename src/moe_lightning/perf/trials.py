@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from moe_lightning.perf.choices import changed, values_of
-from moe_lightning.perf.outlook import Prediction, at_best, estimate, outlook
+from moe_lightning.perf.outlook import Outlook, Prediction
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.sizing import Choice, Problem, largest_policy
 from moe_lightning.policy import Policy
@@ -44,8 +44,7 @@ class Trials:
         self._rates = rates
         self._values = values_of(problem)
         self._policies: dict[Choice, Policy | None] = {}
-        self._bounds: dict[Policy, float] = {}
-        self._estimates: dict[Policy, float] = {}
+        self._outlooks: dict[Policy, Outlook] = {}
         self._found: dict[Policy, Planned] = {}
         self.best: Planned | None = None
 
@@ -80,7 +79,7 @@ class Trials:
     def most_promising(self, choice: Choice, name: str) -> list[Choice]:
         """The choice with other values, those of the highest bound first."""
         some = [changed(choice, name, value) for value in self._values[name]]
-        return sorted(some, key=lambda c: -(self._bound(p) if (p := self._policy(c)) else 0.0))
+        return sorted(some, key=lambda c: -(self._outlook(p).at_best if (p := self._policy(c)) else 0.0))
 
     def best_with_others(self) -> Planned:
         """The best plan with its runners-up."""
@@ -95,20 +94,20 @@ class Trials:
     def _try(self, choices: Iterable[Choice]) -> Choice | None:
         """Simulate those that may be faster than the best, most promising first; the choice to go on from."""
         policies = [(self._policy(choice), choice) for choice in choices]
-        promising = [(self._bound(policy), policy, choice) for policy, choice in policies if policy]
+        promising = [(self._outlook(policy).at_best, policy, choice) for policy, choice in policies if policy]
         estimated = [
             (policy, choice)
             for bound, policy, choice in sorted(promising, key=lambda entry: -entry[0])
             if bound > self._reached * _WORTH
         ]
-        for policy, choice in sorted(estimated, key=lambda entry: -self._estimate(entry[0])):
-            if self._estimate(policy) > self._reached * _WORTH:
+        for policy, choice in sorted(estimated, key=lambda entry: -self._outlook(entry[0]).estimate):
+            if self._outlook(policy).estimate > self._reached * _WORTH:
                 self._simulate(policy, choice)
         return max(estimated, key=lambda entry: self._value(entry[0]))[1] if estimated else None
 
     def _value(self, policy: Policy) -> float:
         """As well as it is known."""
-        return self._found[policy].tokens_per_s if policy in self._found else self._estimate(policy)
+        return self._found[policy].tokens_per_s if policy in self._found else self._outlook(policy).estimate
 
     @property
     def _reached(self) -> float:
@@ -119,23 +118,15 @@ class Trials:
             self._policies[choice] = largest_policy(self._problem, choice)
         return self._policies[choice]
 
-    def _bound(self, policy: Policy) -> float:
-        if policy not in self._bounds:
-            p = self._problem
-            self._bounds[policy] = at_best(p.spec, p.dtype, policy, self._rates, p.workload)
-        return self._bounds[policy]
-
-    def _estimate(self, policy: Policy) -> float:
-        if policy not in self._estimates:
-            p = self._problem
-            self._estimates[policy] = estimate(p.spec, p.dtype, policy, self._rates, p.workload)
-        return self._estimates[policy]
+    def _outlook(self, policy: Policy) -> Outlook:
+        if policy not in self._outlooks:
+            self._outlooks[policy] = self._problem.outlook(policy, self._rates)
+        return self._outlooks[policy]
 
     def _simulate(self, policy: Policy, choice: Choice) -> None:
         if policy in self._found:
             return
-        p = self._problem
-        plan = Planned(policy, outlook(p.spec, p.dtype, policy, self._rates, p.workload), choice)
+        plan = Planned(policy, self._outlook(policy).prediction, choice)
         self._found[policy] = plan
         if plan.tokens_per_s > self._reached:
             self.best = plan
