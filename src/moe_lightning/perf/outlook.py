@@ -14,8 +14,7 @@ from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.policy import Policy
 
 # Layers simulated at least, and for an estimate: a pass takes a constant and so much a layer.
-_LONG, _SHORT, _SHORTEST = 6, 4, 2
-_MANY_TASKS = 300  # of a layer: of these, fewer layers are enough
+_LONG, _SHORT = 6, 2
 _FEW_PAGES = 24  # of a layer: for an estimate, several are taken for one
 _MOST_TASKS = 5_000  # of a simulated pass, about: all layers beyond are alike
 
@@ -93,8 +92,7 @@ class Outlook:
         def seconds(decode: int, prompts: int) -> float:
             if decode <= 1:
                 return self._busiest(decode, prompts)
-            has_many = self.passes.tasks_of_layer(decode, prompts) > _MANY_TASKS
-            return self._simulated(decode, prompts, _SHORTEST if has_many else _SHORT)
+            return self._simulated(decode, prompts, _SHORT)
 
         return self.num_tokens / self._job_s(seconds)
 

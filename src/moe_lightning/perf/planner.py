@@ -24,7 +24,6 @@ from moe_lightning.perf.slack import with_slack
 from moe_lightning.perf.trials import Planned, Trials
 from moe_lightning.perf.workload import Workload
 
-_ROUNDS = 2
 _WORTH_PACKING = 0.995  # where plain experts reach this share, they are left as they are
 _MUCH = 3  # one layer in so many keeps its KV on the GPU: then each sequence takes much room of experts
 _FEWER = 0.65, 0.4  # shares of the sequences, where KV on the GPU may be of too many
@@ -46,10 +45,10 @@ def search(
 ) -> Planned:
     """The policy that finishes the workload first, of all that fit, with some slack for slower attention.
 
-    One choice is varied at a time, twice each, from several starts. Values whose lanes alone, or first layers, take
-    longer than what was found are not simulated to the end. bfloat16 experts are packed: that takes 25 % off what
-    the link carries and memory holds. Where plain ones might be faster, as where all of them fit on the GPU, they
-    are looked at too.
+    One choice is varied at a time, from several starts and once more from the best that was found. Values whose
+    lanes alone, or first layers, take longer than what was found are not simulated to the end. bfloat16 experts are
+    packed: that takes 25 % off what the link carries and memory holds. Where plain ones might be faster, as where
+    all of them fit on the GPU, they are looked at too.
 
     Args:
         spec: the model.
@@ -61,7 +60,7 @@ def search(
         max_num_seqs: sequences that may run at once; default: as many as fit.
         expert_bytes: of a weight of an expert; default: the dtype's.
         near: a plan for a machine that differs a little: it is tried too, and each choice varied once from there
-            and from the starts.
+            and from the likeliest of the starts.
         packs: experts may be packed.
 
     Raises:
@@ -92,29 +91,34 @@ def _as_fast_as_they_are(problem: Problem, packed: Planned, rates: Rates) -> Pla
     same = largest_policy(problem, packed.choice)
     if same is None or problem.outlook(same, rates).estimate < least:
         return None
-    plain = _searched(problem, rates, packed, beside=True)
+    plain = _searched(problem, rates, packed)
     return plain if plain.tokens_per_s >= least else None
 
 
-def _searched(problem: Problem, rates: Rates, near: Planned | None, *, beside: bool = False) -> Planned:
-    """The search for one way to store experts; `beside` a plan, its choices alone are varied."""
+def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
+    """The search for one way to store experts."""
     problem = _with_enough(problem, rates)
     found = Trials(problem, rates)
     if near:
         found.try_plan(near)
-        found.vary(near.choice, 1)
-    usual, fine, whole, bridging, smallest = starts(problem)
+        found.vary(near.choice)
+    is_near, (usual, fine, whole, bridging, smallest) = found.best is not None, starts(problem)
     # What is mostly fastest comes first: the more is known to be far behind.
-    for start in () if beside and found.best else (bridging, whole, usual, fine):
-        found.vary(start, 1 if near else _ROUNDS)
+    for start in (bridging,) if is_near else (bridging, whole, usual, fine):
+        found.vary(start)
+    if found.best and not is_near:
+        found.vary(found.best.choice)
     if found.best and not _waits_for_pages(found.best):
-        for start in (bridging, found.best.choice):
-            found.vary(found.most_promising(start, "kv_every")[0], 1)
+        likely = [found.best.choice, bridging, replace(bridging, micro_batches=2, groups=4)]
+        for start in found.likeliest(likely[:1] if is_near else likely, "kv_every")[:2]:
+            found.vary(start)
+        if not is_near:
+            found.vary(found.best.choice)
     if found.best is None:
-        found.vary(smallest, _ROUNDS)
+        found.vary(smallest)
     if found.best is None:
         raise no_feasible_policy(problem, smallest)
-    if 1 <= found.best.choice.kv_every <= _MUCH and not beside:
+    if 1 <= found.best.choice.kv_every <= _MUCH and not is_near:
         found, problem = _of_fewer_sequences(found, problem, rates)
     return with_slack(problem, found.best_with_others(), rates)
 
@@ -126,10 +130,10 @@ def _of_fewer_sequences(found: Trials, problem: Problem, rates: Rates) -> tuple[
     for share in _FEWER:
         fewer = replace(problem, enough=ceil(share * most))
         others = Trials(fewer, rates)
-        others.vary(found.best.choice, 1)
+        others.vary(found.best.choice)
         bridging = starts(problem)[-2]
         for start in (others.most_promising(bridging, "kv_every")[0], replace(bridging, kv_every=1)):
-            others.vary(start, 1)
+            others.vary(start)
         if others.best and others.best.tokens_per_s > best[0].best.tokens_per_s:  # type: ignore[union-attr]
             best = others, fewer
     return best

@@ -12,7 +12,6 @@ from moe_lightning.hardware.profile import GpuProfile, Profile
 from moe_lightning.hardware.spec import HardwareSpec
 from moe_lightning.perf.cost import (
     DTYPE_BYTES,
-    Cost,
     PassWork,
     streamed_page_bytes,
     task_cost,
@@ -134,7 +133,17 @@ class _Measured:
         self._head = gpu.dense_like(spec.hidden_size, spec.vocab_size, dtype)
         self._prefill = gpu.prefill_like(a.num_heads, a.num_kv_heads, a.head_dim, dtype)
         self._decode = gpu.decode_like(a.num_heads, a.num_kv_heads, a.head_dim, dtype)
-        self._small = gpu.small_like(spec.hidden_size, spec.experts.num_experts)
+        self._small = small = gpu.small_like(spec.hidden_size, spec.experts.num_experts)
+        if small:
+            like, hidden = small.shape, small.shape.hidden_size
+            self._products = {
+                TaskKind.PRE_ATTENTION: (
+                    small.pre_attention, gpu.dense_like(hidden, like.qkv_size, small.dtype), hidden, like.qkv_size
+                ),
+                TaskKind.POST_ATTENTION: (
+                    small.post_attention, gpu.dense_like(like.q_size, hidden, small.dtype), like.q_size, hidden
+                ),
+            }  # fmt: skip
         link = gpu.link
         self._slowed = link.fastest_h2d / link.slowest_h2d
         self._page_slowed, self._beside_pages = self._together()
@@ -176,10 +185,9 @@ class _Measured:
         tokens = sum(work.tokens[j] for j in task.micro_batches)
         if task.kind is TaskKind.ATTENTION:
             return self._attends(tokens, sum(work.context_tokens[j] for j in task.micro_batches))
-        cost = task_cost(task, work)
         if task.lane is Lane.GPU:
-            return self._on_gpu(task, tokens, cost)
-        return self._copied(task, cost.link_bytes)
+            return self._on_gpu(task, tokens)
+        return self._copied(task, task_cost(task, work).link_bytes)
 
     def _copied(self, task: Task, size: int) -> float:
         link, store = self._gpu.link, self._prefill.store
@@ -193,14 +201,13 @@ class _Measured:
         # Beside pages each has half of the link. What that takes from pages is in their rate.
         return seconds * self._slowed * (self._beside_pages if task.lane is Lane.BACK else 1.0)
 
-    def _on_gpu(self, task: Task, tokens: int, cost: Cost) -> float:
+    def _on_gpu(self, task: Task, tokens: int) -> float:
         work, lanes = self._work, self._gpu.lanes
-        spec, a = work.spec, work.spec.attention
-        moved, gap = self._moved(task, tokens) / self._gpu.memory, lanes.gpu_gap_s
+        spec, a, gap = work.spec, work.spec.attention, lanes.gpu_gap_s
         match task.kind:
             case TaskKind.EMBED:  # the launcher has no lead when a pass begins
                 launches = lanes.gpu_launch_s + (_EMBED_KERNELS - 1) * lanes.gpu_kernel_launch_s
-                return max(cost.device_bytes / self._gpu.memory + _EMBED_KERNELS * gap, launches)
+                return max(self._touched_s(task) + _EMBED_KERNELS * gap, launches)
             case TaskKind.PRE_ATTENTION:
                 return (
                     self._qkv.seconds(spec.hidden_size, a.qkv_size, tokens) + self._beside(task, tokens) + gap
@@ -213,7 +220,8 @@ class _Measured:
                 )
             case TaskKind.PREFILL_ATTENTION:
                 mean = work.context_tokens[task.micro_batches[0]] * 2 / max(tokens, 1)
-                return self._prefill.seconds(max(mean, 1.0), cost.flops) + _PREFILL_KERNELS * gap
+                flops = task_cost(task, work).flops
+                return self._prefill.seconds(max(mean, 1.0), flops) + _PREFILL_KERNELS * gap
             case TaskKind.RESIDENT_ATTENTION | TaskKind.GPU_ATTENTION:
                 return self._attends_on_gpu(task, tokens) + gap
             case TaskKind.EXPERTS:
@@ -222,8 +230,12 @@ class _Measured:
             case TaskKind.SAMPLE:
                 rows = max(sum(work.sampled_rows[j] for j in task.micro_batches), 1)
                 product = self._head.seconds(spec.hidden_size, spec.vocab_size, rows)
-                return product + moved + _SAMPLE_KERNELS * gap
-        return cost.device_bytes / self._gpu.memory + gap
+                return product + self._moved_s(task, tokens) + _SAMPLE_KERNELS * gap
+        return self._touched_s(task) + gap
+
+    def _touched_s(self, task: Task) -> float:
+        """What all bytes of a task in GPU memory take."""
+        return task_cost(task, self._work).device_bytes / self._gpu.memory
 
     def _attends_on_gpu(self, task: Task, tokens: int) -> float:
         """Seconds of attention over KV that stays there; by a guess where nobody measured it."""
@@ -252,25 +264,21 @@ class _Measured:
     def _beside(self, task: Task, tokens: int) -> float:
         """What a task takes beyond its product: as measured, else what its bytes take."""
         if self._small is None:
-            return self._moved(task, tokens) / self._gpu.memory
-        small, shape = self._small, self._small.shape
-        rows = small.rows_of(self._work.spec.hidden_size, tokens)
-        if task.kind is TaskKind.PRE_ATTENTION:
-            times, inputs, outputs = small.pre_attention, shape.hidden_size, shape.qkv_size
-        else:
-            times, inputs, outputs = small.post_attention, shape.q_size, shape.hidden_size
-        if not small.is_whole:
+            return self._moved_s(task, tokens)
+        rows = self._small.rows_of(self._work.spec.hidden_size, tokens)
+        times, dense, inputs, outputs = self._products[task.kind]
+        if not self._small.is_whole:
             return times.seconds_at(rows)
-        product = self._gpu.dense_like(inputs, outputs, small.dtype).seconds(inputs, outputs, rows)
-        return max(0.0, times.seconds_at(rows) - product)
+        return max(0.0, times.seconds_at(rows) - dense.seconds(inputs, outputs, rows))
 
-    def _moved(self, task: Task, tokens: int) -> float:
-        """Bytes that the small kernels of a task read and write in GPU memory: norms, rotation, copies, logits."""
+    def _moved_s(self, task: Task, tokens: int) -> float:
+        """What small kernels take to read and write in GPU memory: norms, rotation, copies, logits."""
         spec, a, work = self._work.spec, self._work.spec.attention, self._work
-        rows = sum(work.sampled_rows[j] for j in task.micro_batches)
-        elements = {
-            TaskKind.PRE_ATTENTION: tokens * (2 * spec.hidden_size + 2 * a.qkv_size),
-            TaskKind.POST_ATTENTION: tokens * 4 * spec.hidden_size,
-            TaskKind.SAMPLE: rows * (2 * spec.hidden_size + 6 * spec.vocab_size),
-        }
-        return elements.get(task.kind, 0) * self._size
+        if task.kind is TaskKind.PRE_ATTENTION:
+            elements = tokens * (2 * spec.hidden_size + 2 * a.qkv_size)
+        elif task.kind is TaskKind.POST_ATTENTION:
+            elements = tokens * 4 * spec.hidden_size
+        else:
+            rows = sum(work.sampled_rows[j] for j in task.micro_batches)
+            elements = rows * (2 * spec.hidden_size + 6 * spec.vocab_size)
+        return elements * self._size / self._gpu.memory

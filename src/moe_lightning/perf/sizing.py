@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil
+from math import ceil, floor
 
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.cost import DTYPE_BYTES
@@ -119,6 +119,13 @@ class Problem:
         """KV blocks that so many sequences hold at their mean length, and any one in any case."""
         return max(self.blocks_of_longest, ceil(num_seqs * self.mean_blocks))
 
+    @cached_property
+    def seqs_of_all_memory(self) -> int:
+        """Sequences whose KV would take all memory: no policy holds more."""
+        assert self.memory.gpu is not None
+        block = self.spec.kv_bytes_per_token(self.dtype_bytes) * BLOCK_SIZE
+        return floor((self.memory.host + self.memory.gpu) / block / self.mean_blocks)
+
     @property
     def most_blocks(self) -> int:
         """KV blocks that are of use."""
@@ -133,7 +140,7 @@ def largest_policy(problem: Problem, choice: Choice) -> Policy | None:
 
 def most_sequences(problem: Problem, choice: Choice) -> int:
     """How many KV memory holds at their mean length under the choice; 0 if not even one fits."""
-    least, most = 0, min(problem.most_seqs, problem.enough)
+    least, most = 0, min(problem.most_seqs, problem.enough, problem.seqs_of_all_memory)
     while least < most:  # more sequences need more activations, and those push pages out to the host
         middle = (least + most + 1) // 2
         least, most = (middle, most) if sized(problem, choice, middle) else (least, middle - 1)

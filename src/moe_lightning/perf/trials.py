@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from moe_lightning.perf.choices import changed, values_of
@@ -56,7 +56,7 @@ class Trials:
         if use.gpu_bytes <= memory.gpu and use.host_bytes <= memory.host:
             self._simulate(policy, plan.choice)
 
-    def vary(self, start: Choice, rounds: int) -> None:
+    def vary(self, start: Choice) -> None:
         """Vary one choice after the other from `start`; nothing where that is far behind.
 
         KV is left in host memory alone where the start has it there.
@@ -65,21 +65,27 @@ class Trials:
         policy = self._policy(start)
         if policy and self._value(policy) < _BEHIND * self._reached:
             return
-        for _ in range(rounds):
-            before = base
-            for name in self._values:
-                if name == "kv_every" and not start.kv_every:
-                    continue  # all in host memory: whether that is best is looked at in the end
-                some = self.most_promising(base, name)
-                # Passes with KV on the GPU are simulated to more layers, so fewer of them.
-                base = self._try(some[:_FEW] if name == "kv_every" else some) or base
-            if base == before:
-                return
+        for name in self._values:
+            if name == "kv_every" and not start.kv_every:
+                continue  # all in host memory: whether that is best is looked at in the end
+            some = self.most_promising(base, name)
+            # Passes with KV on the GPU are simulated to more layers, so fewer of them.
+            base = self._try(some[:_FEW] if name == "kv_every" else some) or base
 
     def most_promising(self, choice: Choice, name: str) -> list[Choice]:
         """The choice with other values, those of the highest bound first."""
         some = [changed(choice, name, value) for value in self._values[name]]
         return sorted(some, key=lambda c: -(self._outlook(p).at_best if (p := self._policy(c)) else 0.0))
+
+    def likeliest(self, choices: Sequence[Choice], name: str) -> list[Choice]:
+        """The choices with other values, one of each value, the fastest by their estimates first."""
+        some = [other for choice in choices for other in self.most_promising(choice, name)[:_FEW]]
+        by_value = dict[float, tuple[float, Choice]]()
+        for other in some:
+            if policy := self._policy(other):
+                entry, value = (self._outlook(policy).estimate, other), getattr(other, name)
+                by_value[value] = max(by_value.get(value, entry), entry, key=lambda e: e[0])
+        return [other for _, other in sorted(by_value.values(), key=lambda e: -e[0])]
 
     def best_with_others(self) -> Planned:
         """The best plan with its runners-up."""
