@@ -7,7 +7,7 @@ import math
 import shutil
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,10 @@ _HOST_SHARE = 0.95  # of a machine's host memory: the system has the rest
 
 @dataclass(frozen=True)
 class Answer:
-    """What a cost model says: for people, for programs, and the micro-batch size for the drawing."""
+    """What a cost model says: for people, as far as it is known; for programs; the drawing's micro-batch size."""
 
-    text: str
-    values: dict[str, Any]
+    text: Iterable[str]
+    values: Callable[[], dict[str, Any]]
     micro_batch_size: int
 
 
@@ -106,7 +106,11 @@ def run(args: Namespace) -> int:
     answer = _COST_MODELS[args.cost_model](spec, hardware, profile, args, notes)
     if args.plot:
         _plot(args, spec, hardware, answer.micro_batch_size)
-    print(json.dumps(answer.values, indent=1) if args.json else answer.text)
+    if args.json:
+        print(json.dumps(answer.values(), indent=1))
+    else:
+        for text in answer.text:
+            print(text, flush=True)
     return 0
 
 
@@ -162,7 +166,9 @@ def _plan_ours(
     report = plan(spec, _dtype(spec, hardware), found, job.workload, job.longest)
     columns = shutil.get_terminal_size((100, 0)).columns if sys.stdout.isatty() else 100
     text = to_text(report, notes, is_terminal=sys.stdout.isatty(), width=columns)
-    return Answer(text, {**report.to_json(), "notes": list(notes)}, report.planned.policy.micro_batch_size)
+    return Answer(
+        text, lambda: {**report.to_json(), "notes": list(notes)}, report.planned.policy.micro_batch_size
+    )
 
 
 def _plan_paper(
@@ -177,8 +183,7 @@ def _plan_paper(
     except NoFeasiblePolicyError as e:
         remedy = "Raise --gpu-memory or --host-memory, lower --avg-prompt-len, or name a larger --hardware"
         raise NoFeasiblePolicyError(e.problem, remedy) from e
-    text = "\n".join([*(f"note: {note}" for note in notes), format_plan(plan)])
-    return Answer(text, plan.to_json(), plan.ubs)
+    return Answer([*(f"note: {note}" for note in notes), format_plan(plan)], plan.to_json, plan.ubs)
 
 
 _Model = Callable[[ModelSpec, HardwareSpec, Profile | None, Namespace, tuple[str, ...]], Answer]

@@ -36,8 +36,8 @@ _HOST = {
 
 def to_text(
     report: Report, notes: tuple[str, ...] = (), *, is_terminal: bool = False, width: int = _WIDTH
-) -> str:
-    """The page; in colours for a terminal.
+) -> Iterator[str]:
+    """The page, section by section as they are known; in colours for a terminal.
 
     Args:
         report: what is said.
@@ -48,9 +48,10 @@ def to_text(
     console = Console(
         width=min(width, _WIDTH), force_terminal=is_terminal, no_color=not is_terminal, highlight=False
     )
-    with console.capture() as captured:
-        console.print(Group(*_page(report, notes)))
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    for section in _page(report, notes):
+        with console.capture() as captured:
+            console.print(section)
+        yield "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def _page(report: Report, notes: tuple[str, ...]) -> Iterator[RenderableType]:
@@ -66,8 +67,8 @@ def _page(report: Report, notes: tuple[str, ...]) -> Iterator[RenderableType]:
     yield _section("policy", Text(_policy(report)))
     if report.planned.runners_up:
         yield _section("next best", _runners_up(report.planned))
-    yield _section("what if", _what_ifs(report))
     yield _section("why not", _left_out(report))
+    yield _section("what if", _what_ifs(report))  # last, as it is searched for
 
 
 def _section(title: str, content: RenderableType) -> RenderableType:

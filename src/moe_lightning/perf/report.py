@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from moe_lightning.errors import NoFeasiblePolicyError
@@ -59,8 +60,8 @@ class Report:
         planned: policy and prediction.
         memory: what the policy takes.
         limit: None where all experts fit on the GPU: then no link bounds the machine.
-        what_ifs: tokens/s of the job by what would be changed; None: it would not fit.
         left_out: places that the plan does not use.
+        longest: tokens that no request exceeds; None: those of the workload's longest.
     """
 
     spec: ModelSpec
@@ -70,8 +71,8 @@ class Report:
     planned: Planned
     memory: MemoryUse
     limit: HardwareLimit | None
-    what_ifs: dict[str, float | None]
     left_out: tuple[Alternative, ...]
+    longest: int | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -94,6 +95,11 @@ class Report:
             "left_out": [asdict(each) for each in self.left_out],
         }  # fmt: skip
 
+    @cached_property
+    def what_ifs(self) -> dict[str, float | None]:
+        """Tokens/s of the job by what would be changed; None: it would not fit. Searched for when first asked."""
+        return {name: reached() for name, reached in _changes(self)}
+
     @property
     def bottleneck(self) -> str:
         """The lane that works longest in a pass."""
@@ -103,7 +109,7 @@ class Report:
 def plan(
     spec: ModelSpec, dtype: str, machine: Machine, workload: Workload, longest: int | None = None
 ) -> Report:
-    """Search, and once more near what was found for machines that differ in one thing.
+    """Search; once more near what was found for machines that differ in one thing, when that is asked for.
 
     Args:
         spec: the model.
@@ -121,9 +127,8 @@ def plan(
     problem = replace(problem, packed=planned.policy.packed)
     return Report(
         spec, machine, dtype, workload, planned, problem.use(planned.policy),
-        limit=_limit(spec, dtype, machine, workload, packed=planned.policy.packed),
-        what_ifs={name: reached() for name, reached in _changes(spec, dtype, machine, workload, longest, planned)},
-        left_out=alternatives(problem, planned, machine.rates, machine.cpu_flops),
+        _limit(spec, dtype, machine, workload, packed=planned.policy.packed),
+        alternatives(problem, planned, machine.rates, machine.cpu_flops), longest,
     )  # fmt: skip
 
 
@@ -139,17 +144,16 @@ def _limit(
         return None
 
 
-def _changes(
-    spec: ModelSpec, dtype: str, machine: Machine, workload: Workload, longest: int | None, planned: Planned
-) -> list[tuple[str, Callable[[], float | None]]]:
+def _changes(report: Report) -> list[tuple[str, Callable[[], float | None]]]:
     """What is asked for other machines: a name, and a function that says the tokens/s there."""
+    machine, dtype = report.machine, report.dtype
 
     def on(changed: Machine, expert_bytes: int | None = None) -> Callable[[], float | None]:
         def reached() -> float | None:
             try:
                 return search(
-                    spec, dtype, changed.memory, changed.rates, workload,
-                    max_model_len=longest, near=planned, expert_bytes=expert_bytes,
+                    report.spec, dtype, changed.memory, changed.rates, report.workload,
+                    max_model_len=report.longest, near=report.planned, expert_bytes=expert_bytes,
                 ).tokens_per_s  # fmt: skip
             except NoFeasiblePolicyError:
                 return None
