@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,19 @@ import pytest
 import moe_lightning
 from moe_lightning.cli.main import main
 from moe_lightning.cli.plan_job import job_of
+from moe_lightning.cli.plan_table import to_text
 from moe_lightning.errors import CheckpointError, ConfigError, UnsupportedModelError
+from moe_lightning.hardware.presets import preset
 from moe_lightning.hardware.profile_cache import cache_path
 from moe_lightning.models.from_headers import resolve_to_plan
 from moe_lightning.models.known import KNOWN_MODELS
 from moe_lightning.models.registry import resolve
 from moe_lightning.models.stored import open_checkpoint
+from moe_lightning.perf import report
+from moe_lightning.perf.alternatives import Alternative
 from moe_lightning.perf.page_size import page_bytes
+from moe_lightning.perf.rates import DatasheetRates
+from moe_lightning.perf.workload import Workload
 from moe_lightning.units import GIB
 
 MEMORY = ("--gpu-memory", "24GiB", "--host-memory", "120GiB")
@@ -146,6 +153,26 @@ def test_our_plan_says_what_it_reaches_what_holds_it_back_and_what_would_help(ca
         assert part in text
     assert "24 GiB of GPU memory  " not in text.split("what if")[1], "it has as much"
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_page_comes_before_what_ifs_are_searched_for(monkeypatch) -> None:
+    spec, searches, search = resolve("mixtral-8x7b"), list[object](), report.search
+
+    def counting(*args, **kwargs):
+        searches.append(kwargs.get("near"))
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(report, "search", counting)
+    machine = report.Machine("an H100", DatasheetRates(preset("h100-sxm")), 24 * GIB, 120 * GIB, 1e12)
+    plan = report.plan(spec, "bfloat16", machine, Workload((77,), 32, 400))
+    sections = to_text(plan)
+    titles = [next(sections).strip().splitlines()[0] for _ in range(6)]
+    assert titles[1:] == ["what it reaches", "seconds of a pass", "memory", "policy", "next best"]
+    assert "why not" in next(sections) and searches == [None]
+    assert "what if" in next(sections) and next(sections, None) is None
+    assert searches == [None, *[plan.planned] * 4]
+    no_room = Alternative("a share of KV on the GPU", "r_c>0", None, "no room")
+    assert "(r_c>0)  does not fit  no room" in "".join(to_text(replace(plan, left_out=(no_room,))))
 
 
 def test_our_plan_as_json_is_the_searchs(capsys) -> None:

@@ -337,6 +337,16 @@ def test_experts_on_the_cpu_gain_nothing_where_it_has_no_time_and_a_bounded_shar
     assert left_out(plan, h2d=1.0, cpu=20.0)[2] == 0, "the CPU has no time for more"
 
 
+@pytest.mark.parametrize(
+    ("gpu", "memory", "symbol"), [(10, Memory(120 * GIB, GIB), "r_c>0"), (64, Memory(GIB, 64 * GIB), "r_c=0")]
+)
+def test_kv_in_another_place_may_not_fit(gpu, memory, symbol):
+    plan = planned(gpu)
+    problem = replace(problem_of(MIXTRAL, "bfloat16", memory, WORK), packed=plan.policy.packed)
+    (kv,) = (each for each in alternatives(problem, plan, DatasheetRates(H100), 1e12) if "r_c" in each.symbol)
+    assert (kv.symbol, kv.gain) == (symbol, None)
+
+
 # -- KV on the GPU -----------------------------------------------------------------------------------------
 
 
@@ -344,6 +354,22 @@ def test_experts_on_the_cpu_gain_nothing_where_it_has_no_time_and_a_bounded_shar
 def test_the_more_gpu_memory_the_more_kv_is_there(gpu, least, most):
     every = planned(gpu).policy.kv_every
     assert least <= (1 / every if every else 0) <= most
+
+
+def test_few_large_micro_batches_are_found_where_kv_on_the_gpu_pays_with_these_alone():
+    """Of the other starts none leads there, and without KV on the GPU they are slower."""
+    spec, memory, rates = (
+        registry.resolve("llama-3.1-8b"),
+        Memory(160 * GIB, 23 * GIB),
+        DatasheetRates(PRESETS["l4"]),
+    )
+    work = Workload((77,), 128, 10_000)
+    choice = Choice(
+        ring=2.0, micro_batches=2, prefill=1.25, groups=4, ahead=2.0, pages=14, parts=1, kv_every=2
+    )
+    known = largest_policy(problem_of(spec, "bfloat16", memory, work), choice)
+    known_rate = Outlook(spec, "bfloat16", known, rates, work).prediction.job_tokens_per_s
+    assert search(spec, "bfloat16", memory, rates, work).tokens_per_s > 0.99 * known_rate
 
 
 def test_no_other_share_of_kv_on_the_gpu_is_faster_than_the_plans():

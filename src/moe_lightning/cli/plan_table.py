@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from moe_lightning.perf.alternatives import Alternative
 from moe_lightning.perf.memory import DeviceUse, HostUse
 from moe_lightning.perf.report import Report
 from moe_lightning.perf.sizing import Choice
@@ -195,9 +196,14 @@ def _what_ifs(report: Report) -> Table:
     return table
 
 
+def _gain(alternative: Alternative) -> str:
+    if alternative.gain is None:
+        return "does not fit"
+    return f"+{alternative.gain:.1%} at most" if alternative.is_bound else f"{alternative.gain:+.0%}"
+
+
 def _left_out(report: Report) -> Table:
     table = _grid("left", "right", "left")
     for each in report.left_out:
-        gain = f"+{each.gain:.1%} at most" if each.is_bound else f"{each.gain:+.0%}"
-        table.add_row(f"{each.name} ({each.symbol})", gain, each.reason)
+        table.add_row(f"{each.name} ({each.symbol})", _gain(each), each.reason)
     return table

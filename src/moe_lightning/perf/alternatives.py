@@ -25,14 +25,14 @@ class Alternative:
     Attributes:
         name: what would be where.
         symbol: of the paper's policy.
-        gain: of tokens/s, by simulation, or at most.
+        gain: of tokens/s, by simulation, or at most; None: it does not fit.
         reason: why.
         is_bound: the gain is an upper bound.
     """
 
     name: str
     symbol: str
-    gain: float
+    gain: float | None
     reason: str
     is_bound: bool = False
 
@@ -74,17 +74,22 @@ def _kv_elsewhere(problem: Problem, planned: Planned, rates: Rates) -> Alternati
     now, problem = planned.choice.kv_every, replace(problem, enough=planned.prediction.num_seqs)
     shares = [every for every in values_of(problem)["kv_every"] if bool(every) != bool(now)]
 
-    def reached(every: float) -> float:
-        policy = largest_policy(problem, changed(planned.choice, "kv_every", every))
-        return problem.outlook(policy, rates).estimate if policy else 0.0
-
-    gains = {every: reached(every) / planned.tokens_per_s - 1 for every in shares}
-    best = max(gains, key=gains.__getitem__)
+    policies = {
+        every: largest_policy(problem, changed(planned.choice, "kv_every", every)) for every in shares
+    }
+    gains = {
+        every: problem.outlook(policy, rates).estimate / planned.tokens_per_s - 1
+        for every, policy in policies.items()
+        if policy
+    }
     if now:
         return Alternative(
-            "all KV in host memory", "r_c=0", gains[0],
+            "all KV in host memory", "r_c=0", gains.get(0),
             f"the CPU would attend in all layers; now the GPU does in one of {now:g}",
         )  # fmt: skip
+    if not gains:
+        return Alternative("a share of KV on the GPU", "r_c>0", None, "the GPU has no room for it")
+    best = max(gains, key=gains.__getitem__)
     kv = format_bytes(_kv_bytes(problem, planned) / best)
     return Alternative(
         "a share of KV on the GPU", f"r_c=1/{best:g}", gains[best],

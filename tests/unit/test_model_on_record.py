@@ -1,0 +1,35 @@
+"""The model keeps predicting what was measured on a GPU, minutes after a profile of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import model_on_record
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("name", ["plans_6f039fd", "plans_7acbf6c"])
+def test_plans_are_predicted_as_they_ran(name):
+    """Four cells of Mixtral-8x7B and one of Qwen3-30B-A3B's shapes each, on machines that nobody slowed."""
+    found = list(model_on_record.runs(RESULTS / name))
+    assert len(found) == 5
+    for run in found:
+        assert abs(run.off) <= 0.10, run
+        assert len(run.lanes) >= 3 and all(abs(off) <= 0.15 for off in run.lanes.values()), run
+    text = model_on_record.summary(found)
+    assert text.startswith("5 runs: 5 within 10%") and "as promised then: 5" in text
+
+
+def test_the_summary_counts_what_is_off():
+    runs = [
+        model_on_record.Run("a", measured, 100, 80, {"cpu": measured / 100}) for measured in (80, 90, 120)
+    ]
+    assert model_on_record.summary(runs) == (
+        "3 runs: 1 within 10%, median +12.5%; as promised then: 1, -10.0%; "
+        "3 lanes: 0 within 15%, median +90.0%"
+    )
