@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 from moe_lightning.bench.models import spec_of
 from moe_lightning.hardware.profile_cache import load_profile
-from moe_lightning.perf.outlook import Outlook
+from moe_lightning.perf.outlook import Outlook, Prediction
 from moe_lightning.perf.rates import MeasuredRates
 from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy
+from moe_lightning.units import GIB
 
 _IDLE = 0.05
 _RATE_TOLERANCE, _LANE_TOLERANCE = 0.10, 0.15
@@ -31,6 +32,7 @@ Values = dict[str, Any]
 class Run(NamedTuple):
     """Tokens/s of a run: reached, promised, and as the model has them now; how far its lanes are off that."""
 
+    cell: str
     title: str
     measured: float
     promised: float
@@ -49,21 +51,38 @@ def runs(directory: Path) -> Iterator[Run]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or "measured" not in values or "policy" not in values:
             continue
-        profile = directory / f"profile_of_{values['settings']['model'].split('-')[0]}.json"
-        rates = MeasuredRates(load_profile(profile if profile.exists() else directory / "profile.json"))
-        spec = spec_of(values["settings"]["model"], values.get("num_layers"))
-        policy = Policy(**{k: tuple(v) if isinstance(v, list) else v for k, v in values["policy"].items()})
-        work = Workload(**{k: tuple(v) if isinstance(v, list) else v for k, v in values["workload"].items()})
-        found = Outlook(spec, spec.dtype, policy, rates, work).prediction
+        found, cell = _predicted(values, directory), _cell(values)
         for m in values["measured"]:
-            if not m["predicted_tokens_per_s"]:
-                continue
-            is_job, title = m["kind"] == "job", values.get("cell", path.stem)
+            now, lanes = found.tokens_per_s, _lanes(m, found.lane_s)
+            if m["kind"] == "job":
+                now, lanes = found.job_tokens_per_s, {}
             yield Run(
-                f"{directory.name}: {values['settings']['model']}, {title}, {values.get('point', m['kind'])}",
-                m["tokens_per_s"], m["predicted_tokens_per_s"],
-                found.job_tokens_per_s if is_job else found.tokens_per_s, {} if is_job else _lanes(m, found.lane_s),
+                cell and f"{cell}, {m['kind']}", f"{directory.name}/{path.stem}",
+                m["tokens_per_s"], m["predicted_tokens_per_s"], now, lanes,
             )  # fmt: skip
+
+
+def _predicted(values: Values, directory: Path) -> Prediction:
+    """What the model says now of the policy that ran, with the profile of its model or else of its directory."""
+    model = values["settings"]["model"]
+    profile = directory / f"profile_of_{model.split('-')[0]}.json"
+    rates = MeasuredRates(load_profile(profile if profile.exists() else directory / "profile.json"))
+    spec = spec_of(model, values.get("num_layers"))
+    policy, work = Policy(**_hashable(values["policy"])), Workload(**_hashable(values["workload"]))
+    return Outlook(spec, spec.dtype, policy, rates, work).prediction
+
+
+def _hashable(values: Values) -> Values:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _cell(values: Values) -> str:
+    """Of the planner's policy; nothing for others, and where sequences or host memory were fewer."""
+    settings = values["settings"]
+    is_plan = values.get("point", "plan").startswith("plan")
+    if not is_plan or settings["max_num_seqs"] or "host" in values.get("cell", ""):
+        return ""
+    return f"{settings['model']}, {values['gpu_memory'] / GIB:g} GiB, {values['workload']['gen_len']:3}"
 
 
 def _lanes(measured: Values, predicted: dict[str, float]) -> dict[str, float]:
@@ -73,6 +92,20 @@ def _lanes(measured: Values, predicted: dict[str, float]) -> dict[str, float]:
         for lane, values in use.items()
         if values["share"] >= _IDLE and predicted[lane]
     }
+
+
+def by_cell(found: list[Run]) -> str:
+    """A row for each cell whose plans ran: how far off they were."""
+    cells: dict[str, list[float]] = {}
+    for run in found:
+        if run.cell:
+            cells.setdefault(run.cell, []).append(run.off)
+    rows = ["| model, GPU memory, answers | runs | off, median | least | most |", "| --- " * 5 + "|"]
+    for cell, offs in sorted(cells.items()):
+        rows.append(
+            f"| {cell} | {len(offs)} | {statistics.median(offs):+.1%} | {min(offs):+.1%} | {max(offs):+.1%} |"
+        )
+    return "\n".join(rows)
 
 
 def summary(found: list[Run]) -> str:
@@ -102,8 +135,8 @@ def main() -> None:
     found = [run for path in args.results if (path / "profile.json").exists() for run in runs(path)]
     for run in found:
         lanes = ", ".join(f"{lane} {off:+.0%}" for lane, off in run.lanes.items())
-        print(f"{run.off:+6.1%} of {run.now:,.0f} (promised {run.promised:,.0f})  {run.title}; {lanes}")
-    print(summary(found))
+        print(f"{run.off:+6.1%} of {run.now:,.0f} (promised {run.promised:,.0f})  {run.title}  {lanes}")
+    print("", by_cell(found), "", summary(found), sep="\n")
 
 
 if __name__ == "__main__":

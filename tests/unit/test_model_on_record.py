@@ -27,9 +27,11 @@ def test_plans_are_predicted_as_they_ran(name):
 
 def test_the_summary_counts_what_is_off():
     runs = [
-        model_on_record.Run("a", measured, 100, 80, {"cpu": measured / 100}) for measured in (80, 90, 120)
+        model_on_record.Run(cell, "", measured, 100, 80, {"cpu": measured / 100})
+        for cell, measured in (("a", 80), ("a", 90), ("", 120))
     ]
     assert model_on_record.summary(runs) == (
         "3 runs: 1 within 10%, median +12.5%; as promised then: 1, -10.0%; "
         "3 lanes: 0 within 15%, median +90.0%"
     )
+    assert model_on_record.by_cell(runs).endswith("| a | 2 | +6.2% | +0.0% | +12.5% |")
