@@ -60,7 +60,7 @@ def search(
         max_num_seqs: sequences that may run at once; default: as many as fit.
         expert_bytes: of a weight of an expert; default: the dtype's.
         near: a plan for a machine that differs a little: it is tried too, and each choice varied once from there
-            and from the likeliest of the starts.
+            and from one of the starts.
         packs: experts may be packed.
 
     Raises:
