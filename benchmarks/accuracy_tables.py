@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 RATE_TOLERANCE, LANE_TOLERANCE = 0.10, 0.15
-_IDLE = 0.05  # of a pass: of a lane that works less, seconds say little
+IDLE = 0.05  # of a pass: of a lane that works less, seconds say little
 _PLAN = ("plan", "plan again")
 Values = dict[str, Any]
 
@@ -87,9 +87,9 @@ def _wrong(found: Values) -> Iterator[str]:
     if rate.endswith("*"):
         yield f"tokens/s {rate}"
     for name, use in (found["lanes"] or {"use": {}})["use"].items():
-        if use["share"] > _IDLE and (
-            off := _off(use["seconds"], use["predicted_s"], LANE_TOLERANCE)
-        ).endswith("*"):
+        if use["share"] > IDLE and (off := _off(use["seconds"], use["predicted_s"], LANE_TOLERANCE)).endswith(
+            "*"
+        ):
             yield f"{name} {off}"
 
 
@@ -124,7 +124,7 @@ def _lane(lanes: Values | None, name: str) -> str:
     use = lanes["use"].get(name) if lanes else None
     if not use:
         return ""
-    if not use["predicted_s"] or use["share"] <= _IDLE:
+    if not use["predicted_s"] or use["share"] <= IDLE:
         return f"{use['seconds']:.3f}"
     return f"{use['seconds']:.3f} ({_off(use['seconds'], use['predicted_s'], LANE_TOLERANCE)})"
 

@@ -1,6 +1,6 @@
 """Today's model beside what was measured once: recorded policies predicted again from the profiles of their runs.
 
-    python benchmarks/model_on_record.py benchmarks/results/plans_* benchmarks/results/cells_*
+    python benchmarks/model_on_record.py benchmarks/results/*
 
 So a change of the model is judged by all runs that there are, without a GPU. A run has the profile of its
 directory, taken minutes before it or, in a directory of many cells, up to half an hour; lanes that work for less
@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accuracy_tables import IDLE, LANE_TOLERANCE, RATE_TOLERANCE
+
 from moe_lightning.bench.models import spec_of
 from moe_lightning.hardware.profile_cache import load_profile
 from moe_lightning.perf.outlook import Outlook, Prediction
@@ -24,8 +26,6 @@ from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy
 from moe_lightning.units import GIB
 
-_IDLE = 0.05
-_RATE_TOLERANCE, _LANE_TOLERANCE = 0.10, 0.15
 Values = dict[str, Any]
 
 
@@ -90,7 +90,7 @@ def _lanes(measured: Values, predicted: dict[str, float]) -> dict[str, float]:
     return {
         lane: values["seconds"] / predicted[lane] - 1
         for lane, values in use.items()
-        if values["share"] >= _IDLE and predicted[lane]
+        if values["share"] > IDLE and predicted[lane]
     }
 
 
@@ -112,11 +112,12 @@ def summary(found: list[Run]) -> str:
     """How many are within tolerance, and what is usual."""
     offs, lanes = [run.off for run in found], [off for run in found for off in run.lanes.values()]
     then = [run.measured / run.promised - 1 for run in found]
+    usual = f", median {statistics.median(lanes):+.1%}" if lanes else ""
     return (
-        f"{len(found)} runs: {_within(offs, _RATE_TOLERANCE)} within {_RATE_TOLERANCE:.0%}, median "
-        f"{statistics.median(offs):+.1%}; as promised then: {_within(then, _RATE_TOLERANCE)}, "
-        f"{statistics.median(then):+.1%}; {len(lanes)} lanes: {_within(lanes, _LANE_TOLERANCE)} within "
-        f"{_LANE_TOLERANCE:.0%}, median {statistics.median(lanes):+.1%}"
+        f"{len(found)} runs: {_within(offs, RATE_TOLERANCE)} within {RATE_TOLERANCE:.0%}, median "
+        f"{statistics.median(offs):+.1%}; as promised then: {_within(then, RATE_TOLERANCE)}, "
+        f"{statistics.median(then):+.1%}; {len(lanes)} lanes: {_within(lanes, LANE_TOLERANCE)} within "
+        f"{LANE_TOLERANCE:.0%}{usual}"
     )
 
 
@@ -133,6 +134,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     found = [run for path in args.results if (path / "profile.json").exists() for run in runs(path)]
+    if not found:
+        parser.error("none of these directories has a profile.json and a run with a promise")
     for run in found:
         lanes = ", ".join(f"{lane} {off:+.0%}" for lane, off in run.lanes.items())
         print(f"{run.off:+6.1%} of {run.now:,.0f} (promised {run.promised:,.0f})  {run.title}  {lanes}")
