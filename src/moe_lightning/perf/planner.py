@@ -15,6 +15,7 @@ from moe_lightning.perf.shortfall import no_feasible_policy
 from moe_lightning.perf.sizing import (
     MOST_PREFILL,
     MOST_SEQS,
+    Choice,
     Problem,
     largest_policy,
     most_sequences,
@@ -26,7 +27,10 @@ from moe_lightning.perf.workload import Workload
 
 _WORTH_PACKING = 0.995  # where plain experts reach this share, they are left as they are
 _MUCH = 3  # one layer in so many keeps its KV on the GPU: then each sequence takes much room of experts
-_FEWER = 0.65, 0.4  # shares of the sequences, where KV on the GPU may be of too many
+_PARTS, _MOST_WAVES = 16, 4  # requests over sequences, in steps of 1 / 16; with more waves little is lost
+# Of fewer sequences, so many with the highest bounds are looked at, and so many varied; then again from the best.
+_LIKELY, _STARTS, _ROUNDS = 12, 2, 2
+_WORTH = 1.002  # a smaller gain is not looked for
 _SPARE, _ENOUGH = 8, 0.985  # so many times the sequences with which this share is reached are enough
 
 
@@ -118,25 +122,57 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
         found.vary(smallest)
     if found.best is None:
         raise no_feasible_policy(problem, smallest)
-    if 1 <= found.best.choice.kv_every <= _MUCH and not is_near:
-        found, problem = _of_fewer_sequences(found, problem, rates)
+    found, problem = _of_fewer_sequences(found, problem, rates)
     return with_slack(problem, found.best_with_others(), rates)
 
 
 def _of_fewer_sequences(found: Trials, problem: Problem, rates: Rates) -> tuple[Trials, Problem]:
-    """Trials with KV on the GPU, where each sequence takes room of experts: as many as fit may be too many."""
+    """Trials with fewer sequences than fit, where these may be too many.
+
+    The numbers that are tried do not depend on memory: so more of it does not make plans slower.
+    """
     assert found.best is not None
-    most, best = found.best.prediction.num_seqs, (found, problem)
-    for share in _FEWER:
-        fewer = replace(problem, enough=ceil(share * most))
-        others = Trials(fewer, rates)
-        others.vary(found.best.choice)
-        bridging = starts(problem)[-2]
-        for start in (others.most_promising(bridging, "kv_every")[0], replace(bridging, kv_every=1)):
-            others.vary(start)
-        if others.best and others.best.tokens_per_s > best[0].best.tokens_per_s:  # type: ignore[union-attr]
-            best = others, fewer
-    return best
+    best, bridging = found.best.choice, starts(problem)[3]
+    shares = {0, best.kv_every, 1} if best.kv_every else {0}
+    choices = {best, replace(best, kv_every=0), *(replace(bridging, kv_every=every) for every in shares)}
+    result, fewer = (found, problem), _with_fewer(problem, best, found.best.prediction.num_seqs)
+    for _ in range(_ROUNDS):
+        reached, tried, choices = result[0].tokens_per_s, choices, set()
+        for some, choice in _likely(fewer, tried, rates, reached):
+            others = Trials(some, rates)
+            others.vary(choice)
+            if others.best and others.tokens_per_s > _WORTH * result[0].tokens_per_s:
+                result, choices = (others, some), {others.best.choice}
+    return result
+
+
+def _likely(
+    problems: list[Problem], choices: set[Choice], rates: Rates, reached: float
+) -> list[tuple[Problem, Choice]]:
+    """The fastest by their estimates, of those that may be faster than what is reached."""
+    some = [
+        (outlook, problem, choice)
+        for problem in problems
+        for choice in choices
+        if (policy := sized(problem, choice, problem.enough))
+        and (outlook := problem.outlook(policy, rates)).at_best > reached
+    ]
+    likely = sorted(some, key=lambda entry: -entry[0].at_best)[:_LIKELY]
+    return [entry[1:] for entry in sorted(likely, key=lambda entry: -entry[0].estimate)[:_STARTS]]
+
+
+def _with_fewer(problem: Problem, best: Choice, most: int) -> list[Problem]:
+    """The problem with KV memory for fewer sequences than fit, where that may be faster.
+
+    With KV on the GPU each takes room of experts. Jobs of a few times as many requests end in passes nearly empty.
+    """
+    counts = set()
+    if 1 <= best.kv_every <= _MUCH:
+        counts |= {round(2 ** (step / 4)) for step in range(4 * 20) if most / 3 <= 2 ** (step / 4)}
+    if requests := problem.workload.num_requests:
+        waves = range(_PARTS, _MOST_WAVES * _PARTS)
+        counts |= {count for parts in waves if (count := ceil(requests * _PARTS / parts)) >= most / 3}
+    return [replace(problem, enough=count) for count in sorted(counts) if count < most]
 
 
 def _waits_for_pages(plan: Planned) -> bool:

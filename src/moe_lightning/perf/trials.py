@@ -63,7 +63,7 @@ class Trials:
         """
         base = self._try([start]) or start
         policy = self._policy(start)
-        if policy and self._value(policy) < _BEHIND * self._reached:
+        if policy and self._value(policy) < _BEHIND * self.tokens_per_s:
             return
         for name in self._values:
             if name == "kv_every" and not start.kv_every:
@@ -104,10 +104,10 @@ class Trials:
         estimated = [
             (policy, choice)
             for bound, policy, choice in sorted(promising, key=lambda entry: -entry[0])
-            if bound > self._reached * _WORTH
+            if bound > self.tokens_per_s * _WORTH
         ]
         for policy, choice in sorted(estimated, key=lambda entry: -self._outlook(entry[0]).estimate):
-            if self._outlook(policy).estimate > self._reached * _WORTH:
+            if self._outlook(policy).estimate > self.tokens_per_s * _WORTH:
                 self._simulate(policy, choice)
         return max(estimated, key=lambda entry: self._value(entry[0]))[1] if estimated else None
 
@@ -116,7 +116,8 @@ class Trials:
         return self._found[policy].tokens_per_s if policy in self._found else self._outlook(policy).estimate
 
     @property
-    def _reached(self) -> float:
+    def tokens_per_s(self) -> float:
+        """Of the best; 0 where nothing fits."""
         return self.best.tokens_per_s if self.best else 0.0
 
     def _policy(self, choice: Choice) -> Policy | None:
@@ -134,5 +135,5 @@ class Trials:
             return
         plan = Planned(policy, self._outlook(policy).prediction, choice)
         self._found[policy] = plan
-        if plan.tokens_per_s > self._reached:
+        if plan.tokens_per_s > self.tokens_per_s:
             self.best = plan
