@@ -24,6 +24,9 @@ def drawn_policy(number):
     if name == "cgopipe":  # the others sweep whole layers
         smallest = min(smallest, -(-NUM_EXPERTS // parts) * pages)
     num_micro_batches = (1, 2, 3, 7)[number % 4]
+    cpu_every = random.Random(-number - 1).choice([0, 0, 1, 2, NUM_LAYERS])
+    if name == "cgopipe" and cpu_every:
+        resident = tuple(0 if (i + 1) % cpu_every == 0 else count for i, count in enumerate(resident))
     return {
         "schedule": name,
         "expert_parts": parts,
@@ -39,6 +42,7 @@ def drawn_policy(number):
         "prefill_tokens": draw.choice([80, 120, 256]),
         "max_num_seqs": draw.choice([3, 7, 8]),
         "kv_every": draw.choice([0, 0, 1, 2, NUM_LAYERS]),
+        "cpu_every": cpu_every,
     }
 
 

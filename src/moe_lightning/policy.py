@@ -25,6 +25,8 @@ class Policy:
             layers). The ring must hold the streamed pages of one.
         kv_every: the last of every so many layers keeps its KV on the GPU, which attends there (r_c, by layers);
             0: none does (`cgopipe` only).
+        cpu_every: the last of every so many layers has its experts computed on the CPU (F_g, by layers); 0: none
+            (`cgopipe` only). Such layers have no resident pages, and theirs are not packed.
         num_blocks: KV blocks; each has a place in every layer.
         block_size: tokens in a KV block.
         schedule: name of the builder, `cgopipe` or a baseline.
@@ -46,4 +48,5 @@ class Policy:
     schedule: str = "cgopipe"
     expert_parts: int = 1
     kv_every: int = 0
+    cpu_every: int = 0
     packed: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from moe_lightning.engine.build import build_worker
 from moe_lightning.kernels.experts import Workspace
 from moe_lightning.models import registry
 from moe_lightning.models.hf_config import HFConfig
-from moe_lightning.perf.memory import EXPERTS_AT_ONCE, memory_use
+from moe_lightning.perf.memory import CPU_EXPERTS_AT_ONCE, EXPERTS_AT_ONCE, memory_use
 from moe_lightning.pipeline.task import Lane, Task, TaskKind
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step, build_micro_batches
@@ -53,7 +54,9 @@ def spec_of(architecture, **changes):
 
 def policy_of(spec, values, **changes):
     pages, shares, frames, seqs, prefill, blocks, block_size = values
-    per_layer = spec.experts.num_experts * pages
+    per_layer, every = spec.experts.num_experts * pages, changes.get("cpu_every", 0)
+    if changes.get("schedule", "cgopipe") == "cgopipe" and every:
+        shares = [0 if (layer + 1) % every == 0 else share for layer, share in enumerate(shares)]
     resident = tuple(int(share * per_layer) for share in shares)
     ring = max(frames, per_layer - min(resident))
     return Policy(**{
@@ -107,8 +110,9 @@ def host_parts(worker, has_gpu):
         uploads = worker._uploader._host.nbytes + worker._executor._cpu.counter._words.nbytes
     return {
         "experts": size(worker._weights.pages.host),
+        "cpu_experts": size(worker._weights.pages.cpu_arena.tensor),
         "kv": size(worker._kv.arena.tensor),
-        "rows": size(b.host_qkv, b.host_out),
+        "rows": size(b.host_qkv, b.host_out, b.host_experts, b.host_topk_ids, b.host_topk_weights),
         "uploads": uploads,
     }
 
@@ -126,6 +130,9 @@ def size(*tensors):
         (POLICIES[2], torch.bfloat16, {"packed": True}),
         (POLICIES[0], torch.float16, {"kv_every": 2}), (POLICIES[1], torch.bfloat16, {"kv_every": 1}),
         (POLICIES[0], torch.bfloat16, {"kv_every": 2, "schedule": "flexgen"}),
+        (POLICIES[0], torch.float32, {"cpu_every": 2}), (POLICIES[2], torch.bfloat16, {"cpu_every": 1}),
+        (POLICIES[2], torch.bfloat16, {"cpu_every": 2, "packed": True}),
+        (POLICIES[0], torch.bfloat16, {"cpu_every": 2, "schedule": "flexgen"}),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -146,7 +153,9 @@ def test_every_family_is_counted():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("changes", [{}, {"packed": True}, {"kv_every": 2}, {"kv_every": 1}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"packed": True}, {"kv_every": 2}, {"kv_every": 1}, {"cpu_every": 2, "packed": True}]
+)
 @pytest.mark.parametrize("values", POLICIES[:2])
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_on_a_gpu_each_part_is_what_a_worker_holds_and_there_is_no_other(architecture, values, changes):
@@ -159,7 +168,8 @@ def test_on_a_gpu_each_part_is_what_a_worker_holds_and_there_is_no_other(archite
     assert device_parts(worker, True) == vars(use.device)
     assert host_parts(worker, True) == vars(use.host)
     # The same memory, seen from the device.
-    aliases = [worker._buffers.host_out_on_device, worker._uploader._mapped]
+    buffers = worker._buffers
+    aliases = [buffers.host_out_on_device, buffers.host_experts_on_device, worker._uploader._mapped]
     mapped = size(*(t for t in aliases if t is not None))
     assert held - mapped == use.device.total + use.host.total
 
@@ -178,6 +188,12 @@ def test_the_workspace_is_what_the_experts_kernels_allocate(rows, experts):
 
 
 # -- what a pass adds --------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """A micro-batch of which only its rows matter."""
+
+    rows: slice
 
 
 class Peak(TorchDispatchMode):
@@ -200,6 +216,21 @@ class Peak(TorchDispatchMode):
                 weakref.finalize(storage, self.alive.pop, key, None)
         self.most = max(self.most, sum(self.alive.values()))
         return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "pages"), [(3, 1), (300, 4), (CPU_EXPERTS_AT_ONCE + 100, 2)])
+@pytest.mark.parametrize("one_expert", [False, True])
+def test_a_sweep_by_the_cpu_takes_no_more_than_is_set_aside_and_much_of_it(one_expert, rows, pages, dtype):
+    spec = spec_of("MixtralForCausalLM")
+    policy = policy_of(spec, (pages, (0, 0, 0), 12, 1, rows - 1, 1, 16), cpu_every=1)
+    worker = build_worker(spec, policy, dtype, torch.device("cpu"), tensors=None, executor="serial")
+    worker._buffers.host_topk_ids.copy_(torch.arange(2) if one_expert else torch.randint(5, (rows, 2)))
+    runner = TaskRunner(worker._weights, None, worker._buffers, None, None, [Rows(slice(0, rows))])
+    with Peak() as peak:
+        runner.run(Task(TaskKind.CPU_EXPERTS, Lane.CPU, 1, (0,), (), ()))
+    allowed = memory_use(spec, dtype.itemsize, policy).cpu_sweep
+    assert allowed / 3 < peak.most <= allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
-from checkpoints import NUM_EXPERTS, greedy, load, prompts_of
+from checkpoints import NUM_EXPERTS, NUM_LAYERS, greedy, load, prompts_of
 from moe_lightning import SamplingParams
 from moe_lightning.errors import DeviceError, ScheduleError
 from moe_lightning.pipeline.baselines import SCHEDULES
@@ -74,6 +75,7 @@ def test_the_drawn_policies_meet_the_extremes():
     assert {p["schedule"] for p in policies} == set(SCHEDULES)
     assert any(frames == smallest for frames, smallest in rings)
     assert any(frames > 2 * smallest for frames, smallest in rings)
+    assert any(p["schedule"] == "cgopipe" and p["cpu_every"] for p in policies)
     assert any(0 < frames < smallest for frames, smallest in rings), (
         "less than a layer, where experts are in parts"
     )
@@ -97,6 +99,33 @@ def test_no_residency_changes_a_token_with_the_smallest_ring(
     values = {"resident_pages": resident, "num_frames": num_frames, "pages_per_expert": 1}
     llm = load(mixtral, executor=executor, schedule=schedule, **values)
     assert tokens_of(llm, prompts[:4]) == answers[:4]
+
+
+@pytest.mark.parametrize("executor", ["serial", "threads"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("group_size", [1, 100])
+@pytest.mark.parametrize("cpu_every", [1, 2, 3])
+def test_experts_on_the_cpu_change_no_token(
+    cpu_every, group_size, packed, executor, mixtral, prompts, answers, monkeypatch
+):
+    on_cpu = range(cpu_every - 1, NUM_LAYERS, cpu_every)
+    values = {
+        "cpu_every": cpu_every, "group_size": group_size, "expert_parts": 2, "kv_every": 2,
+        "resident_pages": tuple(0 if layer in on_cpu else layer for layer in range(NUM_LAYERS)),
+    }  # fmt: skip
+    expected = tokens_of(load(mixtral, dtype="bfloat16", **values), prompts) if packed else answers
+    packing = {"dtype": "bfloat16", "packed": True} if packed else {}
+    llm = load(mixtral, executor=executor, **values, **packing)
+    draw, seen = random.Random(cpu_every), Counter()
+
+    def delay(task):
+        seen[task.kind, task.layer] += 1
+        return draw.random() * 1e-3
+
+    slow_down(llm, delay, monkeypatch)
+    assert tokens_of(llm, prompts) == expected
+    assert {layer for kind, layer in seen if kind is TaskKind.CPU_EXPERTS} == set(on_cpu)
+    assert {layer for kind, layer in seen if kind is TaskKind.EXPERTS} == set(range(NUM_LAYERS)) - set(on_cpu)
 
 
 def slow_down(llm, delay, monkeypatch):

@@ -56,9 +56,17 @@ SAMPLED = (1, 1, 3, 2)
 ATTENTION = (
     TaskKind.ATTENTION, TaskKind.GPU_ATTENTION, TaskKind.RESIDENT_ATTENTION, TaskKind.PREFILL_ATTENTION,
 )  # fmt: skip
-# By name: a schedule, and how often a layer keeps its KV on the GPU.
-WAYS = {"cgopipe": ("cgopipe", 0), "kept": ("cgopipe", 2), "flexgen": ("flexgen", 0)}
-COPIES = (TaskKind.OFFLOAD_QKV, TaskKind.LOAD_HIDDEN, TaskKind.LOAD_PAGE, TaskKind.STORE_KV)
+EXPERTS = (TaskKind.EXPERTS, TaskKind.CPU_EXPERTS)
+# By name: a schedule, how often a layer keeps its KV on the GPU, and how often it has its experts on the CPU.
+WAYS = {
+    "cgopipe": ("cgopipe", 0, 0),
+    "kept": ("cgopipe", 2, 0),
+    "on_cpu": ("cgopipe", 0, 2),
+    "flexgen": ("flexgen", 0, 0),
+}
+COPIES = (
+    TaskKind.OFFLOAD_QKV, TaskKind.LOAD_HIDDEN, TaskKind.LOAD_PAGE, TaskKind.STORE_KV, TaskKind.OFFLOAD_INPUTS,
+)  # fmt: skip
 
 
 def spec_of(architecture: str) -> ModelSpec:
@@ -165,8 +173,12 @@ class Watching:
             return Observed(task, Cost(flops, needed, needed, needed), {"staged": staged})
         if task.kind in ATTENTION:
             return self._attention(task, flops, seen)
-        if task.kind is TaskKind.EXPERTS:
+        if task.kind in EXPERTS:
             return self._experts(task, flops)
+        if task.kind is TaskKind.ADD_OUTPUTS:
+            copied = self._bytes(task, BufferKind.HOST_EXPERTS)
+            touched = copied + self._bytes(task, BufferKind.HIDDEN) + copied  # read where it arrived
+            return Observed(task, Cost(flops, touched, copied, copied))
         used = self._weights(task)
         if task.kind is TaskKind.SAMPLE:  # not all rows are sampled: those that were, and their logits
             touched = sum(t.nbytes for pair in self._logits for t in pair)
@@ -202,14 +214,20 @@ class Watching:
         return Observed(task, Cost(flops, rows + own + cached + grown))
 
     def _experts(self, task: Task, flops: int) -> Observed:
-        ids = torch.cat(
-            [self._runner._buffers.topk_ids[self._runner._batches[j].rows] for j in task.micro_batches]
-        )
-        pages = self._runner._weights.pages
+        buffers, pages = self._runner._buffers, self._runner._weights.pages
+        is_on_cpu = task.kind is TaskKind.CPU_EXPERTS
+        rows = [self._runner._batches[j].rows for j in task.micro_batches]
+        ids = torch.cat([(buffers.host_topk_ids if is_on_cpu else buffers.topk_ids)[mine] for mine in rows])
         reached = len(ids.unique())
         weights = reached * pages.layout.pages_per_expert * pages.frames[0].nbytes
-        rows = self._bytes(task, BufferKind.HIDDEN, BufferKind.EXPERTS_IN)
-        return Observed(task, Cost(flops, rows + weights), {"reached": reached, "weights": weights})
+        note = {"reached": reached, "weights": weights}
+        if is_on_cpu:
+            both = (buffers.host_topk_ids, buffers.host_topk_weights)
+            routes = sum(tensor[mine].nbytes for tensor in both for mine in rows)
+            touched = self._bytes(task, BufferKind.HOST_EXPERTS) + routes
+            return Observed(task, Cost(flops, host_bytes=touched + weights), note)
+        touched = self._bytes(task, BufferKind.HIDDEN, BufferKind.EXPERTS_IN)
+        return Observed(task, Cost(flops, touched + weights), note)
 
     def _bytes(self, task: Task, *kinds: BufferKind) -> int:
         """Of the buffers that the task reads and of those that it writes, each as often as it is named."""
@@ -218,7 +236,8 @@ class Watching:
 
     def _tensor(self, kind: BufferKind, j: int) -> torch.Tensor:
         batch, whole = self._runner._batches[j], getattr(self._runner._buffers, kind.value)
-        return whole[batch.host_rows if kind.value.startswith("host") else batch.rows]
+        of_decode = kind in (BufferKind.HOST_QKV, BufferKind.HOST_OUT)
+        return whole[batch.host_rows if of_decode else batch.rows]
 
     def _seen(self, task: Task) -> Iterator[Seen]:
         j = task.micro_batches[0]
@@ -246,7 +265,7 @@ class Watching:
 
 def observe(architecture: str, dtype: str, way: str, parts: int = 1) -> list[Observed]:
     """What each task of one pass did."""
-    schedule, kv_every = WAYS[way]
+    schedule, kv_every, cpu_every = WAYS[way]
     torch.manual_seed(0)
     spec = spec_of(architecture)
     pages = spec.experts.num_experts * PAGES
@@ -259,6 +278,7 @@ def observe(architecture: str, dtype: str, way: str, parts: int = 1) -> list[Obs
         block_size=4,
         expert_parts=parts,
         kv_every=kv_every,
+        cpu_every=cpu_every,
     )
     cpu = torch.device("cpu")
     worker = build_worker(spec, policy, getattr(torch, dtype), cpu, tensors=None, executor="serial")
@@ -325,7 +345,7 @@ def test_bytes_are_those_of_the_tensors_that_a_task_touches(observed) -> None:
     log, work = observed
     for one in log:
         counted, touched = task_cost(one.task, work), one.cost
-        if one.task.kind is TaskKind.EXPERTS:
+        if one.task.kind in EXPERTS:
             continue
         assert (counted.device_bytes, counted.host_bytes, counted.link_bytes) == (
             touched.device_bytes, touched.host_bytes, touched.link_bytes,
@@ -334,14 +354,16 @@ def test_bytes_are_those_of_the_tensors_that_a_task_touches(observed) -> None:
 
 def test_experts_bytes_are_those_touched_up_to_experts_that_no_token_happens_to_choose(observed) -> None:
     log, work = observed
-    experts = [one for one in log if one.task.kind is TaskKind.EXPERTS]
+    experts = [one for one in log if one.task.kind in EXPERTS]
     assert experts
     exact = 0
     for one in experts:
         tokens = sum(work.tokens[j] for j in one.task.micro_batches)
         most = min(work.spec.experts.num_experts, work.spec.experts.top_k * tokens)
         beyond = (most - one.note["reached"]) * one.note["weights"] // one.note["reached"]
-        assert task_cost(one.task, work).device_bytes == one.cost.device_bytes + beyond
+        counted, touched = task_cost(one.task, work), one.cost
+        assert counted.device_bytes + counted.host_bytes == touched.device_bytes + touched.host_bytes + beyond
+        assert (counted.host_bytes > 0) == (one.task.kind is TaskKind.CPU_EXPERTS)
         exact += beyond == 0
     assert exact >= len(experts) / 2
 

@@ -32,12 +32,20 @@ def pass_shapes(draw: st.DrawFn) -> PassShape:
 
 @st.composite
 def part_shapes(draw: st.DrawFn) -> PassShape:
-    """Passes whose layers are swept in parts, most of them through less than a layer's frames."""
+    """Passes that CGOPipe alone has.
+
+    Layers are swept in parts, most of them through less than a layer's frames; some keep KV on the GPU, and some
+    have experts on the CPU.
+    """
     shape = draw(pass_shapes())
     parts = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
     missing = max(shape.streamed_pages) - sum(parts)
     kv_every = draw(st.integers(0, shape.num_layers + 1))
-    shape = replace(shape, part_pages=(*parts, max(missing, 0)), kv_every=kv_every)
+    cpu_every = draw(st.integers(0, shape.num_layers + 1))
+    part_pages = draw(st.sampled_from([(*parts, max(missing, 0)), ()]))
+    shape = replace(shape, part_pages=part_pages, kv_every=kv_every, cpu_every=cpu_every)
+    streamed = (0 if shape.is_on_cpu(layer) else pages for layer, pages in enumerate(shape.streamed_pages))
+    shape = replace(shape, streamed_pages=tuple(streamed))
     return replace(shape, num_frames=draw(st.integers(shape.least_frames, sum(shape.streamed_pages) + 2)))
 
 

@@ -55,6 +55,8 @@ def test_resident_pages_that_are_no_count_for_each_layer_are_refused(pages, path
         ("kv_every", -1),
         ("kv_every", "2"),
         ("kv_every", 4),
+        ("cpu_every", -1),
+        ("cpu_every", 4),
     ],
 )
 def test_another_wrong_value_is_named(name, value, path):

@@ -28,6 +28,7 @@ from moe_lightning.memory.shared_arena import SharedArena
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.memory import ENGINE_BYTES, GPU_CODE_BYTES, memory_use
 from moe_lightning.perf.workload import Workload
+from moe_lightning.pipeline.shape import layers_on_cpu
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,9 @@ class Session:
             torch.cuda.empty_cache()
 
     def _arena(self, plan: Plan) -> SharedArena | None:
+        if layers_on_cpu(plan.policy):
+            self._shared = None  # its rows are of one size, and it takes all memory
+            return None
         if self._shares and self._shared is None:
             size = self.host_memory - ENGINE_BYTES - (GPU_CODE_BYTES if self._has_gpu else 0)
             self._shared = SharedArena(max(size, 1))

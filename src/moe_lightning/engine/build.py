@@ -22,7 +22,7 @@ from moe_lightning.memory.layout import PageLayout, Placement
 from moe_lightning.memory.shared_arena import SharedArena
 from moe_lightning.memory.weights import Weights, allocate
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.pipeline.shape import layers_keeping_kv, pages_of_largest_part
+from moe_lightning.pipeline.shape import layers_keeping_kv, layers_on_cpu, pages_of_largest_part
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.cuda_executor import CudaExecutor
 from moe_lightning.runtime.executor import Executor, SerialExecutor, ThreadedExecutor
@@ -63,7 +63,9 @@ def build_worker(
     """
     lanes = make_executor(executor, device)
     layout = PageLayout.of(spec, policy.pages_per_expert, packed=policy.packed)
-    placement = Placement(layout.pages_per_layer, policy.resident_pages, policy.num_frames)
+    placement = Placement(
+        layout.pages_per_layer, policy.resident_pages, policy.num_frames, layers_on_cpu(policy)
+    )
     try:
         pages, blocks = (shared.pages, shared.blocks) if shared else (HostArena, HostArena)
         sweep = pages_of_largest_part(policy, spec.experts.num_experts)
@@ -127,8 +129,8 @@ def _fill(
     has_gpu = device.type == "cuda"
     node = gpu_node(pci_bus_id(device.index)) if has_gpu else None
 
-    def bring_in(arena: Arena, on_rows: OnRows | None = None) -> None:
-        arena.prepare(pin=has_gpu, num_threads=os.cpu_count() or 1, node=node, on_rows=on_rows)
+    def bring_in(arena: Arena, on_rows: OnRows | None = None, *, pin: bool = has_gpu) -> None:
+        arena.prepare(pin=pin, num_threads=os.cpu_count() or 1, node=node, on_rows=on_rows)
 
     with ThreadPoolExecutor(2, thread_name_prefix="prepare") as background:
         # Without a GPU, memory comes as it is used.
@@ -136,25 +138,35 @@ def _fill(
         if tensors is None:
             random = RandomWeights(weights, seed)
             random.fill_device()
-            bring_in(weights.pages.arena, _with_progress(random.fill_rows, weights, progress))
+            fill, fill_of_cpu = _with_progress(random, weights, progress)
+            bring_in(weights.pages.arena, fill)
+            bring_in(weights.pages.cpu_arena, fill_of_cpu, pin=False)
         else:
             if has_gpu:
                 ready.append(background.submit(bring_in, weights.pages.arena))
+                ready.append(background.submit(bring_in, weights.pages.cpu_arena, pin=False))
             checkpoint.load(tensors, weights, progress=progress)
         for future in ready:
             future.result()
 
 
-def _with_progress(fill_rows: OnRows, weights: Weights, progress: Progress) -> OnRows:
-    """Fills rows of the streamed pages and counts them; the others are in place already."""
-    total, page_bytes = weights.num_bytes, weights.pages.host[:1].nbytes
-    done, mutex = total - weights.pages.arena.num_bytes, threading.Lock()
+def _with_progress(random: RandomWeights, weights: Weights, progress: Progress) -> tuple[OnRows, OnRows]:
+    """Fill rows of the streamed pages, and of the CPU's, and count them; the others are in place already."""
+    pages, mutex = weights.pages, threading.Lock()
+    total = weights.num_bytes
+    done = total - pages.arena.num_bytes - pages.cpu_arena.num_bytes
 
-    def fill(start: int, stop: int) -> None:
-        nonlocal done
-        fill_rows(start, stop)
-        with mutex:
-            done += (stop - start) * page_bytes
-            progress(done, total)
+    def counted(fill_rows: OnRows, page_bytes: int) -> OnRows:
+        def fill(start: int, stop: int) -> None:
+            nonlocal done
+            fill_rows(start, stop)
+            with mutex:
+                done += (stop - start) * page_bytes
+                progress(done, total)
 
-    return fill
+        return fill
+
+    return (
+        counted(random.fill_rows, pages.host[:1].nbytes),
+        counted(random.fill_cpu_rows, pages.cpu_arena.tensor[:1].nbytes),
+    )

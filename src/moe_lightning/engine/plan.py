@@ -25,7 +25,7 @@ from moe_lightning.perf.outlook import Prediction
 from moe_lightning.perf.planner import search
 from moe_lightning.perf.rates import DatasheetRates, MeasuredRates, Rates
 from moe_lightning.perf.workload import Workload
-from moe_lightning.pipeline.shape import check_ring
+from moe_lightning.pipeline.shape import check_ring, layers_on_cpu
 from moe_lightning.policy import Policy
 from moe_lightning.units import GIB
 
@@ -140,7 +140,7 @@ def _check_pages(policy: Policy, spec: ModelSpec, dtype: torch.dtype) -> None:
     if policy.packed and dtype is not torch.bfloat16:
         raise ConfigError(f"packed=True with {dtype}: only bfloat16 weights can be packed; leave it out")
     layout = PageLayout.of(spec, policy.pages_per_expert)
-    Placement(layout.pages_per_layer, policy.resident_pages, policy.num_frames)
+    Placement(layout.pages_per_layer, policy.resident_pages, policy.num_frames, layers_on_cpu(policy))
     if not 1 <= policy.expert_parts <= layout.num_experts:
         raise ConfigError(
             f"expert_parts={policy.expert_parts}: a layer has {layout.num_experts} experts; give 1 to as many"

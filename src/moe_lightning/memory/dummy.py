@@ -9,6 +9,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from moe_lightning.memory.arena import device_tensor
+from moe_lightning.memory.page_content import is_packed
 from moe_lightning.memory.weights import Weights
 
 _PACKING = 4  # pages at once
@@ -30,6 +32,8 @@ class RandomWeights:
         # be no other memory left. Packing takes some beside, so few do it at once.
         pages, unpacked = weights.pages, weights.pages.unpacked
         rows = unpacked.pages[:_PACKING] if unpacked else pages.frames[: pages.placement.num_ring_frames]
+        if not len(rows):  # all experts stay where they are
+            rows = device_tensor((1, pages.layout.page_elements), pages.dtype, self._device)
         self._scratch: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         for row in rows:
             self._scratch.put(row)
@@ -52,14 +56,20 @@ class RandomWeights:
 
     def fill_rows(self, start: int, stop: int) -> None:
         """Host rows [start, stop) of the streamed pages; threads may fill different rows at once."""
-        places = self._weights.pages.placement.streamed_pages()
-        for layer, page in places[start:stop]:
+        self._fill_all(self._weights.pages.placement.streamed_pages()[start:stop])
+
+    def fill_cpu_rows(self, start: int, stop: int) -> None:
+        """The same of the pages that the CPU computes with."""
+        self._fill_all(self._weights.pages.placement.pages_on_cpu()[start:stop])
+
+    def _fill_all(self, places: list[tuple[int, int]]) -> None:
+        for layer, page in places:
             self._fill(layer, page)
 
     def _fill(self, layer: int, page: int) -> None:
         pages, content = self._weights.pages, self._weights.content
         home = pages.home(layer, page)
-        if not pages.layout.packed and home.device == self._device:
+        if not is_packed(home) and home.device == self._device:
             self._draw(home, layer, page)
             return
         drawn = self._scratch.get()

@@ -67,15 +67,17 @@ class PageLayout:
 
 @dataclass(frozen=True)
 class Placement:
-    """Which pages stay in frames of their own and which go through the ring.
+    """Which pages stay in frames of their own, which go through the ring, and which the CPU computes with.
 
     Frames 0 .. num_ring_frames - 1 are the ring; resident pages have the frames after it. The first
-    `resident[l]` pages of layer l are resident, the others have a row each in host memory.
+    `resident[l]` pages of layer l are resident, the others have a row each in host memory. Layers `on_cpu` have all
+    their pages in host memory, in rows of their own, and none goes to the GPU.
     """
 
     pages_per_layer: int
     resident: tuple[int, ...]
     num_ring_frames: int
+    on_cpu: range = range(0)
 
     def __post_init__(self) -> None:
         if any(not 0 <= count <= self.pages_per_layer for count in self.resident):
@@ -83,11 +85,19 @@ class Placement:
                 f"resident_pages={self.resident}: each layer has {self.pages_per_layer} pages; "
                 "give from none to all of them"
             )
+        if kept := [layer for layer in self.on_cpu if self.resident[layer]]:
+            raise ConfigError(
+                f"resident_pages={self.resident}: the CPU computes the experts of layers {list(self.on_cpu)}, so "
+                f"none of layers {kept} may stay on the GPU; give 0 for these"
+            )
 
     @cached_property
     def streamed(self) -> tuple[int, ...]:
         """Streamed pages of each layer."""
-        return tuple(self.pages_per_layer - count for count in self.resident)
+        return tuple(
+            0 if layer in self.on_cpu else self.pages_per_layer - count
+            for layer, count in enumerate(self.resident)
+        )
 
     @property
     def num_frames(self) -> int:
@@ -101,8 +111,14 @@ class Placement:
 
     def streamed_pages(self) -> list[tuple[int, int]]:
         """Layer and page of each host row, in order."""
-        layers = enumerate(self.resident)
-        return [(layer, page) for layer, first in layers for page in range(first, self.pages_per_layer)]
+        layers = [layer for layer in range(len(self.resident)) if layer not in self.on_cpu]
+        return [
+            (layer, page) for layer in layers for page in range(self.resident[layer], self.pages_per_layer)
+        ]
+
+    def pages_on_cpu(self) -> list[tuple[int, int]]:
+        """Layer and page of each row of the CPU's, in order."""
+        return [(layer, page) for layer in self.on_cpu for page in range(self.pages_per_layer)]
 
     def resident_frame(self, layer: int, page: int) -> int:
         """Frame of a resident page, or -1 for a streamed one."""
@@ -111,7 +127,9 @@ class Placement:
         return self.num_ring_frames + self._resident_before[layer] + page
 
     def frame(self, layer: int, page: int) -> int:
-        """Frame of any page in a pass whose first streamed page is in frame 0."""
+        """Frame of any page in a pass whose first streamed page is in frame 0; -1 for one of the CPU's."""
+        if layer in self.on_cpu:
+            return -1
         if page < self.resident[layer]:
             return self.resident_frame(layer, page)
         return self.host_row(layer, page) % self.num_ring_frames
@@ -119,6 +137,10 @@ class Placement:
     def host_row(self, layer: int, page: int) -> int:
         """Row in host memory of a streamed page."""
         return self._streamed_before[layer] + page - self.resident[layer]
+
+    def cpu_row(self, layer: int, page: int) -> int:
+        """Row of a page of the CPU's."""
+        return self.on_cpu.index(layer) * self.pages_per_layer + page
 
     @cached_property
     def _resident_before(self) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from moe_lightning.kernels import packing
@@ -25,10 +26,9 @@ class PageContent:
         self._packing = threading.Lock()
 
     def segments(self, layer: int, page: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate, up and down of a page where it is stored, packed if pages are."""
-        layout = self._pages.layout
-        size = segment_bytes(layout.segment_elements) if layout.packed else layout.segment_elements
-        gate, up, down, *_ = self._pages.home(layer, page).split(size)
+        """Gate, up and down of a page where it is stored, packed if it is."""
+        elements, home = self._pages.layout.segment_elements, self._pages.home(layer, page)
+        gate, up, down, *_ = home.split(segment_bytes(elements) if is_packed(home) else elements)
         return gate, up, down
 
     @property
@@ -53,15 +53,20 @@ class PageContent:
         """Fill a segment with weights of any shape and dtype, as many as it has.
 
         Raises:
-            NotPackableError: pages are packed, and these weights do not fit.
+            NotPackableError: it is packed, and these weights do not fit.
         """
         pages = self._pages
-        if pages.layout.packed:
+        if is_packed(segment):
             packing.pack(values.to(pages.frames.device, pages.dtype), segment)
         else:
             segment.view(values.shape).copy_(values)
 
     def read(self, segment: Tensor) -> Tensor:
-        """The weights of a segment, [rows * H]; where pages are packed, a copy."""
-        layout = self._pages.layout
-        return packing.unpack(segment, layout.segment_elements) if layout.packed else segment
+        """The weights of a segment, [rows * H]; of a packed one, a copy."""
+        elements = self._pages.layout.segment_elements
+        return packing.unpack(segment, elements) if is_packed(segment) else segment
+
+
+def is_packed(stored: Tensor) -> bool:
+    """Whether a page or a segment is bytes."""
+    return stored.dtype is torch.uint8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,8 @@ from moe_lightning.memory.unpacked import Unpacked
 class PageStore:
     """Where pages are, and how they come to where kernels read them.
 
-    Each page is stored once: resident pages in their frames, streamed pages in host memory. Packed pages are bytes
-    in both, and `swept` unpacks those of one sweep.
+    Each page is stored once: resident pages in their frames, streamed pages and the CPU's in host memory. Packed
+    pages are bytes, but for the CPU's, and `swept` unpacks those of one sweep.
     """
 
     def __init__(
@@ -36,6 +38,10 @@ class PageStore:
         self.frames = device_tensor((placement.num_frames, row), stored, device)
         self.arena = make_arena((placement.num_host_rows, row), stored)
         self.host = self.arena.tensor
+        self.cpu_arena = HostArena(
+            (len(placement.on_cpu) * layout.pages_per_layer, layout.page_elements), dtype
+        )
+        self._cpu_rows = self.cpu_arena.tensor.unbind(0)
         # Made once: each would cost a launcher microseconds at every copy.
         self._frames, self._rows = self.frames.unbind(0), self.host.unbind(0)
         self._staging: StagingRing | None = None
@@ -62,7 +68,9 @@ class PageStore:
         """Make `page_table` that of a pass whose ring begins at frame `offset`; computed on the device."""
         ring = self.placement.num_ring_frames
         if ring:
-            turned = (self._first_table + offset).remainder_(ring)
+            turned = (self._first_table + offset).remainder_(
+                ring
+            )  # of the CPU's pages, which nobody reads, too
             torch.where(self._first_table < ring, turned, self._first_table, out=self.page_table)
 
     def swept(self, layer: int, experts: range) -> tuple[Tensor, Tensor]:
@@ -76,8 +84,15 @@ class PageStore:
 
     def home(self, layer: int, page: int) -> Tensor:
         """The page where it is stored: [page_elements], or its bytes where it is packed."""
+        if layer in self.placement.on_cpu:
+            return self._cpu_rows[self.placement.cpu_row(layer, page)]
         frame = self.placement.resident_frame(layer, page)
         return self._frames[frame] if frame >= 0 else self._rows[self.placement.host_row(layer, page)]
+
+    def on_cpu(self, layer: int) -> Sequence[Tensor]:
+        """The pages of a layer whose experts the CPU computes: [page_elements] each."""
+        first = self.placement.cpu_row(layer, 0)
+        return self._cpu_rows[first : first + self.placement.pages_per_layer]
 
     def load(self, layer: int, page: int, frame: int) -> None:
         """Copy a streamed page to a frame of the ring."""

@@ -16,6 +16,7 @@ from moe_lightning.perf.page_size import page_bytes
 from moe_lightning.pipeline.shape import experts_in
 from moe_lightning.pipeline.task import Lane, Task, TaskKind
 
+_ROUTE_BYTES = 8 + 4  # of an expert's id and its weight
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -227,6 +228,27 @@ def _experts(work: PassWork, task: Task) -> Cost:
     return replace(swept_once, device_bytes=swept_once.device_bytes + unpack_bytes(work, task))
 
 
+def _offload_inputs(work: PassWork, task: Task) -> Cost:
+    """Rows, with the ids and weights of the experts that each goes to."""
+    t, e = _tokens(work, task), work.spec.experts
+    size = t * (work.spec.hidden_size * DTYPE_BYTES[work.dtype] + e.top_k * _ROUTE_BYTES)
+    return Cost(device_bytes=size, host_bytes=size, link_bytes=size)
+
+
+def _cpu_experts(work: PassWork, task: Task) -> Cost:
+    """All experts of the layer, which are not packed; rows are read and written in place."""
+    t, h, e = _tokens(work, task), work.spec.hidden_size, work.spec.experts
+    weights, slots = 3 * h * e.intermediate_size, e.top_k * t
+    size = (min(e.num_experts, slots) * weights + 2 * t * h) * DTYPE_BYTES[work.dtype]
+    return Cost(flops=2 * slots * weights, host_bytes=size + slots * _ROUTE_BYTES)
+
+
+def _add_outputs(work: PassWork, task: Task) -> Cost:
+    """Copied to the GPU, read there again, and added to what is read and written."""
+    copied = _copy(work, _tokens(work, task) * work.spec.hidden_size)
+    return replace(copied, device_bytes=4 * copied.device_bytes)
+
+
 def _sample(work: PassWork, task: Task) -> Cost:
     rows = sum(work.sampled_rows[j] for j in task.micro_batches)
     h, vocab = work.spec.hidden_size, work.spec.vocab_size
@@ -248,5 +270,8 @@ _COSTS: dict[TaskKind, Callable[[PassWork, Task], Cost]] = {
     TaskKind.POST_ATTENTION: _post_attention,
     TaskKind.LOAD_PAGE: _load_page,
     TaskKind.EXPERTS: _experts,
+    TaskKind.OFFLOAD_INPUTS: _offload_inputs,
+    TaskKind.CPU_EXPERTS: _cpu_experts,
+    TaskKind.ADD_OUTPUTS: _add_outputs,
     TaskKind.SAMPLE: _sample,
 }

@@ -11,6 +11,7 @@ from moe_lightning.errors import ConfigError, NoFeasiblePolicyError
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.memory import HEAD_ROWS, memory_use
 from moe_lightning.pipeline.baselines import SCHEDULES
+from moe_lightning.pipeline.shape import layers_on_cpu
 from moe_lightning.policy import Policy
 from moe_lightning.units import GIB, MIB, format_bytes
 
@@ -23,6 +24,11 @@ _STREAMED_PREFILL_TOKENS = 8192  # so that a batch fills up within few passes
 _CHUNK_TOKENS = 512
 _STREAMED_CHUNK_TOKENS = 2048
 PAGE_BYTES = 32 * MIB  # enough to saturate a link, small enough to let hidden states pass between
+# What the last of so many layers does.
+_EVERY = {
+    "kv_every": "keeps its KV on the GPU",
+    "cpu_every": "has its experts computed on the CPU",
+}
 _RING_LAYERS = 1.5  # pages of the next layer arrive while the experts of this one still read theirs
 
 
@@ -118,8 +124,11 @@ def override(base: Policy, values: dict[str, Any]) -> Policy:
     for name, value in values.items():
         _check_value(base, name, value)
     if "resident_pages" in values:
-        values = {**values, "resident_pages": tuple(values["resident_pages"])}
-    return replace(base, **values)
+        return replace(base, **{**values, "resident_pages": tuple(values["resident_pages"])})
+    changed = replace(base, **values)
+    on_cpu = layers_on_cpu(changed)
+    resident = tuple(0 if layer in on_cpu else count for layer, count in enumerate(base.resident_pages))
+    return replace(changed, resident_pages=resident)
 
 
 def _check_value(base: Policy, name: str, value: object) -> None:
@@ -142,13 +151,13 @@ def _check_value(base: Policy, name: str, value: object) -> None:
     elif name == "packed":
         if not isinstance(value, bool):
             raise ConfigError(f"packed={value!r}: give true or false")
-    elif name == "kv_every" and isinstance(value, int) and value > len(base.resident_pages):
+    elif name in _EVERY and isinstance(value, int) and value > len(base.resident_pages):
         raise ConfigError(
-            f"kv_every={value}: the last of so many layers keeps its KV on the GPU, and there are "
+            f"{name}={value}: the last of so many layers {_EVERY[name]}, and there are "
             f"{len(base.resident_pages)}; give no more, or 0"
         )
     else:
-        least = 0 if name in ("look_ahead", "num_frames", "kv_every") else 1
+        least = 0 if name in ("look_ahead", "num_frames", *_EVERY) else 1
         if not _is_int(value, least):
             raise ConfigError(f"{name}={value!r}: give an integer of {least} or more")
 

@@ -8,11 +8,12 @@ from functools import lru_cache
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.page_size import page_bytes
 from moe_lightning.pipeline.baselines import STAGING_SLOTS
-from moe_lightning.pipeline.shape import layers_keeping_kv, pages_of_largest_part
+from moe_lightning.pipeline.shape import layers_keeping_kv, layers_on_cpu, pages_of_largest_part
 from moe_lightning.policy import Policy
 from moe_lightning.units import MIB
 
 EXPERTS_AT_ONCE = 8192  # tokens: enough that reading the weights costs nothing beside the arithmetic
+CPU_EXPERTS_AT_ONCE = 2048  # tokens, of a sweep by the CPU
 HEAD_ROWS = 512  # rows of logits that exist at once: of a vocabulary of 128 k, 256 MiB in float32
 # Logits that are sorted at once: a micro-batch of 324 rows has up to 50 million of them.
 SORTED_AT_ONCE = 2**22
@@ -74,12 +75,14 @@ class HostUse(_Parts):
 
     Attributes:
         experts: that are streamed.
+        cpu_experts: that the CPU computes.
         kv: the cache of the other layers.
-        rows: of decoding sequences, on their way to attention and back.
+        rows: of decoding sequences, on their way to attention and back, and of all that go to the CPU's experts.
         uploads: where a pass's small arrays are put together, and the count that streams wait for; none on a CPU.
     """
 
     experts: int
+    cpu_experts: int
     kv: int
     rows: int
     uploads: int
@@ -106,11 +109,20 @@ class PassUse(_Parts):
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Memory of a policy."""
+    """Memory of a policy.
+
+    Attributes:
+        device: held where the dense work is done.
+        host: held beside that.
+        during_pass: what passes take of the device for a while.
+        cpu_sweep: bytes that they take of the host for a while, where the CPU computes experts; no more than this.
+        has_gpu: the dense work is done on one.
+    """
 
     device: DeviceUse
     host: HostUse
     during_pass: PassUse
+    cpu_sweep: int
     has_gpu: bool = True
 
     @property
@@ -122,7 +134,7 @@ class MemoryUse:
     def host_bytes(self) -> int:
         """What the host needs, with an allowance for the engine's own objects."""
         code = GPU_CODE_BYTES if self.has_gpu else 0
-        return self.host.total + self.during_pass.arrays + ENGINE_BYTES + code
+        return self.host.total + self.during_pass.arrays + self.cpu_sweep + ENGINE_BYTES + code
 
 
 def memory_use(
@@ -144,15 +156,15 @@ def memory_use(
     """
     rows_of_page = spec.experts.intermediate_size // policy.pages_per_expert
     page = page_bytes(spec.hidden_size, rows_of_page, expert_bytes or dtype_bytes, packed=policy.packed)
-    unpacked = page_bytes(spec.hidden_size, rows_of_page, dtype_bytes, packed=False) * pages_of_largest_part(
-        policy, spec.experts.num_experts
-    )
+    plain = page_bytes(spec.hidden_size, rows_of_page, dtype_bytes, packed=False)
+    unpacked = plain * pages_of_largest_part(policy, spec.experts.num_experts)
     per_layer = spec.experts.num_experts * policy.pages_per_expert
     resident = sum(policy.resident_pages)
     # Where pages lie when the ring begins at its first frame, where they are now, and where unpacked.
     tables = (2 * spec.num_layers + policy.packed) * per_layer
     a, rows = spec.attention, policy.max_num_seqs + policy.prefill_tokens
-    kept = len(layers_keeping_kv(policy))
+    kept, on_cpu = len(layers_keeping_kv(policy)), len(layers_on_cpu(policy))
+    row_bytes = spec.hidden_size * dtype_bytes + spec.experts.top_k * (_INT64 + _FLOAT32)
     layer_kv = policy.num_blocks * _block_bytes(spec, dtype_bytes, policy)
     return MemoryUse(
         DeviceUse(
@@ -168,12 +180,15 @@ def memory_use(
             kv=kept * layer_kv,
         ),
         HostUse(
-            experts=(per_layer * spec.num_layers - resident) * page,
+            experts=(per_layer * (spec.num_layers - on_cpu) - resident) * page,
+            cpu_experts=per_layer * on_cpu * plain,
             kv=(spec.num_layers - kept) * layer_kv,
-            rows=policy.max_num_seqs * (a.qkv_size + a.q_size) * dtype_bytes,
+            rows=policy.max_num_seqs * (a.qkv_size + a.q_size) * dtype_bytes
+            + (rows * row_bytes if on_cpu else 0),
             uploads=UPLOAD_BYTES + COUNTER_BYTES if has_gpu else 0,
         ),
         _pass_use(spec, dtype_bytes, policy, rows),
+        _cpu_sweep_bytes(spec, dtype_bytes, min(rows, CPU_EXPERTS_AT_ONCE), rows_of_page) if on_cpu else 0,
         has_gpu,
     )
 
@@ -217,6 +232,13 @@ def _pass_use(spec: ModelSpec, dtype_bytes: int, policy: Policy, rows: int) -> P
         + 2 * sampled * spec.hidden_size * dtype_bytes,
         libraries=_LIBRARIES,
     )
+
+
+def _cpu_sweep_bytes(spec: ModelSpec, dtype_bytes: int, rows: int, rows_of_page: int) -> int:
+    """As `kernels.reference.experts`: inputs and outputs sorted and unsorted, sums, and one page's results."""
+    slots = rows * spec.experts.top_k
+    sorted_bytes = slots * (4 * spec.hidden_size * dtype_bytes + 4 * _INT64)
+    return sorted_bytes + rows * (4 * spec.hidden_size + 4 * rows_of_page) * dtype_bytes
 
 
 def staging_slots(policy: Policy) -> int:

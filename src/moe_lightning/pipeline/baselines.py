@@ -17,7 +17,7 @@ STAGING_SLOTS = {"flexgen": _KV_SLOTS}
 
 def _builder(shape: PassShape) -> PassBuilder:
     """A builder of passes that sweep whole layers and keep all KV in host memory, as all of these do."""
-    return PassBuilder(replace(shape, part_pages=(), kv_every=0))
+    return PassBuilder(replace(shape, part_pages=(), kv_every=0, cpu_every=0))
 
 
 def no_overlap(shape: PassShape) -> Schedule:

@@ -25,13 +25,15 @@ class PassBuilder:
         _check(shape)
         self.shape = shape
         self._tasks: list[Task] = []
-        layers, parts = range(shape.num_layers), range(shape.num_parts)
+        layers = range(shape.num_layers)
         self._pages = [(layer, page) for layer in layers for page in range(shape.streamed_pages[layer])]
         self._first_page = [0, *accumulate(shape.streamed_pages)]
         self._next_page = shape.pages_ahead if shape.preloaded else 0
-        self._groups_done: list[list[set[int]]] = [[set() for _ in parts] for _ in layers]
+        self._groups_done: list[list[set[int]]] = [[set() for _ in shape.parts_of(layer)] for layer in layers]
         self._num_swept = 0  # pages that all their readers are launched for, from the first on
-        self._sweeps = [(layer, part) for layer in layers for part in parts]  # that are not whole
+        self._sweeps = [
+            (layer, part) for layer in layers for part in shape.parts_of(layer)
+        ]  # that are not whole
         self._sweeps.reverse()
         self._frames: dict[tuple[int, int], tuple[Buffer, ...]] = {}  # that a sweep reads
         self._group_of = {j: g for g, members in enumerate(shape.groups) for j in members}
@@ -101,6 +103,18 @@ class PassBuilder:
         reads = inputs + self._frames[layer, part]
         self._add(TaskKind.EXPERTS, Lane.GPU, layer, members, reads, hidden, part)
         self._groups_done[layer][part].add(group)
+        self._count_swept()
+
+    def cpu_experts(self, layer: int, group: int) -> None:
+        """A layer's experts for a group on the CPU, and the ways there and back."""
+        members = self.shape.groups[group]
+        hidden, inputs = common.swept(members)
+        held, inputs = common.held_on_host(members), inputs[len(members) :]
+        self._add(TaskKind.OFFLOAD_INPUTS, Lane.D2H, layer, members, inputs, held)
+        self._add(TaskKind.CPU_EXPERTS, Lane.CPU, layer, members, held, held)
+        # On their way they come to where the inputs were.
+        self._add(TaskKind.ADD_OUTPUTS, Lane.BACK, layer, members, hidden + held, hidden + inputs)
+        self._groups_done[layer][-1].add(group)
         self._count_swept()
 
     def sample(self, j: int) -> None:
@@ -181,6 +195,8 @@ def _check(shape: PassShape) -> None:
         raise ScheduleError(
             f"streamed_pages has {len(shape.streamed_pages)} entries for {shape.num_layers} layers"
         )
+    if any(pages and shape.is_on_cpu(layer) for layer, pages in enumerate(shape.streamed_pages)):
+        raise ScheduleError(f"{shape} streams pages of a layer whose experts the CPU computes")
     if shape.part_pages and sum(shape.part_pages) < max(shape.streamed_pages):
         raise ScheduleError(
             f"part_pages={shape.part_pages} for a layer that streams {max(shape.streamed_pages)} pages; give the "

@@ -19,6 +19,7 @@ def launched(shape: PassShape) -> PassBuilder:
     attends: their attention comes before that of the decode micro-batches is awaited, and their experts after the
     decode sequences have left for the next layer's attention. Where experts are swept in parts, the groups come
     part by part, so that the frames of each are soon free. Where a layer has its KV on the GPU, the GPU attends.
+    Where its experts are on the CPU, pages of the next layers come while that computes.
     """
     builder = PassBuilder(shape)
     ahead = LookAhead(builder)
@@ -54,10 +55,11 @@ def sweep_parts(builder: PassBuilder, ahead: LookAhead, layer: int) -> None:
     shape = builder.shape
     chunks = [g for g, members in enumerate(shape.groups) if members[0] < shape.num_prefill]
     decode = range(len(chunks), len(shape.groups))
-    for part in range(shape.num_parts):
+    parts = shape.parts_of(layer)
+    for part in parts:
         for group in (*decode, *chunks):
-            builder.experts(layer, group, part)
-            if part == shape.num_parts - 1:
+            experts(builder, layer, group, part)
+            if part == parts[-1]:
                 sample_after_last(builder, layer, group)
                 ahead.launch((layer + 1) * shape.num_decode + shape.look_ahead)
         builder.load_pages(builder.pages_before(shape.num_layers) + shape.pages_ahead)
@@ -85,8 +87,16 @@ def close_group(builder: PassBuilder, layer: int, j: int) -> None:
     group = builder.group_ending_at(j)
     if group is None:
         return
-    builder.experts(layer, group)
+    experts(builder, layer, group)
     sample_after_last(builder, layer, group)
+
+
+def experts(builder: PassBuilder, layer: int, group: int, part: int = 0) -> None:
+    """A sweep, where the layer's experts are computed."""
+    if builder.shape.is_on_cpu(layer):
+        builder.cpu_experts(layer, group)
+    else:
+        builder.experts(layer, group, part)
 
 
 def sample_after_last(builder: PassBuilder, layer: int, group: int) -> None:

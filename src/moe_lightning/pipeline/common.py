@@ -68,6 +68,12 @@ def swept(members: tuple[int, ...]) -> tuple[tuple[Buffer, ...], tuple[Buffer, .
     return hidden, hidden + tuple(buffer(B.EXPERTS_IN, j) for j in members)
 
 
+@lru_cache(maxsize=2**12)
+def held_on_host(members: tuple[int, ...]) -> tuple[Buffer, ...]:
+    """Where the CPU's experts find what they work on, and leave what they made."""
+    return tuple(buffer(B.HOST_EXPERTS, j) for j in members)
+
+
 @lru_cache(maxsize=2**16)
 def load_page(layer: int, page: int, frame: int, next_pass: bool) -> Task:
     """A page of a layer, of the next pass perhaps, to a place in the ring."""

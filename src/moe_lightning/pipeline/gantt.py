@@ -28,6 +28,9 @@ COLOURS = {
     TaskKind.OFFLOAD_QKV: "#ba9ce0",
     TaskKind.STORE_KV: "#d7bde9",
     TaskKind.ATTENTION: "#dce775",
+    TaskKind.OFFLOAD_INPUTS: "#9575cd",
+    TaskKind.CPU_EXPERTS: "#aed581",
+    TaskKind.ADD_OUTPUTS: "#ef9a9a",
 }
 _LEFT, _PLOT, _RIGHT = 110, 1200, 30  # px across: lane names, time, margin
 _TOP, _ROW, _BAR = 44, 52, 40  # px down: title, distance of rows, height of a bar

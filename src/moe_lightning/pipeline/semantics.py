@@ -45,6 +45,12 @@ RULES: dict[TaskKind, tuple[Rule, ...]] = {
     ),
     T.LOAD_PAGE: (Rule(B.FRAME, "page"),),
     T.EXPERTS: (Rule(B.HIDDEN, "experts", (B.HIDDEN, B.EXPERTS_IN, B.FRAME)),),
+    T.OFFLOAD_INPUTS: (Rule(B.HOST_EXPERTS, _COPY, (B.EXPERTS_IN,)),),
+    T.CPU_EXPERTS: (Rule(B.HOST_EXPERTS, "experts", (B.HOST_EXPERTS,)),),
+    T.ADD_OUTPUTS: (
+        Rule(B.HIDDEN, "add", (B.HIDDEN, B.HOST_EXPERTS)),
+        Rule(B.EXPERTS_IN, _COPY, (B.HOST_EXPERTS,)),
+    ),
     T.SAMPLE: (Rule(B.TOKENS, "sample", (B.HIDDEN,)),),
 }
 
@@ -155,7 +161,11 @@ def reference(shape: PassShape, terms: Symbols) -> dict[Place, Symbol]:
             loops.run(T.PRE_ATTENTION, layer, j)
             loops.attend(layer, j)
             loops.run(T.POST_ATTENTION, layer, j)
-            for part in range(shape.num_parts):
+            if shape.is_on_cpu(layer):
+                for kind in (T.OFFLOAD_INPUTS, T.CPU_EXPERTS, T.ADD_OUTPUTS):
+                    loops.run(kind, layer, j)
+                continue
+            for part in shape.parts_of(layer):
                 pages = shape.streamed_in(layer, part)
                 loops.run(T.EXPERTS, layer, j, frames[pages.start : pages.stop], part)
     for j in range(shape.num_micro_batches):

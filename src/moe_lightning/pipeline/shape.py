@@ -27,10 +27,15 @@ def pass_shape(
         num_layers: the first layers only; default: all.
     """
     pages = num_experts * policy.pages_per_expert
-    streamed = tuple(pages - resident for resident in policy.resident_pages[:num_layers])
+    on_cpu = layers_on_cpu(policy)
+    streamed = tuple(
+        0 if layer in on_cpu else pages - resident
+        for layer, resident in enumerate(policy.resident_pages[:num_layers])
+    )
     return PassShape(
         len(streamed), num_prefill, num_decode, policy.group_size, policy.look_ahead, streamed, policy.num_frames,
         preloaded=preloaded, part_pages=_part_pages(policy, num_experts), kv_every=kv_every(policy),
+        cpu_every=cpu_every(policy),
     )  # fmt: skip
 
 
@@ -41,8 +46,21 @@ def kv_every(policy: Policy) -> int:
 
 def layers_keeping_kv(policy: Policy) -> range:
     """The layers that have their KV on the GPU."""
-    every, num_layers = kv_every(policy), len(policy.resident_pages)
-    return range(every - 1, num_layers, every) if every else range(0)
+    return _every(kv_every(policy), policy)
+
+
+def cpu_every(policy: Policy) -> int:
+    """The last of every so many layers has its experts computed on the CPU: none, 0, as above."""
+    return policy.cpu_every if policy.schedule == "cgopipe" else 0
+
+
+def layers_on_cpu(policy: Policy) -> range:
+    """The layers whose experts the CPU computes."""
+    return _every(cpu_every(policy), policy)
+
+
+def _every(count: int, policy: Policy) -> range:
+    return range(count - 1, len(policy.resident_pages), count) if count else range(0)
 
 
 def check_ring(policy: Policy, num_experts: int) -> None:

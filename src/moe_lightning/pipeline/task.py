@@ -35,6 +35,9 @@ class TaskKind(StrEnum):
     POST_ATTENTION = "post_attention"  # output projection, norm, router of j
     LOAD_PAGE = "load_page"  # one page of expert weights -> frame
     EXPERTS = "experts"  # a part of one layer's experts for all micro-batches of g
+    OFFLOAD_INPUTS = "offload_inputs"  # what the experts of g work on, routing among it -> host
+    CPU_EXPERTS = "cpu_experts"  # one layer's experts for all micro-batches of g, where they lie: on the CPU
+    ADD_OUTPUTS = "add_outputs"  # what these computed -> GPU, added to the hidden states of g
     SAMPLE = "sample"  # final norm, head, sampling of j
 
 
@@ -47,6 +50,7 @@ class BufferKind(StrEnum):
     HOST_OUT = "host_out"  # attention output, host
     ATTENTION_OUT = "attention_out"  # attention output, GPU
     EXPERTS_IN = "experts_in"  # normed hidden states with routing, GPU
+    HOST_EXPERTS = "host_experts"  # the same, host, and then what the experts make of it
     FRAME = "frame"  # a page's place on the GPU
     KV = "kv"  # KV cache of one layer and micro-batch, wherever that layer has it
     KV_STAGE = "kv_stage"  # KV loaded for one micro-batch, GPU; the index is a staging slot
@@ -101,7 +105,8 @@ class PassShape:
     Where a layer's experts are swept in parts, `part_pages` has the pages of each; the first of them are resident.
     So frames are free again before the whole layer is done, and the ring may be smaller than a layer.
 
-    The last of every `kv_every` layers keeps its KV on the GPU; 0: none does.
+    The last of every `kv_every` layers keeps its KV on the GPU; 0: none does. The last of every `cpu_every` has its
+    experts computed on the CPU, streams no page and is swept as one; 0: none is.
     """
 
     num_layers: int
@@ -114,10 +119,24 @@ class PassShape:
     preloaded: bool = False
     part_pages: tuple[int, ...] = ()
     kv_every: int = 0
+    cpu_every: int = 0
 
     def keeps_kv(self, layer: int) -> bool:
         """Whether the layer has its KV on the GPU."""
         return self.kv_every > 0 and (layer + 1) % self.kv_every == 0
+
+    def is_on_cpu(self, layer: int) -> bool:
+        """Whether the CPU computes the layer's experts."""
+        return self.cpu_every > 0 and (layer + 1) % self.cpu_every == 0
+
+    @property
+    def num_on_cpu(self) -> int:
+        """Layers whose experts the CPU computes."""
+        return self.num_layers // self.cpu_every if self.cpu_every else 0
+
+    def parts_of(self, layer: int) -> range:
+        """Sweeps over the layer's experts."""
+        return range(1 if self.is_on_cpu(layer) else self.num_parts)
 
     @property
     def num_keeping_kv(self) -> int:
@@ -141,8 +160,8 @@ class PassShape:
     @cached_property
     def least_frames(self) -> int:
         """Frames without which a ring does not turn: those of the largest part."""
-        layers, parts = range(self.num_layers), range(self.num_parts)
-        return max((len(self.streamed_in(layer, part)) for layer in layers for part in parts), default=0)
+        sweeps = ((layer, part) for layer in range(self.num_layers) for part in self.parts_of(layer))
+        return max((len(self.streamed_in(layer, part)) for layer, part in sweeps), default=0)
 
     @property
     def num_micro_batches(self) -> int:

@@ -24,6 +24,9 @@ LETTERS = {
     TaskKind.POST_ATTENTION: "p",
     TaskKind.LOAD_PAGE: "W",
     TaskKind.EXPERTS: "X",
+    TaskKind.OFFLOAD_INPUTS: "i",
+    TaskKind.CPU_EXPERTS: "C",
+    TaskKind.ADD_OUTPUTS: "a",
     TaskKind.SAMPLE: "t",
 }
 _IDLE = "."

@@ -13,7 +13,7 @@ from moe_lightning.kernels import ops, reference
 from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.memory.weights import Weights
-from moe_lightning.perf.memory import HEAD_ROWS
+from moe_lightning.perf.memory import CPU_EXPERTS_AT_ONCE, HEAD_ROWS
 from moe_lightning.pipeline.shape import experts_in
 from moe_lightning.pipeline.task import BufferKind, Task
 from moe_lightning.runtime.buffers import PassBuffers
@@ -99,11 +99,7 @@ class TaskRunner:
 
     def _load_hidden(self, task: Task) -> None:
         batch, b = self._batch(task), self._buffers
-        into = b.attention_out[batch.rows]
-        if b.host_out_on_device is not None:
-            ops.load_host_rows(b.host_out_on_device[batch.host_rows], into)
-        else:
-            into.copy_(b.host_out[batch.host_rows], non_blocking=True)
+        _bring(b.host_out, b.host_out_on_device, batch.host_rows, b.attention_out[batch.rows])
 
     def _prefill_attention(self, task: Task) -> None:
         batch = self._batch(task)
@@ -179,14 +175,37 @@ class TaskRunner:
         pages.check(
             task.layer, experts.start * pages_per_expert, [self._ring_frame(frame) for frame in frames]
         )
-        # A group's micro-batches are neighbours, so its rows are one slice.
-        first, last = task.micro_batches[0], task.micro_batches[-1]
-        rows = slice(self._batches[first].rows.start, self._batches[last].rows.stop)
+        rows = self._rows(task)
         weights, table = pages.swept(task.layer, experts)
         ops.experts_(
             b.hidden[rows], b.experts_in[rows], b.topk_ids[rows], b.topk_weights[rows], weights, table,
             pages_per_expert, b.experts, experts if n > 1 else None,
         )  # fmt: skip
+
+    def _rows(self, task: Task) -> slice:
+        """Of a group, whose micro-batches are neighbours."""
+        first, last = task.micro_batches[0], task.micro_batches[-1]
+        return slice(self._batches[first].rows.start, self._batches[last].rows.stop)
+
+    def _offload_inputs(self, task: Task) -> None:
+        b, rows = self._buffers, self._rows(task)
+        b.host_experts[rows].copy_(b.experts_in[rows], non_blocking=True)
+        b.host_topk_ids[rows].copy_(b.topk_ids[rows], non_blocking=True)
+        b.host_topk_weights[rows].copy_(b.topk_weights[rows], non_blocking=True)
+
+    def _cpu_experts(self, task: Task) -> None:
+        b, rows, pages = self._buffers, self._rows(task), self._weights.pages
+        weights, pages_per_expert = pages.on_cpu(task.layer), pages.layout.pages_per_expert
+        whole = (b.host_experts[rows], b.host_topk_ids[rows], b.host_topk_weights[rows])
+        pieces = (tensor.split(CPU_EXPERTS_AT_ONCE) for tensor in whole)
+        for x, topk_ids, topk_weights in zip(*pieces, strict=True):
+            x.copy_(reference.experts(x, topk_ids, topk_weights, weights, pages_per_expert))
+
+    def _add_outputs(self, task: Task) -> None:
+        b, rows = self._buffers, self._rows(task)
+        into = b.experts_in[rows]
+        _bring(b.host_experts, b.host_experts_on_device, rows, into)
+        b.hidden[rows].add_(into)
 
     def _sample(self, task: Task) -> None:
         batch = self._batch(task)
@@ -215,3 +234,11 @@ class TaskRunner:
         heads = qkv.view(len(qkv), -1, a.head_dim)
         first_v = a.num_heads + a.num_kv_heads
         return heads[:, : a.num_heads], heads[:, a.num_heads : first_v], heads[:, first_v:]
+
+
+def _bring(host: Tensor, on_device: Tensor | None, rows: slice, into: Tensor) -> None:
+    """Rows of page-locked memory to the device: by a kernel where it reaches them, past the copies of pages."""
+    if on_device is not None:
+        ops.load_host_rows(on_device[rows], into)
+    else:
+        into.copy_(host[rows], non_blocking=True)

@@ -9,6 +9,7 @@ from typing import Any
 from moe_lightning import __version__
 from moe_lightning.memory.layout import PageLayout, Placement
 from moe_lightning.perf.outlook import Prediction
+from moe_lightning.pipeline.shape import layers_on_cpu
 from moe_lightning.server.engine_thread import EngineThread
 from moe_lightning.server.service import Service
 from moe_lightning.server.watch import LANES
@@ -71,5 +72,7 @@ def _bytes_per_pass(service: Service) -> int:
     """Bytes of weights that each pass copies to the GPU."""
     llm, policy = service.llm, service.llm.policy
     layout = PageLayout.of(llm.spec, policy.pages_per_expert, packed=policy.packed)
-    placement = Placement(layout.pages_per_layer, policy.resident_pages, policy.num_frames)
+    placement = Placement(
+        layout.pages_per_layer, policy.resident_pages, policy.num_frames, layers_on_cpu(policy)
+    )
     return sum(placement.streamed) * layout.page_bytes(llm.dtype.itemsize)
