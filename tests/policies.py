@@ -19,14 +19,14 @@ def drawn_policy(number):
     pages = draw.choice([1, 2, 3, 4])
     per_layer = NUM_EXPERTS * pages
     resident = tuple(draw.randint(0, per_layer) for _ in range(NUM_LAYERS))
+    cpu_every = random.Random(-number - 1).choice([0, 0, 1, 2, NUM_LAYERS])
+    if cpu_every:
+        resident = tuple(0 if (i + 1) % cpu_every == 0 else count for i, count in enumerate(resident))
     smallest = per_layer - min(resident)
     name, parts = NAMES[number % len(NAMES)], draw.choice([1, 2, 3, NUM_EXPERTS])
     if name == "cgopipe":  # the others sweep whole layers
         smallest = min(smallest, -(-NUM_EXPERTS // parts) * pages)
     num_micro_batches = (1, 2, 3, 7)[number % 4]
-    cpu_every = random.Random(-number - 1).choice([0, 0, 1, 2, NUM_LAYERS])
-    if name == "cgopipe" and cpu_every:
-        resident = tuple(0 if (i + 1) % cpu_every == 0 else count for i, count in enumerate(resident))
     return {
         "schedule": name,
         "expert_parts": parts,

@@ -57,7 +57,12 @@ PROFILE = Profile(
     took_s=41.5,
     host=HostProfile(
         read=100e9, read_under_copies=96e9, flops={"bfloat16": 3.6e12, "float32": 1.5e12},
-        attention=(attention(32, 32), attention(32, 8), attention(32, 4)), experts=(),
+        attention=(attention(32, 32), attention(32, 8), attention(32, 4)),
+        experts=(
+            ExpertsProfile(
+                replace(MIXTRAL, pages_per_expert=1), "bfloat16", TimeCurve((1.0, 64.0, 4096.0), (9e-3, 4e-2, 0.8))
+            ),
+        ),
     ),
     gpu=GpuProfile(
         memory=3e12, flops={"bfloat16": 7.9e14, "float32": 5e13},

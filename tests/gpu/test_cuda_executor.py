@@ -156,6 +156,9 @@ EDGES = [
     (TaskKind.POST_ATTENTION, TaskKind.LOAD_HIDDEN),
     (TaskKind.EXPERTS, TaskKind.LOAD_PAGE),
     (TaskKind.LOAD_PAGE, TaskKind.EXPERTS),
+    (TaskKind.OFFLOAD_INPUTS, TaskKind.POST_ATTENTION),
+    (TaskKind.CPU_EXPERTS, TaskKind.OFFLOAD_INPUTS),
+    (TaskKind.ADD_OUTPUTS, TaskKind.CPU_EXPERTS),
 ]
 
 
@@ -195,7 +198,9 @@ def drop(llm, consumer, producer, monkeypatch):
 @pytest.mark.parametrize("consumer, producer", EDGES, ids=lambda kind: kind.value)
 def test_a_missing_dependency_is_noticed(consumer, producer, mixtral, prompts, answers, monkeypatch):
     """The tests above would prove nothing if a race left the tokens as they are."""
-    llm = cuda(mixtral, pages_per_expert=1, resident_pages=(0, 0, 0), num_frames=12, group_size=1)
+    llm = cuda(
+        mixtral, pages_per_expert=1, resident_pages=(0, 0, 0), num_frames=12, group_size=1, cpu_every=2
+    )
     drop(llm, consumer, producer, monkeypatch)
     try:
         assert tokens_of(llm, prompts[:4]) != answers[:4]

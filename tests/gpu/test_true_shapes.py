@@ -20,10 +20,16 @@ NEW_TOKENS = 12
 
 
 def drawn_policy(number, packed):
-    """Micro-batches, groups, residency and ring at random; the ring is as small as it may be in every third."""
+    """Micro-batches, groups, residency and ring at random; the ring is as small as it may be in every third.
+
+    In every third other the second layer's experts are on the CPU.
+    """
     draw = random.Random(number)
     pages = draw.choice([2, 7, 14])
     resident = tuple(draw.randint(0, 8 * pages) for _ in range(NUM_LAYERS))
+    cpu_every = 2 if number % 3 == 1 else 0
+    if cpu_every:
+        resident = (resident[0], 0, resident[2])
     parts = (1, 2, 4, 8)[number % 4]
     smallest = min(8 * pages - min(resident), 8 // parts * pages)
     return Policy(
@@ -31,7 +37,7 @@ def drawn_policy(number, packed):
         look_ahead=draw.choice([0, 2, 100]), prefill_tokens=1024, chunk_tokens=draw.choice([200, 512]),
         pages_per_expert=pages, resident_pages=resident,
         num_frames=smallest + (0 if number % 3 == 0 else draw.randint(0, smallest)), num_blocks=640,
-        expert_parts=parts, packed=packed,
+        expert_parts=parts, packed=packed, cpu_every=cpu_every,
     )  # fmt: skip
 
 

@@ -70,5 +70,5 @@ def test_the_number_of_steps_is_known_before(kernels, monkeypatch):
     monkeypatch.setattr(gpu_machine, "_within_budget", lambda effort, _: nullcontext(effort))
     gpu_machine.measure_gpu_machine(shapes, TINY, None, lambda *_: None)
     of_kernels = kernels(None, None)[1]
-    # Host memory, three kinds of copies, reads, the CPU's products and each geometry, the lanes.
-    assert totals == [1 + 3 + 1 + 1 + len(TINY.geometries) + 1 + of_kernels]
+    # Host memory, three kinds of copies, reads, the CPU's products, each geometry, each model's experts, the lanes.
+    assert totals == [1 + 3 + 1 + 1 + len(TINY.geometries) + len(shapes) + 1 + of_kernels]

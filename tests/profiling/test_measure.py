@@ -98,8 +98,11 @@ def test_too_little_memory_is_said_with_what_is_free(monkeypatch):
 
 
 def test_experts_count_as_often_as_they_are_met(monkeypatch):
-    monkeypatch.setattr(host, "median_seconds", lambda work, budget: (work(0), 0.25)[1])
-    found = host.experts(SHAPE, torch.float32, replace(TINY, cpu_experts_s=10.0))
+    monkeypatch.setattr(host, "median_seconds", lambda work, budget, before: (before(), work(0), 0.25)[2])
+    turns = []
+    effort = replace(TINY, cpu_experts_s=10.0)
+    found = host.experts(SHAPE, torch.float32, effort, lambda: turns.append(1))
+    assert len(turns) == 2, "copies were kept up"
     assert found.times.seconds == pytest.approx((2 * 0.25, 4 * 0.25), rel=1e-4)
 
 

@@ -33,7 +33,7 @@ from moe_lightning.perf.sizing import ROOM, Choice, largest_policy, sized
 from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.pipeline import cgopipe
 from moe_lightning.pipeline.baselines import SCHEDULES
-from moe_lightning.pipeline.shape import check_ring
+from moe_lightning.pipeline.shape import check_ring, layers_on_cpu
 from moe_lightning.pipeline.task import Lane, PassShape, Task, TaskKind
 from moe_lightning.units import GIB
 
@@ -319,32 +319,71 @@ def test_packed_experts_are_faster_where_they_stream_and_plain_ones_where_all_fi
     assert not search(MIXTRAL, "float16", memory, DatasheetRates(H100), WORK).policy.packed
 
 
-def left_out(plan, cpu_flops=1.6e12, **lanes):
-    """Gains of attention on the GPU, KV there and experts on the CPU, with other seconds of some lanes."""
-    lane_s = {**plan.prediction.lane_s, **lanes}
-    pass_s = max(plan.prediction.pass_s, *lane_s.values())
-    plan = replace(plan, prediction=replace(plan.prediction, lane_s=lane_s, pass_s=pass_s))
-    problem = problem_of(MIXTRAL, "bfloat16", Memory(120 * GIB, 24 * GIB), WORK)
-    return [each.gain for each in alternatives(problem, plan, DatasheetRates(H100), cpu_flops)]
-
-
-def test_experts_on_the_cpu_gain_nothing_where_it_has_no_time_and_a_bounded_share_where_it_has():
-    plan = planned()
-    on_gpu, _, experts = left_out(plan, h2d=2.0, cpu=1.0)
-    assert on_gpu < 0 and 0 < experts < 1, "the link is busy longer than the CPU"
-    faster = left_out(plan, 3.2e12, h2d=2.0, cpu=1.0)[2]
-    assert experts < faster < 2 * experts + 0.01
-    assert left_out(plan, h2d=1.0, cpu=20.0)[2] == 0, "the CPU has no time for more"
-
-
 @pytest.mark.parametrize(
     ("gpu", "memory", "symbol"), [(10, Memory(120 * GIB, GIB), "r_c>0"), (64, Memory(GIB, 64 * GIB), "r_c=0")]
 )
 def test_kv_in_another_place_may_not_fit(gpu, memory, symbol):
     plan = planned(gpu)
     problem = replace(problem_of(MIXTRAL, "bfloat16", memory, WORK), packed=plan.policy.packed)
-    (kv,) = (each for each in alternatives(problem, plan, DatasheetRates(H100), 1e12) if "r_c" in each.symbol)
+    (kv,) = (each for each in alternatives(problem, plan, DatasheetRates(H100)) if "r_c" in each.symbol)
     assert (kv.symbol, kv.gain) == (symbol, None)
+
+
+# -- experts on the CPU -------------------------------------------------------------------------------------
+
+
+def few(num_requests, **changes):
+    """The plan for a job so small that pages are what takes long."""
+    rates = DatasheetRates(replace(PRESETS["rtx-4090"], **changes))
+    return search(MIXTRAL, "bfloat16", Memory(100 * GIB, 23 * GIB), rates, Workload((77,), 64, num_requests))
+
+
+def test_the_cpu_computes_experts_where_few_sequences_make_waiting_for_pages_long():
+    with_cpu, slow = few(50), replace(PRESETS["rtx-4090"].cpu, flops={"bfloat16": 1e10})
+    assert with_cpu.policy.cpu_every and few(1000).policy.cpu_every == 0
+    without = few(50, cpu=slow)
+    assert without.policy.cpu_every == 0, "a CPU that computes nothing is left alone"
+    assert with_cpu.tokens_per_s > 1.2 * without.tokens_per_s
+    on_cpu = layers_on_cpu(with_cpu.policy)
+    assert all(
+        (count == 0) == (layer in on_cpu) for layer, count in enumerate(with_cpu.policy.resident_pages)
+    )
+
+
+def test_no_other_share_of_experts_on_the_cpu_is_faster_than_the_plans():
+    plan, rates, work = few(50), DatasheetRates(PRESETS["rtx-4090"]), Workload((77,), 64, 50)
+    problem = problem_of(MIXTRAL, "bfloat16", Memory(100 * GIB, 23 * GIB), work)
+    problem = replace(problem, packed=plan.policy.packed)
+    for every in (0, 1, 2, 3, 4, 8):
+        other = largest_policy(problem, replace(plan.choice, cpu_every=every))
+        if other:
+            assert problem.outlook(other, rates).prediction.job_tokens_per_s < 1.01 * plan.tokens_per_s
+    (found,) = (each for each in alternatives(problem, plan, rates) if "F_g" in each.symbol)
+    assert found.symbol == "F_g=1" and found.gain < -0.1
+
+
+def test_experts_on_the_cpu_may_not_fit_and_are_left_out_where_nothing_is_known_of_them():
+    plan = planned()
+    problem = replace(problem_of(MIXTRAL, "bfloat16", Memory(44 * GIB, 24 * GIB), WORK), packed=True)
+    (found,) = (each for each in alternatives(problem, plan, DatasheetRates(H100)) if "F_g" in each.symbol)
+    assert (found.symbol, found.gain) == ("F_g<1", None)
+    unknown = LighterPages(DatasheetRates(H100), 0.5)
+    assert not any("F_g" in each.symbol for each in alternatives(problem, plan, unknown))
+
+
+@pytest.mark.parametrize(("every", "kv_every"), [(1, 0), (2, 0), (3, 2), (5, 0), (8, 4)])
+def test_a_pass_of_few_simulated_layers_stands_for_all_where_some_have_experts_on_the_cpu(every, kv_every):
+    problem = replace(problem_of(MIXTRAL, "bfloat16", Memory(150 * GIB, 24 * GIB), WORK), packed=True)
+    choice = replace(planned(24).choice, cpu_every=every, kv_every=kv_every)
+    policy = sized(problem, choice, 100)
+    passes = Passes(MIXTRAL, "bfloat16", policy, DatasheetRates(H100), WORK.mean_context(), WORK.mean_prompt)
+    few, lanes_of_few = passes.steady(100, 60, 6)
+    every_layer, lanes = passes.steady(100, 60, 32)
+    assert few == pytest.approx(every_layer, rel=0.08)
+    alone = passes.lane_seconds(100, 60)
+    for lane in ("cpu", "h2d", "back", "d2h"):
+        assert lanes_of_few[lane] == pytest.approx(lanes[lane], rel=0.08)
+        assert alone[lane] == pytest.approx(lanes[lane], rel=0.02)
 
 
 # -- KV on the GPU -----------------------------------------------------------------------------------------
@@ -381,7 +420,7 @@ def test_no_other_share_of_kv_on_the_gpu_is_faster_than_the_plans():
         other = largest_policy(problem, replace(plan.choice, kv_every=every))
         reached = Outlook(MIXTRAL, "bfloat16", other, DatasheetRates(H100), WORK).prediction.job_tokens_per_s
         assert reached < 1.005 * plan.tokens_per_s
-    (_, kv, _) = alternatives(problem, plan, DatasheetRates(H100), 1e12)
+    (_, kv, _) = alternatives(problem, plan, DatasheetRates(H100))
     assert kv.symbol == "r_c=0" and kv.gain < -0.05
 
 

@@ -198,7 +198,7 @@ def test_prefill_attention_takes_its_flops_at_the_rate_of_the_prompts_length() -
 
 def test_what_was_not_measured_at_all_is_an_error_and_no_guess() -> None:
     with pytest.raises(ConfigError, match="no measurement of experts; measure again"):
-        PROFILE.host.experts_like(MIXTRAL, "bfloat16")
+        replace(PROFILE.host, experts=()).experts_like(MIXTRAL, "bfloat16")
 
 
 def test_a_models_shape_is_found_whatever_its_name_and_pages() -> None:

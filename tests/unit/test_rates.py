@@ -10,7 +10,7 @@ from moe_lightning.hardware.kernel_times import PartTimes
 from moe_lightning.hardware.profile import Profile
 from moe_lightning.models.registry import resolve
 from moe_lightning.perf.cost import PassWork
-from moe_lightning.perf.memory import EXPERTS_AT_ONCE
+from moe_lightning.perf.memory import CPU_EXPERTS_AT_ONCE, EXPERTS_AT_ONCE
 from moe_lightning.perf.rates import MeasuredRates
 from moe_lightning.pipeline.task import Lane, Task, TaskKind
 from profiles import LANES, LINK, MIXTRAL, PROFILE
@@ -216,3 +216,29 @@ def test_attention_of_prompts_takes_its_pairs_at_the_rate_of_a_tokens_prompt() -
     flops = 4 * 64 * 40 * 4096
     rate = GPU.prefill[0].rate.rate_at(80)
     assert seconds(TaskKind.PREFILL_ATTENTION, 0) == pytest.approx(flops / rate + 2 * LANES.gpu_gap_s)
+
+
+def test_experts_on_the_cpu_take_what_was_measured_and_a_hand_over() -> None:
+    def on_cpu(tokens: int) -> float:
+        work = replace(WORK, tokens=(64, tokens))
+        return seconds(TaskKind.CPU_EXPERTS, 1, work=work, lane=Lane.CPU) - LANES.cpu_round_trip_s / 2
+
+    assert on_cpu(64) == pytest.approx(4e-2)
+    assert on_cpu(2 * CPU_EXPERTS_AT_ONCE + 64) == pytest.approx(2 * on_cpu(CPU_EXPERTS_AT_ONCE) + 4e-2)
+
+
+def test_pages_are_as_slow_beside_the_cpus_experts_as_beside_its_attention() -> None:
+    """Which reads as much of host memory; where it never ends, neither do slow pages."""
+
+    def page(share: float, tokens: int) -> float:
+        work = replace(WORK, tokens=(64, tokens), num_prefill=1, streamed_pages=1000, cpu_share=share)
+        return seconds(TaskKind.LOAD_PAGE, 1, work=work)
+
+    assert page(0.0, 8) < page(0.25, 8) < page(1.0, 4096)
+    assert page(1.0, 4096) == pytest.approx(seconds(TaskKind.LOAD_PAGE, 1, work=WORK))
+
+
+def test_a_profile_of_an_earlier_version_knows_nothing_of_experts_on_the_cpu() -> None:
+    before = replace(PROFILE, host=replace(PROFILE.host, experts=()))
+    assert MeasuredRates(PROFILE).knows_cpu_experts and PROFILE.is_complete
+    assert not MeasuredRates(before).knows_cpu_experts and not before.is_complete

@@ -159,7 +159,6 @@ def _plan_ours(
         MeasuredRates(profile) if profile else DatasheetRates(hardware),
         hardware.gpu.memory_bytes,
         args.host_memory or int(_HOST_SHARE * hardware.cpu.memory_bytes),
-        hardware.cpu.peak_flops("float32"),
     )
     job = job_of(args, args.max_model_len or spec.max_position)
     notes += job.notes

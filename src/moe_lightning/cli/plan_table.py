@@ -31,7 +31,8 @@ _DEVICE = {
     "staging": "KV on its way", "kv": "KV cache",
 }  # fmt: skip
 _HOST = {
-    "experts": "experts streamed", "kv": "KV cache", "rows": "rows of sequences", "uploads": "small arrays",
+    "experts": "experts streamed", "cpu_experts": "experts of the CPU",
+    "kv": "KV cache", "rows": "rows of sequences", "uploads": "small arrays",
 }  # fmt: skip
 
 
@@ -156,11 +157,12 @@ def _policy(report: Report) -> str:
         if policy.num_frames
         else ""
     )
+    on_cpu = f"; the CPU computes those of one layer in {policy.cpu_every}" if policy.cpu_every else ""
     kept = f", in GPU memory for one layer in {policy.kv_every}" if policy.kv_every else ""
     return (
         f"{num_seqs:,} sequences in {micro_batches} micro-batches of {policy.micro_batch_size}{more}; prompts "
         f"in chunks of {policy.chunk_tokens:,} tokens, up to {policy.max_num_seqs + policy.prefill_tokens:,} rows "
-        f"a pass; {resident:.0%} of the experts resident{rest}; {policy.num_blocks:,} KV blocks of "
+        f"a pass; {resident:.0%} of the experts resident{rest}{on_cpu}; {policy.num_blocks:,} KV blocks of "
         f"{policy.block_size} tokens{kept}"
     )
 
@@ -199,7 +201,7 @@ def _what_ifs(report: Report) -> Table:
 def _gain(alternative: Alternative) -> str:
     if alternative.gain is None:
         return "does not fit"
-    return f"+{alternative.gain:.1%} at most" if alternative.is_bound else f"{alternative.gain:+.0%}"
+    return f"{alternative.gain:+.0%}"
 
 
 def _left_out(report: Report) -> Table:

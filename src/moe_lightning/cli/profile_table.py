@@ -35,9 +35,9 @@ def grids(profile: Profile) -> Iterator[Grid]:
         yield _link(profile.gpu.link)
         yield _lanes(profile.gpu.lanes)
         yield _gpu(profile.gpu)
-    experts = profile.gpu.experts if profile.gpu else profile.host.experts
-    yield from (_experts(found) for found in experts)
+    yield from (_experts(found, "on the CPU") for found in profile.host.experts)
     if profile.gpu:
+        yield from (_experts(found, "on the GPU") for found in profile.gpu.experts)
         yield from _dense(profile.gpu)
         yield from (_small(found) for found in profile.gpu.small)
         yield _prefill(profile.gpu.prefill)
@@ -122,7 +122,7 @@ def _gpu(gpu: GpuProfile) -> Grid:
     return Grid("GPU", ("", "rate"), tuple(rows))
 
 
-def _experts(found: ExpertsProfile) -> Grid:
+def _experts(found: ExpertsProfile, where: str) -> Grid:
     s = found.shape
     rows = []
     for tokens, seconds in zip(found.times.sizes, found.times.seconds, strict=True):
@@ -134,7 +134,7 @@ def _experts(found: ExpertsProfile) -> Grid:
         )
         rates = (f"{flops / 1e12:.2f}", _giga(weights / seconds, ""))
         rows.append((f"{tokens:.0f}", f"{seconds * 1e3:.3f}", *rates, *parts))
-    title = f"Experts of {s.name}, {found.dtype}: one sweep of a layer"
+    title = f"Experts of {s.name} {where}, {found.dtype}: one sweep of a layer"
     shares = (f"ms of {p.share:.4g} of them" for p in found.parts)
     return Grid(title, ("tokens", "ms", "TFLOP/s", "GB/s of weights", *shares), tuple(rows))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.cost import PassWork
 from moe_lightning.perf.predict import first_swept
-from moe_lightning.pipeline.shape import layers_keeping_kv
+from moe_lightning.pipeline.shape import layers_keeping_kv, layers_on_cpu
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step
 
@@ -29,7 +29,7 @@ def pass_work(
     return PassWork(
         spec, dtype, policy.pages_per_expert, tuple(tokens + sizes), tuple(keys), tuple(rows + sizes), expert_parts,
         first_swept(len(chunks), len(chunks) + len(groups)) if policy.packed else None, len(chunks), streamed_pages,
-        len(layers_keeping_kv(policy)) / spec.num_layers,
+        len(layers_keeping_kv(policy)) / spec.num_layers, len(layers_on_cpu(policy)) / spec.num_layers,
     )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ class HostProfile:
         read_under_copies: the same while copies to the GPU run.
         flops: FLOP/s of a large product by dtype.
         attention: by geometry.
-        experts: on the CPU; only where there is no GPU.
+        experts: on the CPU, beside copies where there is a GPU; none where nobody measured.
     """
 
     read: float
@@ -302,6 +302,7 @@ class Profile:
         has_link = bool(link.h2d_beside_attention) and all(found.store for found in self.gpu.prefill)
         return (
             (has_link or not link.is_pinned)
+            and bool(self.host.experts)
             and bool(self.gpu.small)
             and bool(self.gpu.decode)
             and all(found.is_whole for found in self.gpu.small)

@@ -1,20 +1,14 @@
-"""What a plan leaves out, and what it could gain at most: attention, KV or experts in another place.
-
-Attention and KV in other places are simulated. The runtime computes no experts on the CPU: from the seconds of each
-lane follows what that would give if nothing ever waited, an upper bound, as the paper's equations have it.
-"""
+"""What a plan leaves out, and what it could gain: attention, KV or experts in another place, simulated."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from moe_lightning.perf.choices import changed, values_of
-from moe_lightning.perf.cost import PassWork, task_cost
 from moe_lightning.perf.operators import decode_attention, experts
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.sizing import Problem, largest_policy
 from moe_lightning.perf.trials import Planned
-from moe_lightning.pipeline.task import Lane, Task, TaskKind
 from moe_lightning.units import format_bytes
 
 
@@ -25,30 +19,27 @@ class Alternative:
     Attributes:
         name: what would be where.
         symbol: of the paper's policy.
-        gain: of tokens/s, by simulation, or at most; None: it does not fit.
+        gain: of tokens/s; None: it does not fit.
         reason: why.
-        is_bound: the gain is an upper bound.
     """
 
     name: str
     symbol: str
     gain: float | None
     reason: str
-    is_bound: bool = False
 
 
-def alternatives(
-    problem: Problem, planned: Planned, rates: Rates, cpu_flops: float
-) -> tuple[Alternative, ...]:
-    """Attention on the GPU, another share of KV there, experts on the CPU.
+def alternatives(problem: Problem, planned: Planned, rates: Rates) -> tuple[Alternative, ...]:
+    """Attention on the GPU, another share of KV there, experts on the CPU or on the GPU alone.
 
     Args:
         problem: what was planned for.
         planned: the plan.
         rates: of the machine.
-        cpu_flops: FLOP/s of the CPUs in matrix products.
     """
-    found = [_kv_elsewhere(problem, planned, rates), _experts_on_cpu(problem, planned, cpu_flops)]
+    found = [_kv_elsewhere(problem, planned, rates)]
+    if rates.knows_cpu_experts:
+        found.append(_experts_elsewhere(problem, planned, rates))
     if planned.choice.kv_every != 1:  # else all of it is there
         found.insert(0, _attention_on_gpu(problem, planned, rates))
     return tuple(found)
@@ -67,21 +58,8 @@ def _attention_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alter
 
 
 def _kv_elsewhere(problem: Problem, planned: Planned, rates: Rates) -> Alternative:
-    """By the simulation of plans that differ in that alone: with a share on the GPU, or without the plan's.
-
-    They have KV for as many sequences, or for those that fit.
-    """
-    now, problem = planned.choice.kv_every, replace(problem, enough=planned.prediction.num_seqs)
-    shares = [every for every in values_of(problem)["kv_every"] if bool(every) != bool(now)]
-
-    policies = {
-        every: largest_policy(problem, changed(planned.choice, "kv_every", every)) for every in shares
-    }
-    gains = {
-        every: problem.outlook(policy, rates).estimate / planned.tokens_per_s - 1
-        for every, policy in policies.items()
-        if policy
-    }
+    """With a share on the GPU, or without the plan's."""
+    now, gains = planned.choice.kv_every, _gains(problem, planned, rates, "kv_every")
     if now:
         return Alternative(
             "all KV in host memory", "r_c=0", gains.get(0),
@@ -97,22 +75,40 @@ def _kv_elsewhere(problem: Problem, planned: Planned, rates: Rates) -> Alternati
     )  # fmt: skip
 
 
-def _experts_on_cpu(problem: Problem, planned: Planned, cpu_flops: float) -> Alternative:
-    """The share at which link and CPU would take as long: what is computed on the CPU is not copied."""
-    spec, p = problem.spec, planned.prediction
-    tokens = p.num_seqs + p.prefill_tokens
-    work = PassWork(spec, problem.dtype, 1, (tokens,), (tokens,), (0,))
-    sweep = task_cost(Task(TaskKind.EXPERTS, Lane.GPU, 0, (0,), (), ()), work)
-    cpu_s = spec.num_layers * sweep.flops / cpu_flops  # of all experts
-    link_s, attention_s = p.lane_s["h2d"], p.lane_s["cpu"]
-    share = max(0.0, (link_s - attention_s) / (link_s + cpu_s))
-    gain = 1 / (1 - share) - 1
-    per_byte = experts(spec, problem.dtype, tokens).host_intensity
+def _experts_elsewhere(problem: Problem, planned: Planned, rates: Rates) -> Alternative:
+    """On the CPU in a share of the layers, or in none."""
+    now, gains = planned.choice.cpu_every, _gains(problem, planned, rates, "cpu_every")
+    if now:
+        return Alternative(
+            "experts on the GPU alone", "F_g=1", gains.get(0),
+            f"all would cross the link or stay; now the CPU computes those of one layer in {now:g}",
+        )  # fmt: skip
+    if not gains:
+        return Alternative(
+            "experts on the CPU", "F_g<1", None, "host memory has no room for any that are not packed"
+        )
+    best, p = max(gains, key=gains.__getitem__), planned.prediction
+    per_byte = experts(problem.spec, problem.dtype, p.num_seqs + p.prefill_tokens).host_intensity
     return Alternative(
-        "experts on the CPU", "F_g<1", gain,
-        f"{per_byte:,.0f} FLOP for a byte of experts: all of them would take it {cpu_s:.3g} s a pass, the link "
-        f"{link_s:.3g} s; it has time for {share:.1%}", is_bound=True,
+        "experts on the CPU", f"F_g=1-1/{best:g}", gains[best],
+        f"{per_byte:,.0f} FLOP for a byte of experts: those of one layer in {best:g} would not cross the link, but "
+        "the CPU would compute them",
     )  # fmt: skip
+
+
+def _gains(problem: Problem, planned: Planned, rates: Rates, name: str) -> dict[float, float]:
+    """Of plans that differ in one choice alone: where the plan makes use of it, without; else with it.
+
+    They have KV for as many sequences, or for those that fit.
+    """
+    now, problem = getattr(planned.choice, name), replace(problem, enough=planned.prediction.num_seqs)
+    others = [value for value in values_of(problem)[name] if bool(value) != bool(now)]
+    policies = {value: largest_policy(problem, changed(planned.choice, name, value)) for value in others}
+    return {
+        value: problem.outlook(policy, rates).estimate / planned.tokens_per_s - 1
+        for value, policy in policies.items()
+        if policy
+    }
 
 
 def _kv_bytes(problem: Problem, planned: Planned) -> float:

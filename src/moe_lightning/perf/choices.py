@@ -17,6 +17,7 @@ _VALUES: dict[str, tuple[float, ...]] = {
     "groups": (1, 2, 4),
     "ahead": (2.0, 1.0, 0.5),
     "kv_every": (0, 12, 8, 6, 5, 4, 3, 2, 1),
+    "cpu_every": (0, 8, 4, 3, 2, 1),
 }
 _PAGE_SIZES = (1.0, 0.5, 2.0)  # shares of the usual page's
 
@@ -37,8 +38,11 @@ def values_of(problem: Problem) -> dict[str, tuple[float, ...]]:
     """What is tried of each choice, the one that is begun with first."""
     most = problem.spec.experts.num_experts
     parts = tuple(count for count in _VALUES["parts"] if count <= most)
-    every = tuple(count for count in _VALUES["kv_every"] if count <= problem.spec.num_layers)
-    return {**_VALUES, "parts": parts, "kv_every": every, "pages": tuple(_pages(problem))}
+    every = {
+        name: tuple(count for count in _VALUES[name] if count <= problem.spec.num_layers)
+        for name in ("kv_every", "cpu_every")
+    }
+    return {**_VALUES, "parts": parts, **every, "pages": tuple(_pages(problem))}
 
 
 def starts(problem: Problem) -> tuple[Choice, ...]:

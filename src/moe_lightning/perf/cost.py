@@ -47,6 +47,7 @@ class PassWork:
         num_prefill: micro-batches of prompts, which come before those that decode; None where nobody says.
         streamed_pages: that come to the GPU in the pass; None where nobody says.
         kv_share: of the layers, those that have their KV on the GPU.
+        cpu_share: of the layers, those whose experts the CPU computes.
 
     Raises:
         ConfigError: the dtype is not known, or the pages are not equal slices.
@@ -63,6 +64,7 @@ class PassWork:
     num_prefill: int | None = None
     streamed_pages: int | None = None
     kv_share: float = 0.0
+    cpu_share: float = 0.0
 
     def num_experts_in(self, part: int) -> int:
         """Experts that a part sweeps."""

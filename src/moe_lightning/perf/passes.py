@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from math import ceil
+from math import ceil, lcm
 from typing import NamedTuple
 
 from moe_lightning.models.spec import ModelSpec
@@ -15,7 +15,7 @@ from moe_lightning.perf.predict import pass_work
 from moe_lightning.perf.rates import Rates
 from moe_lightning.pipeline import cgopipe
 from moe_lightning.pipeline.baselines import SCHEDULES
-from moe_lightning.pipeline.shape import kv_every, pass_shape
+from moe_lightning.pipeline.shape import cpu_every, kv_every, layers_on_cpu, pass_shape
 from moe_lightning.pipeline.simulate import times, until_tokens
 from moe_lightning.pipeline.task import Lane, PassShape, Task, TaskKind
 from moe_lightning.policy import Policy
@@ -64,11 +64,12 @@ class Passes:
         standing for several where there are more.
         """
         layers = self.spec.num_layers
-        between, every = _SHORT, kv_every(self.policy)
-        if every and decode > 1:
-            # Whole periods of layers that keep their KV on the GPU; few sequences hardly attend anywhere.
-            between = every * ceil(_SHORT / every)
-            depth = max(depth, between + 1)
+        # Whole periods of layers that are unlike the others; few sequences hardly attend anywhere. While the CPU
+        # computes experts pages of the next layers come, so that the first period is unlike the others too.
+        kept, on_cpu = (kv_every(self.policy) if decode > 1 else 0), cpu_every(self.policy)
+        period = lcm(kept or 1, on_cpu or 1)
+        between = period * ceil(_SHORT / period)
+        depth = max(depth, between + (on_cpu or min(kept, 1)))
         long = layers if depth + (depth - between) >= layers else depth
         end, lanes = self._simulated(decode, prefill, long, most_pages)
         if long < layers:
@@ -95,22 +96,27 @@ class Passes:
         chunks = _counted(work, range(shape.num_prefill))
         rows = _counted(work, range(shape.num_prefill, shape.num_micro_batches))
         both, keeping = {**chunks, **rows}, shape.num_keeping_kv
-        others = shape.num_layers - keeping
+        others, on_cpu, groups = shape.num_layers - keeping, shape.num_on_cpu, dict.fromkeys(shape.groups, 1)
         gpu = (
             of(TaskKind.PRE_ATTENTION, Lane.GPU, both)
             + of(TaskKind.PREFILL_ATTENTION, Lane.GPU, chunks)
             + of(TaskKind.POST_ATTENTION, Lane.GPU, both)
-            + of(TaskKind.EXPERTS, Lane.GPU, dict.fromkeys(shape.groups, 1))
         )
+        swept = of(TaskKind.EXPERTS, Lane.GPU, groups) if on_cpu < shape.num_layers else 0.0
         kept = of(TaskKind.RESIDENT_ATTENTION, Lane.GPU, rows) + of(TaskKind.KEEP_KV, Lane.GPU, chunks)
         d2h = of(TaskKind.OFFLOAD_QKV, Lane.D2H, rows) + of(TaskKind.STORE_KV, Lane.D2H, chunks)
-        return {
-            Lane.GPU: shape.num_layers * gpu + keeping * kept,
+        found = {
+            Lane.GPU: shape.num_layers * gpu + (shape.num_layers - on_cpu) * swept + keeping * kept,
             Lane.D2H: others * d2h,
             Lane.CPU: others * of(TaskKind.ATTENTION, Lane.CPU, rows),
             Lane.BACK: others * of(TaskKind.LOAD_HIDDEN, Lane.BACK, rows),
             Lane.H2D: sum(shape.streamed_pages) * seconds(_PAGE),
         }
+        if on_cpu:
+            found[Lane.D2H] += on_cpu * of(TaskKind.OFFLOAD_INPUTS, Lane.D2H, groups)
+            found[Lane.CPU] += on_cpu * of(TaskKind.CPU_EXPERTS, Lane.CPU, groups)
+            found[Lane.BACK] += on_cpu * of(TaskKind.ADD_OUTPUTS, Lane.BACK, groups)
+        return found
 
     def _simulated(
         self, decode: int, prefill: int, layers: int, most_pages: int
@@ -119,7 +125,8 @@ class Passes:
         whole, _, seconds = self._kind(decode, prefill)
         shape = _with_fewer_pages(self._shape(whole.num_prefill, whole.num_decode, layers), most_pages)
         # As each simulated page stands for several, or layers have a page more or less than those left out.
-        page_s = seconds(_PAGE) * self._streamed_of_layer * layers / max(sum(shape.streamed_pages), 1)
+        streaming = layers - shape.num_on_cpu
+        page_s = seconds(_PAGE) * self._streamed_of_layer * streaming / max(sum(shape.streamed_pages), 1)
 
         def timed(task: Task) -> float:
             return page_s if task.kind is TaskKind.LOAD_PAGE else seconds(task)
@@ -137,9 +144,10 @@ class Passes:
 
     @cached_property
     def _streamed_of_layer(self) -> float:
-        """Pages, on average."""
+        """Pages, on average over the layers whose experts are not on the CPU."""
         per_layer = self.spec.experts.num_experts * self.policy.pages_per_expert
-        return per_layer - sum(self.policy.resident_pages) / self.spec.num_layers
+        streaming = self.spec.num_layers - len(layers_on_cpu(self.policy))
+        return per_layer - sum(self.policy.resident_pages) / max(streaming, 1)
 
     def _kind(self, decode: int, prefill: int) -> _Kind:
         """Passes of so many sequences and prompt tokens; worked out once."""

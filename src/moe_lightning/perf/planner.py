@@ -110,20 +110,29 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
     # What is mostly fastest comes first: the more is known to be far behind.
     for start in (bridging,) if is_near else (bridging, whole, usual, fine):
         found.vary(start)
-    if found.best and not is_near:
+    if found.best is None:
+        found.vary(smallest)
+    if found.best is None:
+        raise no_feasible_policy(problem, smallest)
+    if not is_near:
         found.vary(found.best.choice)
-    if found.best and not _waits_for_pages(found.best):
+    _look_elsewhere(found, bridging, rates, is_near=is_near)
+    found, problem = _of_fewer_sequences(found, problem, rates)
+    return with_slack(problem, found.best_with_others(), rates)
+
+
+def _look_elsewhere(found: Trials, bridging: Choice, rates: Rates, *, is_near: bool) -> None:
+    """KV on the GPU where the CPU is what takes long, and experts on the CPU where the link is."""
+    assert found.best is not None
+    if found.best.choice.kv_every or not _waits_for_pages(found.best):
         likely = [found.best.choice, bridging, replace(bridging, micro_batches=2, groups=4)]
         for start in found.likeliest(likely[:1] if is_near else likely, "kv_every")[:2]:
             found.vary(start)
         if not is_near:
             found.vary(found.best.choice)
-    if found.best is None:
-        found.vary(smallest)
-    if found.best is None:
-        raise no_feasible_policy(problem, smallest)
-    found, problem = _of_fewer_sequences(found, problem, rates)
-    return with_slack(problem, found.best_with_others(), rates)
+    if rates.knows_cpu_experts and _waits_for_pages(found.best):
+        for start in found.likeliest([found.best.choice, bridging], "cpu_every")[:1]:
+            found.vary(start)
 
 
 def _of_fewer_sequences(found: Trials, problem: Problem, rates: Rates) -> tuple[Trials, Problem]:
@@ -177,8 +186,7 @@ def _with_fewer(problem: Problem, best: Choice, most: int) -> list[Problem]:
 
 def _waits_for_pages(plan: Planned) -> bool:
     """Rather than for the CPU: KV on the GPU, which takes the place of pages, makes such a plan slower."""
-    lane_s = plan.prediction.lane_s
-    return not plan.choice.kv_every and lane_s["h2d"] > lane_s["cpu"]
+    return plan.prediction.lane_s["h2d"] > plan.prediction.lane_s["cpu"]
 
 
 def problem_of(

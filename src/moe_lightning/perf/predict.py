@@ -91,7 +91,7 @@ def pass_work(
     return PassWork(
         spec, dtype or spec.dtype, pages_per_expert, tuple(tokens), tuple(context), rows, shape.num_parts,
         first_swept(n, len(tokens)) if packed else None, n, sum(shape.streamed_pages),
-        shape.num_keeping_kv / shape.num_layers,
+        shape.num_keeping_kv / shape.num_layers, shape.num_on_cpu / shape.num_layers,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from moe_lightning.perf.cost import (
     task_seconds,
     unpack_bytes,
 )
-from moe_lightning.perf.memory import EXPERTS_AT_ONCE
+from moe_lightning.perf.memory import CPU_EXPERTS_AT_ONCE, EXPERTS_AT_ONCE
 from moe_lightning.perf.shape import shape_of
 from moe_lightning.pipeline.task import Lane, Task, TaskKind
 
@@ -32,6 +32,10 @@ class Rates(Protocol):
     @property
     def h2d(self) -> float:
         """Bytes/s of large copies to the GPU with nothing beside them."""
+
+    @property
+    def knows_cpu_experts(self) -> bool:
+        """Whether it is known what experts take on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class DatasheetRates:
     def h2d(self) -> float:
         """Bytes/s of large copies to the GPU."""
         return self.hardware.h2d
+
+    @property
+    def knows_cpu_experts(self) -> bool:
+        """The CPU's peaks are."""
+        return True
 
     def seconds(self, work: PassWork) -> Callable[[Task], float]:
         """Each task as slow as the slowest resource that it uses, and a launch."""
@@ -88,6 +97,11 @@ class MeasuredRates:
         """Bytes/s of large copies to the GPU."""
         return self._gpu.link.fastest_h2d
 
+    @property
+    def knows_cpu_experts(self) -> bool:
+        """Whether the profile has them; those of earlier versions do not, where there is a GPU."""
+        return bool(self.profile.host.experts)
+
     def seconds(self, work: PassWork) -> Callable[[Task], float]:
         """Curves of the shapes nearest to the model's."""
         return _Measured(self.profile, self._gpu, work).of
@@ -104,6 +118,11 @@ class LighterPages:
     def h2d(self) -> float:
         """Bytes/s of large copies to the GPU."""
         return self.rates.h2d
+
+    @property
+    def knows_cpu_experts(self) -> bool:
+        """Of that format nothing is known there."""
+        return False
 
     def seconds(self, work: PassWork) -> Callable[[Task], float]:
         """Copies of pages take that share of the time, all else as long as it did."""
@@ -122,7 +141,7 @@ _EMBED_KERNELS, _PREFILL_KERNELS, _SAMPLE_KERNELS = 8, 2, 8
 
 class _Measured:
     def __init__(self, profile: Profile, gpu: GpuProfile, work: PassWork) -> None:
-        self._gpu, self._work = gpu, work
+        self._gpu, self._host, self._work = gpu, profile.host, work
         spec, a, dtype = work.spec, work.spec.attention, work.dtype
         self._size = DTYPE_BYTES[dtype]
         self._shape = shape_of(spec, "", self._size)
@@ -164,6 +183,8 @@ class _Measured:
         decode = Counter(zip(work.tokens[first:], work.context_tokens[first:], strict=True))
         of_layer = sum(count * self._attends(*size) for size, count in decode.items())
         attention_s = work.spec.num_layers * (1 - work.kv_share) * of_layer
+        if work.cpu_share:  # reads host memory as attention does
+            attention_s += work.spec.num_layers * work.cpu_share * self._on_cpu(sum(work.tokens))
         page_s = _IN_PASSES * self._gpu.link.to_gpu.seconds_at(streamed_page_bytes(work)) * self._slowed
         pages_s = work.streamed_pages * page_s
         longer = max(attention_s, pages_s)
@@ -180,11 +201,20 @@ class _Measured:
         seconds = self._attention.seconds(tokens, mean, kv_bytes, num_kv_heads=heads, under_copies=True)
         return seconds + self._between_lanes
 
+    def _on_cpu(self, tokens: int) -> float:
+        """Seconds of a layer's experts on the CPU."""
+        experts = self._host.experts_like(self._shape, self._work.dtype)
+        turns, rest = divmod(tokens, CPU_EXPERTS_AT_ONCE)
+        seconds = turns * experts.seconds(self._shape, CPU_EXPERTS_AT_ONCE) if turns else 0.0
+        return seconds + (experts.seconds(self._shape, rest) if rest else 0.0)
+
     def of(self, task: Task) -> float:
         work = self._work
         tokens = sum(work.tokens[j] for j in task.micro_batches)
         if task.kind is TaskKind.ATTENTION:
             return self._attends(tokens, sum(work.context_tokens[j] for j in task.micro_batches))
+        if task.kind is TaskKind.CPU_EXPERTS:
+            return self._on_cpu(tokens) + self._between_lanes
         if task.lane is Lane.GPU:
             return self._on_gpu(task, tokens)
         return self._copied(task, task_cost(task, work).link_bytes)

@@ -28,6 +28,11 @@ class Refitted:
         """Bytes/s of large copies to the GPU, which pages are."""
         return self.rates.h2d / self.factors.get(TaskKind.LOAD_PAGE, 1.0)
 
+    @property
+    def knows_cpu_experts(self) -> bool:
+        """As the rates."""
+        return self.rates.knows_cpu_experts
+
     def seconds(self, work: PassWork) -> Callable[[Task], float]:
         """What the rates say, times the factor of the kind."""
         before, factors = self.rates.seconds(work), dict(self.factors)

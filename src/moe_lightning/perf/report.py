@@ -33,14 +33,12 @@ class Machine:
         rates: of its lanes.
         gpu_memory: bytes that the process may use, context included.
         host_memory: bytes for weights and KV.
-        cpu_flops: FLOP/s of its CPUs in matrix products.
     """
 
     name: str
     rates: Rates
     gpu_memory: int
     host_memory: int
-    cpu_flops: float
 
     @property
     def memory(self) -> Memory:
@@ -128,7 +126,7 @@ def plan(
     return Report(
         spec, machine, dtype, workload, planned, problem.use(planned.policy),
         _limit(spec, dtype, machine, workload, packed=planned.policy.packed),
-        alternatives(problem, planned, machine.rates, machine.cpu_flops), longest,
+        alternatives(problem, planned, machine.rates), longest,
     )  # fmt: skip
 
 

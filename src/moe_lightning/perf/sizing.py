@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, floor
@@ -14,6 +15,7 @@ from moe_lightning.perf.outlook import Outlook
 from moe_lightning.perf.page_size import page_bytes
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload
+from moe_lightning.pipeline.shape import layers_on_cpu
 from moe_lightning.policy import Policy
 
 BLOCK_SIZE = 16
@@ -38,6 +40,7 @@ class Choice:
         pages: slices of an expert.
         parts: of a layer's experts, each swept as its pages come.
         kv_every: the last of every so many layers keeps its KV on the GPU; 0: none does.
+        cpu_every: the last of every so many layers has its experts computed on the CPU; 0: none has.
     """
 
     ring: float
@@ -48,6 +51,7 @@ class Choice:
     pages: int
     parts: int
     kv_every: int = 0
+    cpu_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -176,15 +180,25 @@ def _draft(problem: Problem, choice: Choice, num_seqs: int) -> Policy:
         look_ahead=ceil(choice.ahead * count), prefill_tokens=prefill, chunk_tokens=min(CHUNK_TOKENS, prefill),
         pages_per_expert=choice.pages, resident_pages=(0,) * problem.spec.num_layers, num_frames=0, num_blocks=0,
         block_size=BLOCK_SIZE, expert_parts=choice.parts, packed=problem.packed, kv_every=choice.kv_every,
+        cpu_every=choice.cpu_every,
     )  # fmt: skip
 
 
 def _with_pages(problem: Problem, choice: Choice, draft: Policy) -> Policy | None:
     """The policy with as many resident pages as the GPU holds beside the choice's ring."""
-    layers, per_layer = problem.spec.num_layers, problem.spec.experts.num_experts * choice.pages
+    per_layer, on_cpu = problem.spec.experts.num_experts * choice.pages, layers_on_cpu(draft)
+    layers = problem.spec.num_layers - len(on_cpu)
     frames = problem.free_frames(draft)
+    if frames < 0:
+        return None
+
+    def with_resident(counts: Iterable[int]) -> Policy:
+        each = iter(counts)
+        resident = (0 if layer in on_cpu else next(each) for layer in range(problem.spec.num_layers))
+        return replace(draft, resident_pages=tuple(resident))
+
     if frames >= per_layer * layers:
-        return replace(draft, resident_pages=(per_layer,) * layers)
+        return with_resident([per_layer] * layers)
 
     def fits(total: int) -> bool:
         return total + num_frames(problem, choice, per_layer - total // layers) <= frames
@@ -195,10 +209,8 @@ def _with_pages(problem: Problem, choice: Choice, draft: Policy) -> Policy | Non
     while least < most:
         middle = (least + most + 1) // 2
         least, most = (middle, most) if fits(middle) else (least, middle - 1)
-    resident = tuple(least // layers + (layer < least % layers) for layer in range(layers))
-    return replace(
-        draft, resident_pages=resident, num_frames=num_frames(problem, choice, per_layer - min(resident))
-    )
+    placed = with_resident(least // layers + (layer < least % layers) for layer in range(layers))
+    return replace(placed, num_frames=num_frames(problem, choice, per_layer - least // layers))
 
 
 def num_frames(problem: Problem, choice: Choice, streamed: int) -> int:

@@ -59,15 +59,15 @@ class Trials:
     def vary(self, start: Choice) -> None:
         """Vary one choice after the other from `start`; nothing where that is far behind.
 
-        KV is left in host memory alone where the start has it there.
+        KV is left in host memory alone where the start has it there, and experts to the GPU.
         """
         base = self._try([start]) or start
         policy = self._policy(start)
         if policy and self._value(policy) < _BEHIND * self.tokens_per_s:
             return
         for name in self._values:
-            if name == "kv_every" and not start.kv_every:
-                continue  # all in host memory: whether that is best is looked at in the end
+            if name in ("kv_every", "cpu_every") and not getattr(start, name):
+                continue  # whether that is best is looked at in the end
             some = self.most_promising(base, name)
             # Passes with KV on the GPU are simulated to more layers, so fewer of them.
             base = self._try(some[:_FEW] if name == "kv_every" else some) or base

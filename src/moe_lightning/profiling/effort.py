@@ -43,6 +43,7 @@ class Effort:
         gpu_product: rows and columns of the matrices whose product gives a GPU's FLOP/s.
         cpu_products: the same for the CPU, until one takes too long.
         cpu_experts_s: seconds for the experts of one model and dtype on a CPU; beyond, larger batches are left out.
+        cpu_experts_beside_s: the same beside a GPU, where it computes those of few tokens at most.
         chain: tasks of one lane in a schedule that measures lanes.
     """
 
@@ -72,6 +73,7 @@ class Effort:
     gpu_product: int = 8192
     cpu_products: tuple[int, ...] = (512, 1024, 2048, 4096)
     cpu_experts_s: float = 3.0
+    cpu_experts_beside_s: float = 1.5
     chain: int = 40
 
     def paced(self, elapsed_s: float, done: int) -> Effort:

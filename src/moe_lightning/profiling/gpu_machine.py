@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from statistics import fmean
 
@@ -49,7 +49,7 @@ def measure_gpu_machine(
         DeviceError: the GPU does not answer.
     """
     dtype = require_gpu()
-    steps = Steps(9 + len(effort.geometries) + 7 * len(shapes), report)
+    steps = Steps(9 + len(effort.geometries) + 8 * len(shapes), report)
     with steps.named(), _within_budget(effort, gpu_memory) as effort:
         return _all(shapes, effort, dtype, steps)  # when it returns, what it had on the GPU is free
 
@@ -121,6 +121,12 @@ def _host_and_link(
         steps.begin(f"CPU attention beside copies, {host.describe(geometry)}")
         paced = effort.paced(steps.elapsed_s, done)
         attention.append(AttentionBench(kernel, memory.read, geometry, dtype, paced).measure(copies))
+    experts = []
+    few = replace(effort, cpu_experts_s=effort.cpu_experts_beside_s)
+    for shape in shapes:
+        steps.begin(f"experts of {shape.name} on the CPU beside copies")
+        with copies or nullcontext():
+            experts.append(host.experts(shape, dtype, few, copies.keep_up if copies else lambda: None))
     beside = None
     if copies is not None:
         beside = copies.rate_watched() or h2d.best_rate
@@ -129,7 +135,7 @@ def _host_and_link(
         benches = [AttentionBench(kernel, memory.read, shape.attention, dtype, effort) for shape in shapes]
         layers = [bench.layer(bench.lengths(effort.load_context)) for bench in benches]
         loads = [Load(copies, *layer, _on_gpu(memory.read)) for layer in layers]
-    found = HostProfile(read, read_beside, flops, tuple(attention), ())
+    found = HostProfile(read, read_beside, flops, tuple(attention), tuple(experts))
     return found, LinkProfile(memory.is_pinned, h2d, d2h, *both, beside), loads
 
 

@@ -1,4 +1,4 @@
-"""Measures the CPU: its memory, its products, and experts as a machine without a GPU computes them."""
+"""Measures the CPU: its memory, its products, and the experts that it computes."""
 
 from __future__ import annotations
 
@@ -57,11 +57,13 @@ def _product_seconds(size: int, dtype: torch.dtype) -> float:
 
 
 @torch.inference_mode()
-def experts(shape: ModelShape, dtype: torch.dtype, effort: Effort) -> ExpertsProfile:
+def experts(
+    shape: ModelShape, dtype: torch.dtype, effort: Effort, before: Callable[[], object] = lambda: None
+) -> ExpertsProfile:
     """Sweeps over a layer's experts, until larger batches would take too long.
 
     A CPU computes the experts one after the other. So one is measured, with as many rows as it has on average, and
-    counts as often as the tokens are expected to meet one.
+    counts as often as the tokens are expected to meet one. `before` is called before each turn.
     """
     shape = replace(shape, pages_per_expert=1)
     elements = 3 * shape.hidden_size * shape.intermediate_size
@@ -72,17 +74,19 @@ def experts(shape: ModelShape, dtype: torch.dtype, effort: Effort) -> ExpertsPro
     for num_tokens in effort.cpu_tokens:
         met = shape.experts_met(num_tokens)
         rows = max(1, round(num_tokens * shape.top_k / met))
-        turn_s = _expert_seconds(rows, shape.hidden_size, pool, effort)
+        turn_s = _expert_seconds(rows, shape.hidden_size, pool, effort, before)
         points[num_tokens] = met * turn_s
         if time.perf_counter() - begin + 4 * turn_s > effort.cpu_experts_s:
             break
     return ExpertsProfile(shape, name_of(dtype), TimeCurve(tuple(points), tuple(points.values())))
 
 
-def _expert_seconds(rows: int, hidden_size: int, pool: Tensor, effort: Effort) -> float:
+def _expert_seconds(
+    rows: int, hidden_size: int, pool: Tensor, effort: Effort, before: Callable[[], object]
+) -> float:
     """Of one expert, each turn another one of the pool."""
     x = torch.randn(rows, hidden_size).to(pool.dtype)
     ids, weights = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1)
     return median_seconds(
-        lambda turn: reference.experts(x, ids, weights, [pool[turn % len(pool)]], 1), effort.point_s
+        lambda turn: reference.experts(x, ids, weights, [pool[turn % len(pool)]], 1), effort.point_s, before
     )
