@@ -175,6 +175,21 @@ def test_engines_that_share_memory_stream_other_shares_and_stay_right(mixtral):
     assert len(addresses) == 1
 
 
+def test_experts_on_the_cpu_are_in_memory_that_no_other_engine_shares(mixtral):
+    config = EngineConfig(
+        str(mixtral), device="cpu", load_format="dummy", host_memory=514 * 2**20, dtype="float32"
+    )
+    session = Session(config, registry.resolve(str(mixtral)), shares_memory=True)
+    for cpu_every in (0, 2, 1, 0):
+        resident = tuple(0 if cpu_every and (layer + 1) % cpu_every == 0 else 1 for layer in range(3))
+        policy = tiny_policy(**{**POLICY, "resident_pages": resident, "cpu_every": cpu_every})
+        plan = make_plan(config, policy)
+        session.plan = lambda work, config=None, plan=plan: plan
+        assert measured(session, num_checked=3).measured[0].check.is_equal
+        assert (session._shared is None) == (cpu_every > 0)
+        session.unload()
+
+
 def test_what_checks_leave_in_memory_is_no_later_engines(mixtral, monkeypatch):
     config = EngineConfig(str(mixtral), device="cpu", load_format="dummy", host_memory=514 * 2**20)
     session = Session(config, registry.resolve(str(mixtral)), shares_memory=True)
