@@ -2,6 +2,7 @@
 
     python benchmarks/search_times.py --profile benchmarks/results/profile_h100.json --out times.json configs/*.json
     python benchmarks/search_times.py --before before.json --out times.json ...    # and says which plans got worse
+    python benchmarks/search_times.py --requests 10000 ...                         # of jobs of so many requests
 
 A config whose architecture is not supported is planned as a Mixtral of its sizes: a search of as many layers,
 experts and pages. Seconds are those of the processor, so that other programs on the machine do not count. A model
@@ -16,6 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -77,27 +79,31 @@ def models(paths: list[Path]) -> Iterator[tuple[str, ModelSpec]]:
             yield path.name, as_mixtral(json.loads(path.read_text(encoding="utf-8")), path.name)
 
 
-def cells(spec: ModelSpec, rates: MeasuredRates, lengths: str) -> Iterator[Row]:
+def cells(spec: ModelSpec, rates: MeasuredRates, lengths: str, requests: int | None = None) -> Iterator[Row]:
     """A row for each of the memories that hold the model, or for the smallest larger ones."""
-    usual = [row for gpu in _GPU for host in _HOST for row in _rows(spec, rates, lengths, gpu, host)]
+    usual = [
+        row for gpu in _GPU for host in _HOST for row in _rows(spec, rates, lengths, requests, gpu, host)
+    ]
     if usual:
         yield from usual
         return
     for gpu in (*_GPU, *_LARGE_GPU):
         for host in (*_HOST, *_LARGE_HOST):
-            if found := list(_rows(spec, rates, lengths, gpu, host)):
+            if found := list(_rows(spec, rates, lengths, requests, gpu, host)):
                 yield from found
                 return
 
 
-def _rows(spec: ModelSpec, rates: MeasuredRates, lengths: str, gpu: int, host: int) -> Iterator[Row]:
+def _rows(
+    spec: ModelSpec, rates: MeasuredRates, lengths: str, requests: int | None, gpu: int, host: int
+) -> Iterator[Row]:
     for gen in _GEN:
         gc.collect()
         gc.freeze()  # what earlier searches remember is in no user's process: the collector need not look at it
         start = time.process_time()
         try:
             found = search(
-                spec, "bfloat16", Memory(host * GIB, gpu * GIB), rates, workload(lengths, gen)
+                spec, "bfloat16", Memory(host * GIB, gpu * GIB), rates, workload(lengths, gen, requests)
             )  # fmt: skip
         except (ConfigError, NoFeasiblePolicyError):
             continue
@@ -129,10 +135,22 @@ def summary(rows: list[Row], before: list[Row] | None) -> str:
         for row in rows if (found := tuple(row[k] for k in key)) in old
     )  # fmt: skip
     slow = sum(row["seconds"] > _BOUND_S for row in rows)
+    falls = list(falls_with_more_memory(rows))
     lines.append(
-        f"\n{len(rows)} searches, {slow} over {_BOUND_S:g} s, {worse} plans worse by over {_WORSE:.1%}"
+        f"\n{len(rows)} searches, {slow} over {_BOUND_S:g} s, {worse} plans worse by over {_WORSE:.1%}; "
+        f"{len(falls)} pairs in which more memory is slower by over that, {max(falls, default=0):.1%} at most"
     )
     return "\n".join(lines)
+
+
+def falls_with_more_memory(rows: list[Row]) -> Iterator[float]:
+    """By how much each plan that has as much or more of both memories than another one is slower."""
+    for less, more in permutations(rows, 2):
+        same = all(less[name] == more[name] for name in ("model", "gen"))
+        if same and less["gpu"] <= more["gpu"] and less["host"] <= more["host"]:
+            fall = 1 - more["tokens_per_s"] / less["tokens_per_s"]
+            if fall > _WORSE:
+                yield fall
 
 
 def main() -> None:
@@ -144,6 +162,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--before", type=Path)
     parser.add_argument("--workload", default="mtbench", choices=WORKLOADS)
+    parser.add_argument("--requests", type=int, help="of a job; default: as many as keep the machine busy")
     parser.add_argument("--only", help="part of the models' names")
     args = parser.parse_args()
     rates = MeasuredRates(Profile.from_json(json.loads(args.profile.read_text(encoding="utf-8"))))
@@ -151,13 +170,16 @@ def main() -> None:
     for name, spec in models(args.config):
         if args.only and args.only not in name:
             continue
-        found = [{"model": name, **row} for row in cells(spec, rates, args.workload)]
+        found = [{"model": name, **row} for row in cells(spec, rates, args.workload, args.requests)]
         rows += found
         print(
             f"{name}: {len(found)}, {max((row['seconds'] for row in found), default=0):.2f} s at most",
             flush=True,
         )
-        args.out.write_text(json.dumps(about | {"searches": rows}, indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(
+            json.dumps(about | {"requests": args.requests, "searches": rows}, indent=1) + "\n",
+            encoding="utf-8",
+        )
     before = json.loads(args.before.read_text(encoding="utf-8"))["searches"] if args.before else None
     print(summary(rows, before))
 

@@ -9,6 +9,7 @@ from moe_lightning.perf.operators import decode_attention, experts
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.sizing import Problem, largest_policy
 from moe_lightning.perf.trials import Planned
+from moe_lightning.pipeline.shape import pass_shape
 from moe_lightning.units import format_bytes
 
 
@@ -48,6 +49,9 @@ def alternatives(problem: Problem, planned: Planned, rates: Rates) -> tuple[Alte
 def _attention_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alternative:
     """By the simulation of the schedule that does it."""
     policy = replace(planned.policy, schedule="flexgen")
+    # It sweeps whole layers, those whose experts the CPU would compute too: the plan's ring may not hold one.
+    least = pass_shape(policy, problem.spec.experts.num_experts, 0, 1).least_frames
+    policy = replace(policy, num_frames=max(policy.num_frames, least))
     found = problem.outlook(policy, rates).estimate
     point = decode_attention(problem.spec, problem.dtype, max(1, round(problem.workload.mean_context())))
     moved = _kv_bytes(problem, planned)

@@ -66,10 +66,11 @@ def describe(plan: Plan, expected: Expected) -> str:
     )
     num_seqs = found.num_seqs if found else policy.max_num_seqs
     more = f" ({policy.max_num_seqs:,} while they are short)" if policy.max_num_seqs > num_seqs else ""
+    on_cpu = f", those of one layer in {policy.cpu_every} on the CPU" if policy.cpu_every else ""
     text = (
         f"the plan is for prompts of {expected.prompt} and answers of {expected.answer} tokens, up to "
         f"{plan.max_model_len:,} together: {num_seqs:,} sequences at once{more} in micro-batches of "
-        f"{policy.micro_batch_size}, {shares:.0%} of the experts on the GPU"
+        f"{policy.micro_batch_size}, {shares:.0%} of the experts on the GPU{on_cpu}"
     )
     if found is None:
         return text
