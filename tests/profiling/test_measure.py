@@ -14,7 +14,7 @@ from moe_lightning.engine import identity
 from moe_lightning.engine.identity import this_machine
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.profile import Profile
-from moe_lightning.kernels import reference
+from moe_lightning.kernels import cpu_experts
 from moe_lightning.profiling import arena, host, timing
 from moe_lightning.profiling.arena import HostMemory
 from moe_lightning.profiling.measure import measure, measure_disk
@@ -113,13 +113,13 @@ def test_batches_that_would_take_too_long_are_left_out():
 
 def test_the_experts_that_are_timed_are_those_of_the_cpu_path(monkeypatch):
     calls = []
-    true = reference.experts
+    true = cpu_experts.experts
 
     def experts(x, ids, weights, pages, pages_per_expert):
         calls.append(len(x))
         return true(x, ids, weights, pages, pages_per_expert)
 
-    monkeypatch.setattr(reference, "experts", experts)
+    monkeypatch.setattr(cpu_experts, "experts", experts)
     host.experts(SHAPE, torch.float32, replace(TINY, cpu_experts_s=10.0))
     assert set(calls) == {1, 8}, "rows of one of four experts, for 1 and 16 tokens that visit two each"
 

@@ -140,11 +140,13 @@ def _fill(
             random.fill_device()
             fill, fill_of_cpu = _with_progress(random, weights, progress)
             bring_in(weights.pages.arena, fill)
-            bring_in(weights.pages.cpu_arena, fill_of_cpu, pin=False)
+            if weights.pages.cpu_arena.num_bytes:
+                bring_in(weights.pages.cpu_arena, fill_of_cpu, pin=False)
         else:
             if has_gpu:
                 ready.append(background.submit(bring_in, weights.pages.arena))
-                ready.append(background.submit(bring_in, weights.pages.cpu_arena, pin=False))
+                if weights.pages.cpu_arena.num_bytes:
+                    ready.append(background.submit(bring_in, weights.pages.cpu_arena, pin=False))
             checkpoint.load(tensors, weights, progress=progress)
         for future in ready:
             future.result()

@@ -1,7 +1,8 @@
 """Every operation of a pass, on the device where its tensors are.
 
-CPU tensors go to `reference`, CUDA tensors to Triton kernels and libraries. These are imported when the first CUDA
-tensor comes, so that a machine without a GPU needs no Triton. Results go into buffers that the caller owns.
+CPU tensors go to `reference` and `cpu_experts`, CUDA tensors to Triton kernels and libraries. These are imported
+when the first CUDA tensor comes, so that a machine without a GPU needs no Triton. Results go into buffers that the
+caller owns.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moe_lightning.kernels import packing, reference
+from moe_lightning.kernels import cpu_experts, packing, reference
 from moe_lightning.kernels.prefill_plan import PrefillPlan
 from moe_lightning.models.spec import RouterSpec
 from moe_lightning.perf.memory import EXPERTS_AT_ONCE
@@ -183,7 +184,7 @@ def experts_(
     """
     if not x.is_cuda:
         pages = [frames[frame] for frame in page_table.tolist()]
-        hidden.add_(reference.experts(x, topk_ids, topk_weights, pages, pages_per_expert, only))
+        hidden.add_(cpu_experts.experts(x, topk_ids, topk_weights, pages, pages_per_expert, only))
         return
     from moe_lightning.kernels import experts
 

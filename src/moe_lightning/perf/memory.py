@@ -235,10 +235,9 @@ def _pass_use(spec: ModelSpec, dtype_bytes: int, policy: Policy, rows: int) -> P
 
 
 def _cpu_sweep_bytes(spec: ModelSpec, dtype_bytes: int, rows: int, rows_of_page: int) -> int:
-    """As `kernels.reference.experts`: inputs and outputs sorted and unsorted, sums, and one page's results."""
-    slots = rows * spec.experts.top_k
-    sorted_bytes = slots * (4 * spec.hidden_size * dtype_bytes + 4 * _INT64)
-    return sorted_bytes + rows * (4 * spec.hidden_size + 4 * rows_of_page) * dtype_bytes
+    """As `kernels.cpu_experts`: all outputs and their order, and one expert's rows, perhaps all, in a page."""
+    of_row = spec.hidden_size * (3 * dtype_bytes + 2 * _FLOAT32) + 3 * rows_of_page * dtype_bytes
+    return rows * (of_row + spec.experts.top_k * 3 * _INT64 + 2 * _INT64)
 
 
 def staging_slots(policy: Policy) -> int:

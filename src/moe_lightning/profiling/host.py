@@ -11,8 +11,9 @@ from torch import Tensor
 
 from moe_lightning.hardware.curve import TimeCurve
 from moe_lightning.hardware.kernel_times import ExpertsProfile, ModelShape
-from moe_lightning.kernels import reference
+from moe_lightning.kernels import cpu_experts
 from moe_lightning.kernels.cpu_attention import CpuAttention
+from moe_lightning.memory.arena import host_tensor
 from moe_lightning.profiling.arena import fill
 from moe_lightning.profiling.effort import Effort
 from moe_lightning.profiling.timing import median_seconds
@@ -67,7 +68,7 @@ def experts(
     """
     shape = replace(shape, pages_per_expert=1)
     elements = 3 * shape.hidden_size * shape.intermediate_size
-    pool = torch.empty(max(1, effort.pool_bytes // (elements * dtype.itemsize)), elements, dtype=dtype)
+    pool = host_tensor((max(1, effort.pool_bytes // (elements * dtype.itemsize)), elements), dtype)
     fill(pool.flatten(), shape.hidden_size**-0.5)
     points: dict[int, float] = {}
     begin = time.perf_counter()
@@ -88,5 +89,5 @@ def _expert_seconds(
     x = torch.randn(rows, hidden_size).to(pool.dtype)
     ids, weights = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1)
     return median_seconds(
-        lambda turn: reference.experts(x, ids, weights, [pool[turn % len(pool)]], 1), effort.point_s, before
+        lambda turn: cpu_experts.experts(x, ids, weights, [pool[turn % len(pool)]], 1), effort.point_s, before
     )
