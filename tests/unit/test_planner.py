@@ -447,6 +447,20 @@ def test_more_memory_is_never_predicted_slower_where_kv_is_on_the_gpu(gpu, host)
         assert planned(*more, num_requests=20_000).tokens_per_s >= 0.98 * before.tokens_per_s
 
 
+@pytest.mark.parametrize(
+    ("model", "gpu", "hosts", "gen"),
+    [("mixtral-8x22b", 79, (300, 332, 360), 128), ("mixtral-8x7b", 23, (112, 140, 192), 32)],
+)
+def test_a_job_does_not_take_longer_with_memory_for_more_sequences_than_it_gains_by(model, gpu, hosts, gen):
+    """With as many as fit the last of 10,000 requests would run in passes nearly empty."""
+    spec, work = registry.resolve(model), Workload(MTBENCH.prompt_lens, gen, 10_000)
+    reached = [
+        search(spec, "bfloat16", Memory(host * GIB, gpu * GIB), DatasheetRates(H100), work).tokens_per_s
+        for host in hosts
+    ]
+    assert all(more >= 0.995 * less for less, more in pairwise(reached))
+
+
 @pytest.mark.parametrize("every", [1, 2, 3, 5, 8])
 def test_a_pass_of_few_simulated_layers_stands_for_all_where_some_keep_their_kv(every):
     """Those are taken as whole periods, so that the mean layer is the model's."""

@@ -69,7 +69,8 @@ class Passes:
         kept, on_cpu = (kv_every(self.policy) if decode > 1 else 0), cpu_every(self.policy)
         period = lcm(kept or 1, on_cpu or 1)
         between = period * ceil(_SHORT / period)
-        depth = max(depth, between + (on_cpu or min(kept, 1)))
+        if kept or on_cpu:
+            depth = max(depth, between + (on_cpu or 1))
         long = layers if depth + (depth - between) >= layers else depth
         end, lanes = self._simulated(decode, prefill, long, most_pages)
         if long < layers:

@@ -10,6 +10,7 @@ from moe_lightning.errors import ConfigError
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.choices import starts
 from moe_lightning.perf.default_policy import Memory
+from moe_lightning.perf.outlook import Outlook
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.shortfall import no_feasible_policy
 from moe_lightning.perf.sizing import (
@@ -117,7 +118,7 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
     if not is_near:
         found.vary(found.best.choice)
     _look_elsewhere(found, bridging, rates, is_near=is_near)
-    found, problem = _of_fewer_sequences(found, problem, rates)
+    found, problem = _of_fewer_sequences(found, problem, rates, is_near=is_near)
     return with_slack(problem, found.best_with_others(), rates)
 
 
@@ -135,39 +136,56 @@ def _look_elsewhere(found: Trials, bridging: Choice, rates: Rates, *, is_near: b
             found.vary(start)
 
 
-def _of_fewer_sequences(found: Trials, problem: Problem, rates: Rates) -> tuple[Trials, Problem]:
+def _of_fewer_sequences(
+    found: Trials, problem: Problem, rates: Rates, *, is_near: bool
+) -> tuple[Trials, Problem]:
     """Trials with fewer sequences than fit, where these may be too many.
 
     The numbers that are tried do not depend on memory: so more of it does not make plans slower.
     """
     assert found.best is not None
     best, bridging = found.best.choice, starts(problem)[3]
-    shares = {0, best.kv_every, 1} if best.kv_every else {0}
-    choices = {best, replace(best, kv_every=0), *(replace(bridging, kv_every=every) for every in shares)}
+    shares = {best.kv_every, 1} if best.kv_every else set()
+    others = [replace(best, kv_every=0), *(replace(bridging, kv_every=every) for every in {0, *shares})]
+    choices = list(dict.fromkeys([best, *others]))
     result, fewer = (found, problem), _with_fewer(problem, best, found.best.prediction.num_seqs)
-    for _ in range(_ROUNDS):
-        reached, tried, choices = result[0].tokens_per_s, choices, set()
-        for some, choice in _likely(fewer, tried, rates, reached):
-            others = Trials(some, rates)
-            others.vary(choice)
-            if others.best and others.tokens_per_s > _WORTH * result[0].tokens_per_s:
-                result, choices = (others, some), {others.best.choice}
+    for _ in range(1 if is_near else _ROUNDS):
+        likely, choices = _likely(fewer, choices, rates, result[0].tokens_per_s), []
+        for some, choice in likely:
+            trials = Trials(some, rates)
+            trials.vary(choice)
+            if trials.best and trials.tokens_per_s > _WORTH * result[0].tokens_per_s:
+                result, choices = (trials, some), [trials.best.choice]
+        if not choices:
+            break
     return result
 
 
 def _likely(
-    problems: list[Problem], choices: set[Choice], rates: Rates, reached: float
+    problems: list[Problem], choices: list[Choice], rates: Rates, reached: float
 ) -> list[tuple[Problem, Choice]]:
-    """The fastest by their estimates, of those that may be faster than what is reached."""
-    some = [
-        (outlook, problem, choice)
-        for problem in problems
-        for choice in choices
-        if (policy := sized(problem, choice, problem.enough))
-        and (outlook := problem.outlook(policy, rates)).at_best > reached
-    ]
-    likely = sorted(some, key=lambda entry: -entry[0].at_best)[:_LIKELY]
-    return [entry[1:] for entry in sorted(likely, key=lambda entry: -entry[0].estimate)[:_STARTS]]
+    """The fastest by their estimates, of those that may be faster than what is reached.
+
+    Which problems, the first choice tells: whether a job's last requests fill passes hardly depends on the choice.
+    """
+
+    @cache
+    def outlook(problem: Problem, choice: Choice) -> Outlook | None:
+        policy = sized(problem, choice, problem.enough)
+        return problem.outlook(policy, rates) if policy else None
+
+    def bound(problem: Problem, choice: Choice) -> float:
+        found = outlook(problem, choice)
+        return found.at_best if found else 0.0
+
+    def estimate(problem: Problem, choice: Choice) -> float:
+        found = outlook(problem, choice)
+        return found.estimate if found else 0.0
+
+    most = sorted(problems, key=lambda problem: -bound(problem, choices[0]))[:_LIKELY]
+    pairs = [(problem, choice) for problem in most for choice in choices if bound(problem, choice) > reached]
+    likely = sorted(pairs, key=lambda pair: -bound(*pair))[:_LIKELY]
+    return sorted(likely, key=lambda pair: -estimate(*pair))[:_STARTS]
 
 
 def _with_fewer(problem: Problem, best: Choice, most: int) -> list[Problem]:
