@@ -28,9 +28,11 @@ from moe_lightning.perf.workload import Workload
 
 _WORTH_PACKING = 0.995  # where plain experts reach this share, they are left as they are
 _MUCH = 3  # one layer in so many keeps its KV on the GPU: then each sequence takes much room of experts
-_PARTS, _MOST_WAVES = 16, 4  # requests over sequences, in steps of 1 / 16; with more waves little is lost
-# Of fewer sequences, so many with the highest bounds are looked at, and so many varied; then again from the best.
-_LIKELY, _STARTS, _ROUNDS = 12, 2, 2
+# Requests over sequences, in sixteenths: the more, the less is lost by the last ones.
+_WAVES = *range(16, 36), *range(36, 64, 2)
+_FEWEST = 0.3  # of the sequences that fit
+# So many are estimated, and so many varied: from the best plan, and then from the next.
+_LIKELY, _STARTS = 12, (2, 2)
 _WORTH = 1.002  # a smaller gain is not looked for
 _SPARE, _ENOUGH = 8, 0.985  # so many times the sequences with which this share is reached are enough
 
@@ -117,19 +119,20 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
         raise no_feasible_policy(problem, smallest)
     if not is_near:
         found.vary(found.best.choice)
-    _look_elsewhere(found, bridging, rates, is_near=is_near)
+    # Jobs are varied again with fewer sequences.
+    _look_elsewhere(found, bridging, rates, is_brief=is_near or problem.workload.num_requests is not None)
     found, problem = _of_fewer_sequences(found, problem, rates, is_near=is_near)
     return with_slack(problem, found.best_with_others(), rates)
 
 
-def _look_elsewhere(found: Trials, bridging: Choice, rates: Rates, *, is_near: bool) -> None:
+def _look_elsewhere(found: Trials, bridging: Choice, rates: Rates, *, is_brief: bool) -> None:
     """KV on the GPU where the CPU is what takes long, and experts on the CPU where the link is."""
     assert found.best is not None
     if found.best.choice.kv_every or not _waits_for_pages(found.best):
         likely = [found.best.choice, bridging, replace(bridging, micro_batches=2, groups=4)]
-        for start in found.likeliest(likely[:1] if is_near else likely, "kv_every")[:2]:
+        for start in found.likeliest(likely[:1] if is_brief else likely, "kv_every")[: 1 if is_brief else 2]:
             found.vary(start)
-        if not is_near:
+        if not is_brief:
             found.vary(found.best.choice)
     if rates.knows_cpu_experts and _waits_for_pages(found.best):
         for start in found.likeliest([found.best.choice, bridging], "cpu_every")[:1]:
@@ -149,9 +152,9 @@ def _of_fewer_sequences(
     others = [replace(best, kv_every=0), *(replace(bridging, kv_every=every) for every in {0, *shares})]
     choices = list(dict.fromkeys([best, *others]))
     result, fewer = (found, problem), _with_fewer(problem, best, found.best.prediction.num_seqs)
-    for _ in range(1 if is_near else _ROUNDS):
+    for num_starts in _STARTS[:1] if is_near else _STARTS:
         likely, choices = _likely(fewer, choices, rates, result[0].tokens_per_s), []
-        for some, choice in likely:
+        for some, choice in likely[:num_starts]:
             trials = Trials(some, rates)
             trials.vary(choice)
             if trials.best and trials.tokens_per_s > _WORTH * result[0].tokens_per_s:
@@ -185,7 +188,7 @@ def _likely(
     most = sorted(problems, key=lambda problem: -bound(problem, choices[0]))[:_LIKELY]
     pairs = [(problem, choice) for problem in most for choice in choices if bound(problem, choice) > reached]
     likely = sorted(pairs, key=lambda pair: -bound(*pair))[:_LIKELY]
-    return sorted(likely, key=lambda pair: -estimate(*pair))[:_STARTS]
+    return sorted(likely, key=lambda pair: -estimate(*pair))
 
 
 def _with_fewer(problem: Problem, best: Choice, most: int) -> list[Problem]:
@@ -195,11 +198,10 @@ def _with_fewer(problem: Problem, best: Choice, most: int) -> list[Problem]:
     """
     counts = set()
     if 1 <= best.kv_every <= _MUCH:
-        counts |= {round(2 ** (step / 4)) for step in range(4 * 20) if most / 3 <= 2 ** (step / 4)}
+        counts |= {round(2 ** (step / 4)) for step in range(4 * 20)}
     if requests := problem.workload.num_requests:
-        waves = range(_PARTS, _MOST_WAVES * _PARTS)
-        counts |= {count for parts in waves if (count := ceil(requests * _PARTS / parts)) >= most / 3}
-    return [replace(problem, enough=count) for count in sorted(counts) if count < most]
+        counts |= {ceil(requests * 16 / wave) for wave in _WAVES}
+    return [replace(problem, enough=count) for count in sorted(counts) if _FEWEST * most <= count < most]
 
 
 def _waits_for_pages(plan: Planned) -> bool:
