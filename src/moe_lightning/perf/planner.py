@@ -119,20 +119,22 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
         raise no_feasible_policy(problem, smallest)
     if not is_near:
         found.vary(found.best.choice)
-    # Jobs are varied again with fewer sequences.
-    _look_elsewhere(found, bridging, rates, is_brief=is_near or problem.workload.num_requests is not None)
+    _look_elsewhere(found, bridging, rates, is_near=is_near, is_job=problem.workload.num_requests is not None)
     found, problem = _of_fewer_sequences(found, problem, rates, is_near=is_near)
     return with_slack(problem, found.best_with_others(), rates)
 
 
-def _look_elsewhere(found: Trials, bridging: Choice, rates: Rates, *, is_brief: bool) -> None:
-    """KV on the GPU where the CPU is what takes long, and experts on the CPU where the link is."""
+def _look_elsewhere(found: Trials, bridging: Choice, rates: Rates, *, is_near: bool, is_job: bool) -> None:
+    """KV on the GPU where the CPU is what takes long, and experts on the CPU where the link is.
+
+    Jobs are varied less: they are again with fewer sequences.
+    """
     assert found.best is not None
     if found.best.choice.kv_every or not _waits_for_pages(found.best):
         likely = [found.best.choice, bridging, replace(bridging, micro_batches=2, groups=4)]
-        for start in found.likeliest(likely[:1] if is_brief else likely, "kv_every")[: 1 if is_brief else 2]:
+        for start in found.likeliest(likely[:1] if is_near else likely, "kv_every")[: 1 if is_job else 2]:
             found.vary(start)
-        if not is_brief:
+        if not (is_near or is_job):
             found.vary(found.best.choice)
     if rates.knows_cpu_experts and _waits_for_pages(found.best):
         for start in found.likeliest([found.best.choice, bridging], "cpu_every")[:1]:
