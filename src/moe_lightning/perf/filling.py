@@ -111,7 +111,7 @@ class _Queue:
     def __init__(self, job: _Job) -> None:
         self._job = job
         self._new = job.sequences()
-        self._running, self._put_back = self._new[:0], self._new[:0]
+        self._running, self._put_back = self._new[:0], self._new[:0]  # those that run have most left first
         self._ahead = 0  # tokens of prompts that were more than a pass has room for
 
     @property
@@ -122,7 +122,6 @@ class _Queue:
     def next(self) -> tuple[int, float]:
         """Run passes, those of a step; the sequences that decoded in each, and tokens of prompts."""
         step, prompts = self._job.step, 0
-        self._running = _most_left_first(self._running)
         held = self._job.blocks(self._running[:, 0] + step - 1).cumsum()
         longest = self._running[:1]  # runs in any case
         num_kept = max(int(np.searchsorted(held, self._job.num_blocks, side="right")), len(longest))
@@ -137,6 +136,13 @@ class _Queue:
 
     def _admit(self, num_free: int) -> int:
         job, num_running = self._job, len(self._running)
+        first = self._new[:1, 0] if len(self._new) else self._put_back[:1, 0]
+        is_room = num_running < job.max_num_seqs
+        if num_running and not (
+            len(first) and is_room and job.blocks(first[0]) + job.blocks(num_running) <= num_free
+        ):
+            self._ahead = 0  # nobody, as in most passes: memory is full
+            return 0
         waiting = np.concatenate([self._new[: job.max_num_seqs], self._put_back])[: job.max_num_seqs]
         before = waiting[:, 0].cumsum() - waiting[:, 0]
         # One prompt is admitted in any pass that has memory for it, however long it is.
@@ -152,7 +158,7 @@ class _Queue:
         admitted = waiting[:count]
         of_new = min(count, len(self._new))
         self._new, self._put_back = self._new[of_new:], self._put_back[count - of_new :]
-        self._running = np.concatenate([self._running, admitted])
+        self._running = _most_left_first(np.concatenate([self._running, admitted]))
         prompts = int(admitted[:, 0].sum())
         self._ahead = max(0, prompts - room)
         return prompts
