@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moe_lightning.engine import build
 from moe_lightning.engine.build import build_worker
 from moe_lightning.kernels.experts import Workspace
 from moe_lightning.models import registry
@@ -146,6 +147,19 @@ def test_each_part_is_what_a_worker_holds_and_there_is_no_other(architecture, dt
     assert device_parts(worker, False) == vars(use.device)
     assert host_parts(worker, False) == vars(use.host)
     assert held == use.device.total + use.host.total
+
+
+@pytest.mark.parametrize(("cpu_every", "compiles"), [(0, True), (1, False), (2, True)])
+def test_kernels_are_compiled_for_pages_that_there_are(cpu_every, compiles, monkeypatch):
+    tables = []
+    monkeypatch.setattr(
+        build.ops, "compile_experts", lambda frames, table, *args, **kwargs: tables.append(table)
+    )
+    spec, cpu = spec_of("MixtralForCausalLM"), torch.device("cpu")
+    policy = policy_of(spec, POLICIES[2], cpu_every=cpu_every)
+    build_worker(spec, policy, torch.float32, cpu, tensors=None, executor="serial")
+    assert len(tables) == compiles
+    assert all(int(table.min()) >= 0 for table in tables)
 
 
 def test_every_family_is_counted():

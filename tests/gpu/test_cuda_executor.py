@@ -50,6 +50,12 @@ def test_no_policy_changes_a_token(number, mixtral, prompts, answers):
     assert tokens_of(llm, prompts[::-1]) == answers[::-1], "the ring stands elsewhere now"
 
 
+def test_no_expert_on_the_gpu_changes_no_token(mixtral, prompts, answers):
+    llm = cuda(mixtral, cpu_every=1, resident_pages=(0, 0, 0), num_frames=0)
+    assert tokens_of(llm, prompts) == answers
+    assert tokens_of(llm, prompts[::-1]) == answers[::-1]
+
+
 @pytest.mark.parametrize("number", range(0, 60, 4))
 def test_packed_pages_change_no_token(number, mixtral, prompts):
     policy = {**drawn_policy(number), "schedule": "cgopipe"}

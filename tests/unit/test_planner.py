@@ -376,7 +376,8 @@ def test_experts_on_the_cpu_may_not_fit_and_are_left_out_where_nothing_is_known_
     problem = replace(problem_of(MIXTRAL, "bfloat16", Memory(44 * GIB, 24 * GIB), WORK), packed=True)
     (found,) = (each for each in alternatives(problem, plan, DatasheetRates(H100)) if "F_g" in each.symbol)
     assert (found.symbol, found.gain) == ("F_g<1", None)
-    unknown = LighterPages(DatasheetRates(H100), 0.5)
+    before = load_profile(PROFILE)
+    unknown = MeasuredRates(replace(before, host=replace(before.host, experts=())))
     assert not any("F_g" in each.symbol for each in alternatives(problem, plan, unknown))
 
 

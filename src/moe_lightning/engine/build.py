@@ -115,7 +115,11 @@ def _fill_and_compile(
 
 def _compile(weights: Weights, policy: Policy, stopped: threading.Event) -> None:
     spec, pages, unpacked = weights.spec, weights.pages, weights.pages.unpacked
-    rows, table = (unpacked.pages, unpacked.table) if unpacked else (pages.frames, pages.page_table[0])
+    layers = (layer for layer in range(spec.num_layers) if layer not in pages.placement.on_cpu)
+    layer = next(layers, None)
+    if layer is None:  # the GPU computes no experts and has no page
+        return
+    rows, table = (unpacked.pages, unpacked.table) if unpacked else (pages.frames, pages.page_table[layer])
     sweeps = {policy.expert_parts: range(1, policy.max_num_seqs + policy.prefill_tokens + 1)}
     ops.compile_experts(
         rows, table, policy.pages_per_expert, spec.hidden_size, spec.experts.top_k, sweeps, stopped=stopped

@@ -23,7 +23,7 @@ def experts(
     """Sum over each token's experts of weight * down(silu(gate x) * up x); arguments are those of `reference`.
 
     Returns:
-        [T, H] in x's dtype, summed in float32.
+        [T, H] in x's dtype; a token's experts are summed in float32.
     """
     k, num_experts = topk_ids.shape[1], len(pages) // pages_per_expert
     order = topk_ids.flatten().argsort(stable=True)

@@ -32,7 +32,7 @@ class RandomWeights:
         # be no other memory left. Packing takes some beside, so few do it at once.
         pages, unpacked = weights.pages, weights.pages.unpacked
         rows = unpacked.pages[:_PACKING] if unpacked else pages.frames[: pages.placement.num_ring_frames]
-        if not len(rows):  # all experts stay where they are
+        if pages.placement.on_cpu and not len(rows):
             rows = device_tensor((1, pages.layout.page_elements), pages.dtype, self._device)
         self._scratch: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         for row in rows:

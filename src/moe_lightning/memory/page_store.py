@@ -68,9 +68,8 @@ class PageStore:
         """Make `page_table` that of a pass whose ring begins at frame `offset`; computed on the device."""
         ring = self.placement.num_ring_frames
         if ring:
-            turned = (self._first_table + offset).remainder_(
-                ring
-            )  # of the CPU's pages, which nobody reads, too
+            # Places of the CPU's pages turn too: nobody reads them.
+            turned = (self._first_table + offset).remainder_(ring)
             torch.where(self._first_table < ring, turned, self._first_table, out=self.page_table)
 
     def swept(self, layer: int, experts: range) -> tuple[Tensor, Tensor]:

@@ -137,10 +137,9 @@ class _Queue:
     def _admit(self, num_free: int) -> int:
         job, num_running = self._job, len(self._running)
         first = self._new[:1, 0] if len(self._new) else self._put_back[:1, 0]
-        is_room = num_running < job.max_num_seqs
-        if num_running and not (
-            len(first) and is_room and job.blocks(first[0]) + job.blocks(num_running) <= num_free
-        ):
+        needed = job.blocks(first) + job.blocks(np.array(num_running))
+        is_room = len(first) and num_running < job.max_num_seqs and needed[0] <= num_free
+        if num_running and not is_room:
             self._ahead = 0  # nobody, as in most passes: memory is full
             return 0
         waiting = np.concatenate([self._new[: job.max_num_seqs], self._put_back])[: job.max_num_seqs]

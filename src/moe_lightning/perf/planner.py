@@ -31,8 +31,9 @@ _MUCH = 3  # one layer in so many keeps its KV on the GPU: then each sequence ta
 # Requests over sequences, in sixteenths: the more, the less is lost by the last ones.
 _WAVES = *range(16, 36), *range(36, 64, 2)
 _FEWEST = 0.3  # of the sequences that fit
-# So many are estimated, and so many varied: from the best plan, and then from the next.
-_LIKELY, _STARTS = 12, (2, 2)
+# So many are estimated, and so many varied that should reach such a share of what is reached: from the best plan,
+# and then from the next, whose other choices are for fewer sequences already.
+_LIKELY, _STARTS, _PROMISING = 12, 2, (0.97, 0.97)
 _WORTH = 1.002  # a smaller gain is not looked for
 _SPARE, _ENOUGH = 8, 0.985  # so many times the sequences with which this share is reached are enough
 
@@ -146,7 +147,8 @@ def _of_fewer_sequences(
 ) -> tuple[Trials, Problem]:
     """Trials with fewer sequences than fit, where these may be too many.
 
-    The numbers that are tried do not depend on memory: so more of it does not make plans slower.
+    The numbers that are tried are the same whatever memory is, as far as they fit: so with more of it a plan is
+    seldom slower, and little.
     """
     assert found.best is not None
     best, bridging = found.best.choice, starts(problem)[3]
@@ -154,9 +156,12 @@ def _of_fewer_sequences(
     others = [replace(best, kv_every=0), *(replace(bridging, kv_every=every) for every in {0, *shares})]
     choices = list(dict.fromkeys([best, *others]))
     result, fewer = (found, problem), _with_fewer(problem, best, found.best.prediction.num_seqs)
-    for num_starts in _STARTS[:1] if is_near else _STARTS:
-        likely, choices = _likely(fewer, choices, rates, result[0].tokens_per_s), []
-        for some, choice in likely[:num_starts]:
+    for promising in _PROMISING[:1] if is_near else _PROMISING:
+        reached = result[0].tokens_per_s
+        likely, choices = _likely(fewer, choices, rates, reached), []
+        for estimate, some, choice in likely[:_STARTS]:
+            if estimate < promising * reached:
+                break
             trials = Trials(some, rates)
             trials.vary(choice)
             if trials.best and trials.tokens_per_s > _WORTH * result[0].tokens_per_s:
@@ -168,8 +173,8 @@ def _of_fewer_sequences(
 
 def _likely(
     problems: list[Problem], choices: list[Choice], rates: Rates, reached: float
-) -> list[tuple[Problem, Choice]]:
-    """The fastest by their estimates, of those that may be faster than what is reached.
+) -> list[tuple[float, Problem, Choice]]:
+    """Estimates, the highest first, of those that may be faster than what is reached.
 
     Which problems, the first choice tells: whether a job's last requests fill passes hardly depends on the choice.
     """
@@ -190,7 +195,7 @@ def _likely(
     most = sorted(problems, key=lambda problem: -bound(problem, choices[0]))[:_LIKELY]
     pairs = [(problem, choice) for problem in most for choice in choices if bound(problem, choice) > reached]
     likely = sorted(pairs, key=lambda pair: -bound(*pair))[:_LIKELY]
-    return sorted(likely, key=lambda pair: -estimate(*pair))
+    return sorted(((estimate(*pair), *pair) for pair in likely), key=lambda entry: -entry[0])
 
 
 def _with_fewer(problem: Problem, best: Choice, most: int) -> list[Problem]:

@@ -121,8 +121,8 @@ class LighterPages:
 
     @property
     def knows_cpu_experts(self) -> bool:
-        """Of that format nothing is known there."""
-        return False
+        """As the rates: the CPU's experts keep their format."""
+        return self.rates.knows_cpu_experts
 
     def seconds(self, work: PassWork) -> Callable[[Task], float]:
         """Copies of pages take that share of the time, all else as long as it did."""

@@ -15,7 +15,7 @@ from moe_lightning.policy import Policy
 
 # Attention shares host memory with whatever else the machine does: for seconds at a time it was seen to take up to
 # half longer than usual, as were the experts' sweeps by a fifth.
-_SLOWER = {TaskKind.ATTENTION: 1.35, TaskKind.EXPERTS: 1.2}
+_SLOWER = {TaskKind.ATTENTION: 1.35, TaskKind.CPU_EXPERTS: 1.35, TaskKind.EXPERTS: 1.2}
 _PREMIUM = 0.015  # of a plan's speed that is given for a ring without which the link would stand still then
 
 

@@ -31,9 +31,8 @@ class PassBuilder:
         self._next_page = shape.pages_ahead if shape.preloaded else 0
         self._groups_done: list[list[set[int]]] = [[set() for _ in shape.parts_of(layer)] for layer in layers]
         self._num_swept = 0  # pages that all their readers are launched for, from the first on
-        self._sweeps = [
-            (layer, part) for layer in layers for part in shape.parts_of(layer)
-        ]  # that are not whole
+        # That are not whole, the first one last.
+        self._sweeps = [(layer, part) for layer in layers for part in shape.parts_of(layer)]
         self._sweeps.reverse()
         self._frames: dict[tuple[int, int], tuple[Buffer, ...]] = {}  # that a sweep reads
         self._group_of = {j: g for g, members in enumerate(shape.groups) for j in members}

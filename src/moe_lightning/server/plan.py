@@ -9,6 +9,7 @@ from moe_lightning.engine.plan import Plan, make_plan
 from moe_lightning.errors import NoFeasiblePolicyError
 from moe_lightning.models import registry
 from moe_lightning.perf.workload import Workload
+from moe_lightning.pipeline.shape import cpu_every
 
 _PROMPT, _ANSWER = 512, 256  # tokens, where nothing is said: chats and questions, more than a few words
 _LONGEST = 32_768  # tokens of the longest request, where nothing is said; less where memory holds less
@@ -66,7 +67,8 @@ def describe(plan: Plan, expected: Expected) -> str:
     )
     num_seqs = found.num_seqs if found else policy.max_num_seqs
     more = f" ({policy.max_num_seqs:,} while they are short)" if policy.max_num_seqs > num_seqs else ""
-    on_cpu = f", those of one layer in {policy.cpu_every} on the CPU" if policy.cpu_every else ""
+    every = cpu_every(policy)
+    on_cpu = f", those of one layer in {every} on the CPU" if every else ""
     text = (
         f"the plan is for prompts of {expected.prompt} and answers of {expected.answer} tokens, up to "
         f"{plan.max_model_len:,} together: {num_seqs:,} sequences at once{more} in micro-batches of "
