@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from moe_lightning.bench.cell import Effort
+from moe_lightning.bench.workloads import workload
+from moe_lightning.perf.workload import Workload
 from moe_lightning.units import GIB, format_bytes, parse_bytes, parse_count
 
 KINDS = ("steady", "job", "both")
@@ -33,6 +35,7 @@ class CellSpec:
         host: bytes of host memory; None for all.
         seqs: sequences at once at most; None for all that fit.
         workload: whose lengths.
+        requests: of a job; None for twice those that fill KV memory.
     """
 
     gpu: int
@@ -41,21 +44,33 @@ class CellSpec:
     host: int | None = None
     seqs: int | None = None
     workload: str = "mtbench"
+    requests: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> CellSpec:
-        """Such as ``24GiB,128,steady`` or ``24GiB,128,steady,host=100GiB,seqs=1000,workload=summarization``."""
+        """Such as ``24GiB,128,steady``, ``24GiB,128,steady,host=100GiB,seqs=1000`` or ``24GiB,32,job,requests=50``.
+
+        Raises:
+            ValueError, ConfigError: it says something else.
+        """
         gpu, gen_len, kind, *more = text.split(",")
         if kind not in KINDS:
             raise ValueError(f"{text!r}: {kind!r} is none of {', '.join(KINDS)}")
         found = cls(parse_bytes(gpu), parse_count(gen_len), kind)
         for option in more:
             name, _, value = option.partition("=")
-            if name not in ("host", "seqs", "workload") or not value:
-                raise ValueError(f"{text!r}: {option!r} is no host=SIZE, seqs=N or workload=NAME")
-            parse = {"host": parse_bytes, "seqs": parse_count, "workload": str}[name]
+            parse = {"host": parse_bytes, "seqs": parse_count, "workload": str, "requests": parse_count}.get(
+                name
+            )
+            if parse is None or not value:
+                raise ValueError(f"{text!r}: {option!r} is no host=SIZE, seqs=N, workload=NAME or requests=N")
             found = replace(found, **{name: parse(value)})
         return found
+
+    @property
+    def work(self) -> Workload:
+        """Lengths, and how many requests."""
+        return workload(self.workload, self.gen_len, self.requests)
 
     def effort(self, steady_passes: int, num_checked: int) -> Effort:
         """What `measure` is asked for."""
@@ -67,6 +82,7 @@ class CellSpec:
         more = "" if self.workload == "mtbench" else f"_{self.workload}"
         more += "" if self.host is None else f"_host{_size(self.host)}"
         more += "" if self.seqs is None else f"_seqs{self.seqs}"
+        more += "" if self.requests is None else f"_requests{self.requests}"
         return (
             f"cell_{model.replace('/', '-')}_gpu{_size(self.gpu)}_gen{self.gen_len}{more}_{self.kind}"
             f"_{repetition}.json"
@@ -75,6 +91,7 @@ class CellSpec:
     def __str__(self) -> str:
         more = "" if self.host is None else f", host {format_bytes(self.host)}"
         more += "" if self.seqs is None else f", {self.seqs} sequences"
+        more += "" if self.requests is None else f", {self.requests} requests"
         return f"{self.workload}, {format_bytes(self.gpu)}, gen {self.gen_len}, {self.kind}{more}"
 
 

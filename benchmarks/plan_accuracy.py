@@ -30,7 +30,6 @@ from moe_lightning.bench.schedules import measure as measure_variants
 from moe_lightning.bench.schedules_report import to_json as rows_to_json
 from moe_lightning.bench.throughput import measure_plan
 from moe_lightning.bench.variants import VARIANTS
-from moe_lightning.bench.workloads import workload
 from moe_lightning.engine.plan import Plan, machine_of
 from moe_lightning.errors import MoELightningError
 from moe_lightning.units import parse_bytes
@@ -87,7 +86,7 @@ class Run:
         """The ablation in the first cell; ratios are those to its first variant."""
         path, first = self.args.out / "schedules.json", self.asked.cells[0]
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-        work, plan = workload(first.workload, first.gen_len), None
+        work, plan = first.work, None
         for variant in VARIANTS.values():
             if any(row["name"] == variant.name for row in rows):
                 continue

@@ -13,7 +13,6 @@ from neighbours import neighbours
 
 from moe_lightning.bench.models import spec_of
 from moe_lightning.bench.session import Session
-from moe_lightning.bench.workloads import workload
 from moe_lightning.config import EngineConfig
 from moe_lightning.engine.gpu_budget import cap_gpu_memory
 from moe_lightning.engine.plan import Plan, make_plan, measured_rates
@@ -70,7 +69,7 @@ class Asked:
 
     def planned(self, cell: CellSpec) -> tuple[Problem, Planned]:
         """What is asked for in a cell, and the plan."""
-        setting, work = self.setting(cell), workload(cell.workload, cell.gen_len)
+        setting, work = self.setting(cell), cell.work
         gpu = cap_gpu_memory(self.device, cell.gpu) if self.device.type == "cuda" else cell.gpu
         assert setting.host_memory is not None
         memory = Memory(setting.host_memory, gpu)
@@ -80,7 +79,7 @@ class Asked:
 
     def plan_of(self, cell: CellSpec, policy: Policy) -> Plan:
         """The engine's plan, with what it is predicted to reach."""
-        work = workload(cell.workload, cell.gen_len)
+        work = cell.work
         found = Outlook(self.spec, self.dtype, policy, self.rates, work).prediction
         plan = make_plan(self.setting(cell), policy, spec=self.spec)
         return replace(plan, prediction=found, rates=self.rates, workload=work)

@@ -25,7 +25,6 @@ from moe_lightning.bench.models import spec_of
 from moe_lightning.bench.report import to_json, to_text
 from moe_lightning.bench.session import Session
 from moe_lightning.bench.throughput import measure
-from moe_lightning.bench.workloads import workload
 from moe_lightning.config import EngineConfig
 from moe_lightning.errors import MoELightningError
 from moe_lightning.perf.workload import Workload, num_decoding
@@ -52,7 +51,7 @@ def main() -> int:
     session = Session(config, spec_of(args.model, args.num_layers), shares_memory=True)
     is_first, failures = True, 0
     for cell, repetition in todo:
-        setting, work = _setting(config, cell), workload(cell.workload, cell.gen_len)
+        setting, work = _setting(config, cell), cell.work
         num_checked = args.check if repetition == 0 else 0
         try:
             if args.time_limit - seconds_since_start() < _NEXT_LOAD_S:

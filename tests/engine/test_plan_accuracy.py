@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import accuracy_tables
+import cells
 import plan_accuracy
 import points
 from accuracy_tables import accuracy, beside, verdicts
@@ -69,8 +70,9 @@ def command(mixtral, monkeypatch, tmp_path):
     monkeypatch.setattr(points, "neighbours", lambda *args: dict([*neighbours(*args).items()][:1]))
     monkeypatch.setattr(plan_accuracy, "_LOAD_S", 0.0)
     monkeypatch.setattr(plan_accuracy, "_NEXT_LOAD_S", 0.0)
-    for module in (plan_accuracy, points):
-        monkeypatch.setattr(module, "workload", lambda name, gen_len: Workload((3, 5, 9), gen_len))
+    monkeypatch.setattr(
+        cells, "workload", lambda name, gen_len, requests: Workload((3, 5, 9), gen_len, requests)
+    )
 
     def run(*more):
         arguments = [

@@ -40,6 +40,12 @@ class TestCells:
         assert CellSpec.parse("24GiB,64,job").effort(20, 0).steady_passes == 0
         assert not CellSpec.parse("24GiB,64,steady").effort(20, 0).is_job
 
+    def test_a_job_may_have_a_number_of_requests(self):
+        cell = CellSpec.parse("24GiB,32,job,requests=50")
+        assert cell.file_name("m", 0) == "cell_m_gpu24gib_gen32_requests50_job_0.json"
+        assert (cell.work.num_requests, cell.work.gen_len) == (50, 32)
+        assert CellSpec.parse("24GiB,32,job").work.num_requests is None
+
     @pytest.mark.parametrize("text", ["24GiB,64,fast", "24GiB,64,job,disk=1", "24GiB,64,job,seqs="])
     def test_what_is_no_cell_is_refused(self, text):
         with pytest.raises(ValueError, match="64"):
