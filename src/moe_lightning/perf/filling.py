@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import ceil
+from typing import Any
 
 import numpy as np
 
@@ -80,94 +81,99 @@ class _Job:
         """Passes that are taken for one."""
         return ceil(self.gen_len / _STEPS)
 
-    def blocks(self, tokens: np.ndarray) -> np.ndarray:
-        """That sequences hold."""
-        return -(-tokens // self.block_size)
+    def blocks(self, tokens: Any) -> Any:
+        """That sequences hold, or one does."""
+        return (tokens + (self.block_size - 1)) // self.block_size
 
     def sequences(self) -> np.ndarray:
-        """Tokens that each holds and has left to generate, in no order."""
+        """Tokens that each holds, and has left to generate, in no order: [2, num_requests]."""
         lens, count = np.sort(self.prompt_lens), self.num_requests
         some = lens[np.arange(count) * len(lens) // count]
         prompts = np.random.default_rng(0).permutation(some)
-        return np.stack([prompts, np.full(count, self.gen_len)], axis=1)
+        return np.stack([prompts, np.full(count, self.gen_len)])
 
 
 @lru_cache(maxsize=256)
 def _followed(job: _Job, times_more: float) -> Kinds:
-    queue = _Queue(job)
-    found = np.zeros((2, 2))  # few and many sequences, few and many prompts
+    queue, step = _Queue(job), job.step
+    quiet = full = ramp = crowded = 0.0  # few and many sequences, few and many prompts
     while queue.has_work:
         decode, prompts = queue.next()
         many = min(decode / job.num_seqs, 1.0)
         share = min(prompts / max(job.most_prompts - decode, 1), 1.0)
-        found += job.step * np.outer((1 - many, many), (1 - share, share))
-    (quiet, ramp), (full, crowded) = found.tolist()
+        quiet += step * ((1 - many) * (1 - share))
+        ramp += step * ((1 - many) * share)
+        full += step * (many * (1 - share))
+        crowded += step * (many * share)
     return Kinds(quiet, full, ramp, crowded, times_more * job.gen_len)
 
 
 class _Queue:
-    """Sequences that wait and that run, as `engine.batcher` has them in a job."""
+    """Sequences that wait and that run, as `engine.batcher` has them in a job: each [2, sequences]."""
 
     def __init__(self, job: _Job) -> None:
         self._job = job
         self._new = job.sequences()
-        self._running, self._put_back = self._new[:0], self._new[:0]  # those that run have most left first
+        self._running = self._put_back = self._new[:, :0]  # those that run have most left first
         self._ahead = 0  # tokens of prompts that were more than a pass has room for
 
     @property
     def has_work(self) -> bool:
         """Some sequence is not finished."""
-        return bool(len(self._new) + len(self._running) + len(self._put_back))
+        return bool(self._new.shape[1] or self._running.shape[1] or self._put_back.shape[1])
 
     def next(self) -> tuple[int, float]:
         """Run passes, those of a step; the sequences that decoded in each, and tokens of prompts."""
-        step, prompts = self._job.step, 0
-        held = self._job.blocks(self._running[:, 0] + step - 1).cumsum()
-        longest = self._running[:1]  # runs in any case
-        num_kept = max(int(np.searchsorted(held, self._job.num_blocks, side="right")), len(longest))
-        going, self._running = self._running[num_kept:], self._running[:num_kept]
-        if len(going):
-            self._put_back = _most_left_first(np.concatenate([self._put_back, going]))
+        job, step, prompts = self._job, self._job.step, 0
+        held = job.blocks(self._running[0] + (step - 1)).cumsum()
+        num_kept = num_running = len(held)
+        if num_running and held[-1] > job.num_blocks:
+            # The one that has most left runs in any case.
+            num_kept = max(1, int(np.searchsorted(held, job.num_blocks, side="right")))
+        if num_kept < num_running:
+            going, self._running = self._running[:, num_kept:], self._running[:, :num_kept]
+            self._put_back = _most_left_first(np.concatenate([self._put_back, going], axis=1))
         else:
-            prompts = self._admit(self._job.num_blocks - (int(held[-1]) if num_kept else 0))
-        self._running = self._running + np.array([step, -step])
-        self._running = self._running[self._running[:, 1] > 0]
+            prompts = self._admit(job.num_blocks - (int(held[-1]) if num_running else 0))
+        tokens, left = self._running
+        tokens += step
+        left -= step
+        if len(left) and left[-1] <= 0:
+            self._running = self._running[:, : np.count_nonzero(left > 0)]
         return num_kept, prompts / step
 
     def _admit(self, num_free: int) -> int:
-        job, num_running = self._job, len(self._running)
-        first = self._new[:1, 0] if len(self._new) else self._put_back[:1, 0]
-        needed = job.blocks(first) + job.blocks(np.array(num_running))
-        is_room = len(first) and num_running < job.max_num_seqs and needed[0] <= num_free
-        if num_running and not is_room:
-            self._ahead = 0  # nobody, as in most passes: memory is full
-            return 0
-        waiting = np.concatenate([self._new[: job.max_num_seqs], self._put_back])[: job.max_num_seqs]
-        before = waiting[:, 0].cumsum() - waiting[:, 0]
+        job, num_running = self._job, self._running.shape[1]
         # One prompt is admitted in any pass that has memory for it, however long it is.
         room = max(1, job.step * (job.max_num_seqs + job.prefill_tokens - num_running) - self._ahead)
-        together = num_running + np.arange(len(waiting))
-        fits = (before < room) & (together < job.max_num_seqs)
-        fits &= job.blocks(waiting[:, 0]).cumsum() + job.blocks(together) <= num_free
+        # Each takes a block or more.
+        most = max(min(job.max_num_seqs - num_running, num_free), 0 if num_running else 1)
+        waiting = np.concatenate([self._new[:, :most], self._put_back[:, :most]], axis=1)[:, :most]
+        prompts = waiting[0]
+        together = np.arange(num_running, num_running + len(prompts))
+        fits = prompts.cumsum() - prompts < room
+        fits &= job.blocks(prompts).cumsum() + job.blocks(together) <= num_free
         if job.foresees:
             fits &= self._demand(waiting) <= job.num_blocks
         count = len(fits) if fits.all() else int(fits.argmin())
         if not num_running:
             count = max(count, 1)
-        admitted = waiting[:count]
-        of_new = min(count, len(self._new))
-        self._new, self._put_back = self._new[of_new:], self._put_back[count - of_new :]
-        self._running = _most_left_first(np.concatenate([self._running, admitted]))
-        prompts = int(admitted[:, 0].sum())
-        self._ahead = max(0, prompts - room)
-        return prompts
+        admitted, of_new = waiting[:, :count], min(count, self._new.shape[1])
+        self._new, self._put_back = self._new[:, of_new:], self._put_back[:, count - of_new :]
+        if of_new == count:  # those have more left than any that runs
+            self._running = np.concatenate([admitted, self._running], axis=1)
+        else:
+            self._running = _most_left_first(np.concatenate([self._running, admitted], axis=1))
+        taken = int(admitted[0].sum())
+        self._ahead = max(0, taken - room)
+        return taken
 
     def _demand(self, waiting: np.ndarray) -> np.ndarray:
         """Blocks at the worst time to come if the first so many are admitted."""
         times = np.arange(0, self._job.gen_len, self._job.step)
 
         def held(sequences: np.ndarray) -> np.ndarray:
-            tokens, left = sequences[:, :1], sequences[:, 1:]
+            tokens, left = sequences[:, :, None]
             return np.where(left > times, self._job.blocks(tokens + times), 0)
 
         worst: np.ndarray = (held(self._running).sum(axis=0) + held(waiting).cumsum(axis=0)).max(axis=1)
@@ -175,4 +181,4 @@ class _Queue:
 
 
 def _most_left_first(sequences: np.ndarray) -> np.ndarray:
-    return sequences[np.argsort(-sequences[:, 1], kind="stable")]
+    return sequences[:, np.argsort(-sequences[1], kind="stable")]

@@ -145,9 +145,10 @@ def largest_policy(problem: Problem, choice: Choice) -> Policy | None:
 def most_sequences(problem: Problem, choice: Choice) -> int:
     """How many KV memory holds at their mean length under the choice; 0 if not even one fits."""
     least, most = 0, min(problem.most_seqs, problem.enough, problem.seqs_of_all_memory)
+    middle = most  # first, as often there is room for all that are of use
     while least < most:  # more sequences need more activations, and those push pages out to the host
-        middle = (least + most + 1) // 2
         least, most = (middle, most) if sized(problem, choice, middle) else (least, middle - 1)
+        middle = (least + most + 1) // 2
     return least
 
 
