@@ -140,7 +140,7 @@ def test_a_plan_gives_a_little_of_its_speed_for_a_ring_that_bridges_slower_atten
     slow, slowest = (
         Outlook(*given[:2], p.policy, slower, MTBENCH).prediction.tokens_per_s for p in (plan, fastest)
     )
-    assert slow > 1.03 * slowest
+    assert slow > 1.02 * slowest
     assert all(other.tokens_per_s < plan.tokens_per_s for other in plan.runners_up)
 
 

@@ -132,9 +132,9 @@ class LighterPages:
 
 UNPACKING = 0.8  # of the rate at which the GPU copies its memory
 _ATTENDING = 0.4  # of the same, for attention over KV in it
-# Pages in passes take so much longer than profiles' beside the same lanes: in 119 recorded steady states it was 9 %
-# in the middle, and 4 to 10 % in those whose profile was minutes old. A profile's second meets fewer slow moments.
-_IN_PASSES = 1.05
+# Pages in passes take so much longer than profiles' beside the same lanes, in the middle of 119 recorded steady
+# states: a profile's second meets fewer slow moments.
+_IN_PASSES = 1.09
 # Kernels of a task beside products, and beside those that were measured one behind the other.
 _EMBED_KERNELS, _PREFILL_KERNELS, _SAMPLE_KERNELS = 8, 2, 8
 
