@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moe_lightning.bench.machine import facts, require_gpu
 from moe_lightning.bench.shapes import LayerShape, Routing
-from moe_lightning.engine.worker import attention_threads
+from moe_lightning.engine.worker import cpu_lane_threads
 from moe_lightning.kernels import ops, packing
 from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.memory.arena import HostArena
@@ -60,7 +60,7 @@ class Machine:
         self.rows = HostArena((8, SEQS, 6144), torch.bfloat16)
         self.rows.prepare(pin=True)
         fill(self.rows.tensor.view(-1))
-        self.threads = attention_threads(torch.device("cuda"))
+        self.threads = cpu_lane_threads(torch.device("cuda"))
         self._frames = torch.empty((8, self.row), dtype=torch.uint8, device="cuda")
 
     @classmethod
@@ -230,7 +230,7 @@ def regions(size: int, part: int = 6 * GIB) -> list[dict[str, Any]]:
     row = 64 * 2**20
     arena = HostArena((size // part * (part // row), row), torch.uint8)
     arena.prepare(pin=True, num_threads=os.cpu_count() or 1)
-    kernel = CpuAttention(attention_threads(torch.device("cuda")))
+    kernel = CpuAttention(cpu_lane_threads(torch.device("cuda")))
     frames = torch.empty((8, row), dtype=torch.uint8, device="cuda")
     found = []
 

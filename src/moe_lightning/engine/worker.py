@@ -61,7 +61,7 @@ class Worker:
         self._buffers = PassBuffers.allocate(weights.spec, policy, weights.embed.dtype, device)
         inv_freq = inverse_frequencies(weights.spec.rope, weights.spec.attention.head_dim)
         self._inv_freq = inv_freq.to(device)
-        self._cpu_attention = CpuAttention(attention_threads(device))
+        self._cpu_attention = CpuAttention(cpu_lane_threads(device))
         self._ring_offset = 0
         self._is_preloaded = False
         self.fullest: RecordedPass | None = None
@@ -162,7 +162,7 @@ class Worker:
         return _build(self._policy.schedule, shape)
 
 
-def attention_threads(device: torch.device) -> int:
+def cpu_lane_threads(device: torch.device) -> int:
     """All cores, but for one that launches and one that waits for the GPU where there is one."""
     cores = len(os.sched_getaffinity(0))
     return cores if device.type == "cpu" else max(1, cores - 2)

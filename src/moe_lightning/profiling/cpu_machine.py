@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moe_lightning.engine.worker import attention_threads
+from moe_lightning.engine.worker import cpu_lane_threads
 from moe_lightning.hardware.kernel_times import ExpertsProfile, ModelShape
 from moe_lightning.hardware.profile import AttentionProfile, HostProfile
 from moe_lightning.kernels.cpu_attention import CpuAttention
@@ -25,7 +25,7 @@ def measure_cpu_machine(shapes: Sequence[ModelShape], effort: Effort, report: Re
     steps.begin("host memory")
     memory = HostMemory(effort, has_gpu=False)
     memory.fill(_DTYPES[0])
-    kernel = CpuAttention(attention_threads(torch.device("cpu")))
+    kernel = CpuAttention(cpu_lane_threads(torch.device("cpu")))
     steps.begin("reading host memory")
     read = host.read_rate(kernel, memory.read, effort)
     steps.begin("CPU products")

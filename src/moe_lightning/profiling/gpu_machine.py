@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_lightning.bench.machine import require_gpu
 from moe_lightning.engine.gpu_budget import cap_gpu_memory
-from moe_lightning.engine.worker import attention_threads
+from moe_lightning.engine.worker import cpu_lane_threads
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.kernel_times import ModelShape
 from moe_lightning.hardware.profile import GpuProfile, HostProfile, LaneProfile, LinkProfile
@@ -95,11 +95,22 @@ def _within_budget(effort: Effort, gpu_memory: int | None) -> Iterator[Effort]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """As many for torch's products as the engine gives them beside a GPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _host_and_link(
     memory: HostMemory, shapes: Sequence[ModelShape], effort: Effort, dtype: torch.dtype, steps: Steps
 ) -> tuple[HostProfile, LinkProfile, list[Load | None]]:
     """Both, and what goes on in that memory while a shape's kernels are measured."""
-    kernel = CpuAttention(attention_threads(torch.device("cuda")))
+    kernel = CpuAttention(cpu_lane_threads(torch.device("cuda")))
     link = Link(memory.copied, effort)
     steps.begin("copies to the GPU")
     h2d = link.to_gpu()
@@ -125,7 +136,7 @@ def _host_and_link(
     few = replace(effort, cpu_experts_s=effort.cpu_experts_beside_s)
     for shape in shapes:
         steps.begin(f"experts of {shape.name} on the CPU beside copies")
-        with copies or nullcontext():
+        with copies or nullcontext(), _threads(kernel.num_threads):
             experts.append(host.experts(shape, dtype, few, copies.keep_up if copies else lambda: None))
     beside = None
     if copies is not None:
