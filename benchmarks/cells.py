@@ -64,7 +64,9 @@ class CellSpec:
             )
             if parse is None or not value:
                 raise ValueError(f"{text!r}: {option!r} is no host=SIZE, seqs=N, workload=NAME or requests=N")
-            found = replace(found, **{name: parse(value)})
+            if (read := parse(value)) == 0:
+                raise ValueError(f"{text!r}: {name} is 1 or more")
+            found = replace(found, **{name: read})
         return found
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from math import ceil
 from pathlib import Path
 
@@ -450,6 +450,37 @@ def test_the_work_of_a_pass_has_the_share_of_layers_that_keep_their_kv():
 
 
 # Much GPU memory: there the number of sequences is a choice as well, since each takes room of experts.
+@pytest.mark.parametrize(
+    ("model", "gpu", "memory", "gen", "num_requests"),
+    [
+        ("mixtral-8x7b", "a100-80gb", (200, 79), 32, 100),
+        ("mixtral-8x7b", "rtx-4090", (182, 79), 128, 300),
+        ("mistral-7b", "l4", (100, 23), 64, 100),
+        ("mistral-7b", "rtx-4090", (100, 23), 64, 100),
+        ("llama-3.1-8b", "a100-80gb", (100, 79), 64, 200),
+    ],
+)
+def test_small_jobs_attend_where_all_experts_are_and_no_other_way_is_faster(
+    model, gpu, memory, gen, num_requests
+):
+    """Nothing streams that attention could hide behind: KV is on the GPU, and all memory that is left is for it."""
+    spec, rates = registry.resolve(model), DatasheetRates(PRESETS[gpu])
+    given = spec, "bfloat16", Memory(*(size * GIB for size in memory))
+    work = Workload(MTBENCH.prompt_lens, gen, num_requests)
+    plan = search(*given, rates, work)
+    assert (plan.policy.num_frames, plan.policy.kv_every) == (0, 1)
+    problem = replace(problem_of(*given, work), packed=plan.policy.packed)
+    assert all(each.gain is None or each.gain < 0.01 for each in alternatives(problem, plan, rates))
+    for name in ("flexgen", "flexgen_cpu", "whole_layer", "no_overlap"):
+        other = replace(plan.policy, schedule=name)
+        assert problem.outlook(other, rates).prediction.job_tokens_per_s < 1.01 * plan.tokens_per_s
+    for micro_batches, kv_every in product((1, 2, 4), (0, 1, 2)):
+        changed = replace(plan.choice, micro_batches=micro_batches, kv_every=kv_every)
+        other = problem.outlook(largest_policy(problem, changed), rates)
+        assert other.prediction.job_tokens_per_s < 1.01 * plan.tokens_per_s
+    assert search(*given, rates, work, packs=False).tokens_per_s < 1.01 * plan.tokens_per_s
+
+
 @pytest.mark.parametrize(("gpu", "host"), [(64, 120), (100, 100), (200, 120)])
 def test_more_memory_is_never_predicted_slower_where_kv_is_on_the_gpu(gpu, host):
     before = planned(gpu, host, num_requests=20_000)

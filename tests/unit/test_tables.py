@@ -46,7 +46,9 @@ class TestCells:
         assert (cell.work.num_requests, cell.work.gen_len) == (50, 32)
         assert CellSpec.parse("24GiB,32,job").work.num_requests is None
 
-    @pytest.mark.parametrize("text", ["24GiB,64,fast", "24GiB,64,job,disk=1", "24GiB,64,job,seqs="])
+    @pytest.mark.parametrize(
+        "text", ["24GiB,64,fast", "24GiB,64,job,disk=1", "24GiB,64,job,seqs=", "24GiB,64,job,requests=0"]
+    )
     def test_what_is_no_cell_is_refused(self, text):
         with pytest.raises(ValueError, match="64"):
             CellSpec.parse(text)

@@ -13,7 +13,7 @@ _VALUES: dict[str, tuple[float, ...]] = {
     "ring": RINGS,
     "parts": (4, 1, 2, 8),
     "prefill": (2.0, 1.25, 1.5, 3.0, 4.0),
-    "micro_batches": (8, 2, 4, 12, 16),
+    "micro_batches": (8, 2, 4, 12, 16, 1),
     "groups": (1, 2, 4),
     "ahead": (2.0, 1.0, 0.5),
     "kv_every": (0, 12, 8, 6, 5, 4, 3, 2, 1),

@@ -96,10 +96,13 @@ def _is_packable(problem: Problem) -> bool:
 
 
 def _as_fast_as_they_are(problem: Problem, packed: Planned, rates: Rates) -> Planned | None:
-    """A plan with experts as they are that is about as fast as one with packed ones; None where there is none."""
+    """A plan with experts as they are that is about as fast as one with packed ones; None where there is none.
+
+    Looked for where one that the search begins with is, or the packed plan's own choice.
+    """
     least = _WORTH_PACKING * packed.tokens_per_s
-    same = largest_policy(problem, packed.choice)
-    if same is None or problem.outlook(same, rates).estimate < least:
+    some = (largest_policy(problem, choice) for choice in (packed.choice, *starts(problem)))
+    if all(policy is None or problem.outlook(policy, rates).estimate < least for policy in some):
         return None
     plain = _searched(problem, rates, packed)
     return plain if plain.tokens_per_s >= least else None
@@ -128,14 +131,18 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
 
 
 def _look_elsewhere(found: Trials, bridging: Choice, rates: Rates, *, is_near: bool, is_job: bool) -> None:
-    """KV on the GPU where the CPU is what takes long, and experts on the CPU where the link is.
+    """KV on the GPU where the CPU is what takes long, or few sequences take little room; on the CPU, experts.
 
     Jobs are varied less: they are again with fewer sequences.
     """
     assert found.best is not None
-    if found.best.choice.kv_every or not _waits_for_pages(found.best):
-        likely = [found.best.choice, bridging, replace(bridging, micro_batches=2, groups=4)]
-        for start in found.likeliest(likely[:1] if is_near else likely, "kv_every")[: 1 if is_job else 2]:
+    whole = replace(found.best.choice, micro_batches=1, groups=1)  # nothing is to be hidden behind attention
+    likely = [found.best.choice, whole, bridging, replace(bridging, micro_batches=2, groups=4)]
+    if _waits_for_pages(found.best) and not found.best.choice.kv_every:
+        for start in found.likeliest(likely[:2], "kv_every", least=found.tokens_per_s)[:1]:
+            found.vary(start)
+    else:
+        for start in found.likeliest(likely[:2] if is_near else likely, "kv_every")[: 1 if is_job else 2]:
             found.vary(start)
         if not (is_near or is_job):
             found.vary(found.best.choice)

@@ -160,12 +160,26 @@ def sized(problem: Problem, choice: Choice, num_seqs: int) -> Policy | None:
     draft, least = _draft(problem, choice, num_seqs), problem.least_blocks(num_seqs)
     if choice.kv_every:  # blocks take room of pages, so there are no more of them than are needed
         placed = _with_pages(problem, choice, replace(draft, num_blocks=least))
-        return placed if placed and problem.use(placed).host_bytes <= problem.memory.host else None
+        if placed is None or problem.use(placed).host_bytes > problem.memory.host:
+            return None
+        return placed if placed.num_frames else _with_more_blocks(problem, placed)
     placed = _with_pages(problem, choice, draft)
     if placed is None:
         return None
     blocks = problem.free_blocks(placed)
     return replace(placed, num_blocks=min(blocks, problem.most_blocks)) if blocks >= least else None
+
+
+def _with_more_blocks(problem: Problem, placed: Policy) -> Policy:
+    """As many blocks as there is memory left for: no page wants it."""
+    assert problem.memory.gpu is not None
+    least, most = placed.num_blocks, max(placed.num_blocks, problem.most_blocks)
+    while least < most:
+        middle = (least + most + 1) // 2
+        use = problem.use(replace(placed, num_blocks=middle))
+        fits = use.gpu_bytes <= problem.memory.gpu and use.host_bytes <= problem.memory.host
+        least, most = (middle, most) if fits else (least, middle - 1)
+    return replace(placed, num_blocks=least)
 
 
 def _draft(problem: Problem, choice: Choice, num_seqs: int) -> Policy:

@@ -77,15 +77,17 @@ class Trials:
         some = [changed(choice, name, value) for value in self._values[name]]
         return sorted(some, key=lambda c: -(self._outlook(p).at_best if (p := self._policy(c)) else 0.0))
 
-    def likeliest(self, choices: Sequence[Choice], name: str) -> list[Choice]:
-        """The choices with other values, one of each value, the fastest by their estimates first."""
+    def likeliest(self, choices: Sequence[Choice], name: str, *, least: float = 0.0) -> list[Choice]:
+        """The choices with other values, one of each, the fastest first, as far as estimates reach `least`."""
         some = [other for choice in choices for other in self.most_promising(choice, name)[:_FEW]]
+        # All layers have a low bound, and reach it: the CPU is not waited for anywhere.
+        some += [changed(choice, name, 1) for choice in choices]
         by_value = dict[float, tuple[float, Choice]]()
         for other in some:
             if policy := self._policy(other):
                 entry, value = (self._outlook(policy).estimate, other), getattr(other, name)
                 by_value[value] = max(by_value.get(value, entry), entry, key=lambda e: e[0])
-        return [other for _, other in sorted(by_value.values(), key=lambda e: -e[0])]
+        return [other for value, other in sorted(by_value.values(), key=lambda e: -e[0]) if value >= least]
 
     def best_with_others(self) -> Planned:
         """The best plan with its runners-up."""
