@@ -74,6 +74,12 @@ def test_several_answers_to_a_prompt_count_as_several():
     assert lengths.workload(Words()).num_requests == 60
 
 
+def test_answers_count_as_often_in_their_mean_as_they_are_given():
+    lengths = lengths_of({"prompt": "x", "max_tokens": 1000, "n": 9}, {"prompt": "x", "max_tokens": 100})
+    work = lengths.workload(Words())
+    assert (work.num_requests, work.gen_len) == (10, 910)
+
+
 def test_a_limit_that_nobody_means_does_not_shape_the_plan():
     lengths = lengths_of({"prompt": "x", "max_tokens": 2_000_000_000}, {"prompt": "x", "max_tokens": 100})
     assert lengths.workload(Words()).gen_len < 1000

@@ -257,6 +257,32 @@ def test_lines_that_are_no_requests_are_not_counted_and_a_file_of_nothing_else_i
     assert job.notes[0].startswith("1 of 2 lines")
 
 
+@pytest.mark.parametrize(
+    ("flags", "without_effect"),
+    [
+        (("--input", "in.jsonl", "--gen-len", "7"), "--gen-len"),
+        (("--input", "in.jsonl", "--avg-prompt-len", "7"), "--avg-prompt-len"),
+        (("--input", "in.jsonl", "--num-requests", "7"), "--num-requests"),
+        (("--profile", "p.json", "--hardware", "t4"), "--hardware"),
+        (("--profile", "p.json", "--cpu-mem-bdw", "7"), "--cpu-mem-bdw"),
+        (("--hardware", "this", "--cpu-mem-bdw", "7"), "--cpu-mem-bdw"),
+        (("--cost-model", "paper", "--input", "in.jsonl"), "--input"),
+        (("--cost-model", "paper", "--num-requests", "7"), "--num-requests"),
+        (("--cost-model", "paper", "--max-model-len", "700"), "--max-model-len"),
+    ],
+)
+def test_flags_of_which_one_would_be_without_effect_are_refused(capsys, flags, without_effect) -> None:
+    message = refused(capsys, "plan", "mixtral-8x7b", *flags)
+    assert without_effect in message and "leave one of them out" in message
+
+
+def test_answers_end_where_sequences_do(capsys) -> None:
+    flags = ("--gen-len", "100", "--avg-prompt-len", "77", "--max-model-len", "128")
+    values = planned(capsys, *MEMORY, *flags, base=["plan", "mixtral-8x7b", "--hardware", "h100-sxm"])
+    assert values["workload"]["gen_len"] == 51
+    assert any("after 51 of 100" in note for note in values["notes"])
+
+
 def test_a_model_that_does_not_fit_says_what_it_needs(capsys) -> None:
     message = refused(capsys, "plan", "mixtral-8x7b", "--gpu-memory", "4GiB")
     assert re.search(

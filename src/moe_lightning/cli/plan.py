@@ -30,6 +30,16 @@ DESCRIPTION = (
 
 
 _HOST_SHARE = 0.95  # of a machine's host memory: the system has the rest
+_HARDWARE, _PROMPT, _ANSWER = "l4", 77, 32
+# Flags of which one says already what the other would, and why.
+_APART = (
+    ("input", "avg_prompt_len", "the file has its prompts"),
+    ("input", "gen_len", "the file says how long answers may be"),
+    ("input", "num_requests", "the file has its requests"),
+    ("profile", "hardware", "the profile is of a machine"),
+    ("profile", "cpu_mem_bdw", "the profile has that rate"),
+)
+_NOT_PAPERS = ("input", "num_requests", "max_model_len")
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,6 @@ def add_flags(parser: ArgumentParser) -> None:
     )
     add(
         "--hardware",
-        default="l4",
         metavar="NAME",
         help="machine, such as t4, l4, h100-sxm, or this: what `profile` measured (default: l4)",
     )
@@ -69,8 +78,8 @@ def add_flags(parser: ArgumentParser) -> None:
     )
     add("--host-memory", type=_size, metavar="SIZE", help="host memory (default: all of the machine's)")
     add("--cpu-mem-bdw", type=rate, metavar="GIB/S", help="bandwidth of host memory (default: the machine's)")
-    add_count(parser, "--avg-prompt-len", "tokens of a prompt (default: 77)", default=77)
-    add_count(parser, "--gen-len", "tokens of an answer (default: 32)", default=32)
+    add_count(parser, "--avg-prompt-len", f"tokens of a prompt (default: {_PROMPT})")
+    add_count(parser, "--gen-len", f"tokens of an answer (default: {_ANSWER})")
     add(
         "--input",
         type=Path,
@@ -97,6 +106,7 @@ def run(args: Namespace) -> int:
         ConfigError: a value cannot be used, or the drawing cannot be made.
         NoFeasiblePolicyError: the model does not fit the machine.
     """
+    _check_together(args)
     if args.plot:  # what cannot be drawn is said before the search
         from moe_lightning.perf.roofline_plot import check_plot_path
 
@@ -112,6 +122,25 @@ def run(args: Namespace) -> int:
         for text in answer.text:
             print(text, flush=True)
     return 0
+
+
+def _check_together(args: Namespace) -> None:
+    """Refuse flags that would be without effect, then fill in what was not given."""
+    for one, other, why in _APART:
+        if getattr(args, one) and getattr(args, other):
+            raise ConfigError(f"{_flag(other)} with {_flag(one)}: {why}; leave one of them out")
+    if args.hardware == "this" and args.cpu_mem_bdw:
+        raise ConfigError("--cpu-mem-bdw with --hardware this: that rate was measured; leave one of them out")
+    for name in _NOT_PAPERS:
+        if args.cost_model == "paper" and getattr(args, name):
+            raise ConfigError(f"--cost-model paper does not count with {_flag(name)}; leave one of them out")
+    args.hardware = args.hardware or _HARDWARE
+    args.avg_prompt_len = args.avg_prompt_len or _PROMPT
+    args.gen_len = args.gen_len or _ANSWER
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _profile(args: Namespace) -> Profile | None:

@@ -53,11 +53,18 @@ def _fitting(workload: Workload, longest: int | None, limit: int) -> Job:
             f"prompts have {max(workload.prompt_lens):,} tokens, and sequences with their answers no more than "
             f"{limit:,}; give shorter prompts, or a greater --max-model-len where the model allows it"
         )
-    left_out = 1 - len(fitting) / len(workload.prompt_lens)
-    if not left_out:
-        return Job(workload, longest)
-    count = workload.num_requests and max(1, round(workload.num_requests * (1 - left_out)))
-    note = (
-        f"{left_out:.1%} of the prompts leave no room for an answer in {limit:,} tokens and are not counted"
-    )
-    return Job(replace(workload, prompt_lens=fitting, num_requests=count), longest, (note,))
+    notes = []
+    if left_out := 1 - len(fitting) / len(workload.prompt_lens):
+        notes.append(
+            f"{left_out:.1%} of the prompts leave no room for an answer in {limit:,} tokens and are not counted"
+        )
+        count = workload.num_requests and max(1, round(workload.num_requests * (1 - left_out)))
+        workload = replace(workload, prompt_lens=fitting, num_requests=count)
+    answers = [min(workload.gen_len, limit - length) for length in fitting]
+    mean = max(1, round(sum(answers) / len(answers)))
+    if mean < workload.gen_len:
+        notes.append(
+            f"answers end at {limit:,} tokens with their prompts: after {mean:,} of {workload.gen_len:,} on average"
+        )
+        workload = replace(workload, gen_len=mean)
+    return Job(workload, longest, tuple(notes))

@@ -157,14 +157,18 @@ def _policy(report: Report) -> str:
         if policy.num_frames
         else ""
     )
-    on_cpu = f"; the CPU computes those of one layer in {policy.cpu_every}" if policy.cpu_every else ""
-    kept = f", in GPU memory for one layer in {policy.kv_every}" if policy.kv_every else ""
+    on_cpu = f"; the CPU computes those of {_layers(policy.cpu_every)}" if policy.cpu_every else ""
+    kept = f", in GPU memory for {_layers(policy.kv_every)}" if policy.kv_every else ""
     return (
-        f"{num_seqs:,} sequences in {micro_batches} micro-batches of {policy.micro_batch_size}{more}; prompts "
+        f"{num_seqs:,} sequences in {micro_batches} micro-batch{'es' if micro_batches > 1 else ''} of {policy.micro_batch_size}{more}; prompts "
         f"in chunks of {policy.chunk_tokens:,} tokens, up to {policy.max_num_seqs + policy.prefill_tokens:,} rows "
         f"a pass; {resident:.0%} of the experts resident{rest}{on_cpu}; {policy.num_blocks:,} KV blocks of "
         f"{policy.block_size} tokens{kept}"
     )
+
+
+def _layers(every: int) -> str:
+    return "all layers" if every == 1 else f"one layer in {every}"
 
 
 def _runners_up(planned: Planned) -> Table:

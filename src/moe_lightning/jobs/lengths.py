@@ -27,7 +27,7 @@ class Lengths:
     def __init__(self) -> None:
         self._sizes = array("Q")
         self._limits = array("q")
-        self._num_answers = 0
+        self._answers = array("Q")  # of each line
         self._sample: list[BatchLine] = []
         self._draw = Random(0)
 
@@ -42,7 +42,7 @@ class Lengths:
         self._sizes.append(size)
         limit = line.call.params.max_tokens
         self._limits.append(-1 if limit is None else min(limit, _LONGEST_ANSWER))
-        self._num_answers += line.call.params.n
+        self._answers.append(line.call.params.n)
 
     @property
     def longest(self) -> int:
@@ -67,8 +67,9 @@ class Lengths:
         some = Random(0).sample(self._sizes, min(_HISTOGRAM, len(self._sizes)))
         prompts = [max(1, round(rate * size)) for size in some]
         answers = [_ANSWER if limit < 0 else min(max(limit, 1), _EXPECTED) for limit in self._limits]
-        mean = round(sum(answers) / len(answers)) if answers else 1
-        return Workload(tuple(sorted(prompts)) or (1,), mean, max(1, self._num_answers))
+        count = sum(self._answers)
+        total = sum(length * times for length, times in zip(answers, self._answers, strict=True))
+        return Workload(tuple(sorted(prompts)) or (1,), round(total / count) if count else 1, max(1, count))
 
 
 def _size(line: BatchLine) -> int:

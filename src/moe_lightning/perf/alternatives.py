@@ -67,7 +67,7 @@ def _kv_elsewhere(problem: Problem, planned: Planned, rates: Rates) -> Alternati
     if now:
         return Alternative(
             "all KV in host memory", "r_c=0", gains.get(0),
-            f"the CPU would attend in all layers; now the GPU does in one of {now:g}",
+            f"the CPU would attend in all layers; now the GPU does in {'all' if now == 1 else f'one of {now:g}'}",
         )  # fmt: skip
     if not gains:
         return Alternative("a share of KV on the GPU", "r_c>0", None, "the GPU has no room for it")
