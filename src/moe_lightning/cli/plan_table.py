@@ -157,10 +157,11 @@ def _policy(report: Report) -> str:
         if policy.num_frames
         else ""
     )
+    them = f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''}"
     on_cpu = f"; the CPU computes those of {_layers(policy.cpu_every)}" if policy.cpu_every else ""
     kept = f", in GPU memory for {_layers(policy.kv_every)}" if policy.kv_every else ""
     return (
-        f"{num_seqs:,} sequences in {micro_batches} micro-batch{'es' if micro_batches > 1 else ''} of {policy.micro_batch_size}{more}; prompts "
+        f"{num_seqs:,} sequences in {them} of {policy.micro_batch_size}{more}; prompts "
         f"in chunks of {policy.chunk_tokens:,} tokens, up to {policy.max_num_seqs + policy.prefill_tokens:,} rows "
         f"a pass; {resident:.0%} of the experts resident{rest}{on_cpu}; {policy.num_blocks:,} KV blocks of "
         f"{policy.block_size} tokens{kept}"

@@ -127,7 +127,11 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
         found.vary(found.best.choice)
     _look_elsewhere(found, bridging, rates, is_near=is_near, is_job=problem.workload.num_requests is not None)
     found, problem = _of_fewer_sequences(found, problem, rates, is_near=is_near)
-    return with_slack(problem, found.best_with_others(), rates)
+    assert found.best is not None
+    plan = with_slack(problem, found.best, rates)
+    if not is_near:
+        found.vary_for_others(plan)
+    return found.with_others(plan)
 
 
 def _look_elsewhere(found: Trials, bridging: Choice, rates: Rates, *, is_near: bool, is_job: bool) -> None:

@@ -45,5 +45,4 @@ def with_slack(problem: Problem, plan: Planned, rates: Rates) -> Planned:
         if value <= reached:
             break
         best, reached = Planned(policy, usual, choice), value
-    others = tuple(other for other in plan.runners_up if other.tokens_per_s < best.tokens_per_s)
-    return replace(best, runners_up=others)
+    return best

@@ -12,6 +12,7 @@ from moe_lightning.perf.sizing import Choice, Problem, largest_policy
 from moe_lightning.policy import Policy
 
 _RUNNERS_UP = 3
+_TELLING = ("groups", "parts", "micro_batches", "pages")  # choices that differ enough to be compared with
 _WORTH = 1.002  # a smaller gain is not looked for: where the link is the bound, all plans are about as fast
 _BEHIND = 0.85  # of the best that is known: one choice after the other seldom makes up for more
 _FEW = 3  # shares of KV on the GPU that are simulated at a time
@@ -89,15 +90,23 @@ class Trials:
                 by_value[value] = max(by_value.get(value, entry), entry, key=lambda e: e[0])
         return [other for value, other in sorted(by_value.values(), key=lambda e: -e[0]) if value >= least]
 
-    def best_with_others(self) -> Planned:
-        """The best plan with its runners-up."""
-        assert self.best is not None
+    def vary_for_others(self, best: Planned) -> None:
+        """Simulate a few that promise no more than the plan that is chosen: what it is compared with."""
+        for name in _TELLING:
+            some = self.most_promising(best.choice, name)
+            others = (c for c in some if getattr(c, name) != getattr(best.choice, name))
+            other = next(others, best.choice)
+            if policy := self._policy(other):
+                self._simulate(policy, other)
+
+    def with_others(self, best: Planned) -> Planned:
+        """The plan that is chosen with its runners-up, of those that are slower."""
         others: list[Planned] = []
         for plan in sorted(self._found.values(), key=lambda p: -p.tokens_per_s):
-            last = others[-1] if others else self.best
+            last = others[-1] if others else best
             if plan.tokens_per_s < last.tokens_per_s * (1 - _APART) and len(others) < _RUNNERS_UP:
                 others.append(plan)
-        return replace(self.best, runners_up=tuple(others))
+        return replace(best, runners_up=tuple(others))
 
     def _try(self, choices: Iterable[Choice]) -> Choice | None:
         """Simulate those that may be faster than the best, most promising first; the choice to go on from."""
