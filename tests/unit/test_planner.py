@@ -450,7 +450,6 @@ def test_the_work_of_a_pass_has_the_share_of_layers_that_keep_their_kv():
     assert pass_work(MIXTRAL, shape, (8,), 100, pages_per_expert=14).kv_share == 10 / 32
 
 
-# Much GPU memory: there the number of sequences is a choice as well, since each takes room of experts.
 @pytest.mark.parametrize(
     ("model", "gpu", "memory", "gen", "num_requests"),
     [
@@ -482,6 +481,7 @@ def test_small_jobs_attend_where_all_experts_are_and_no_other_way_is_faster(
     assert search(*given, rates, work, packs=False).tokens_per_s < 1.01 * plan.tokens_per_s
 
 
+# Much GPU memory: there the number of sequences is a choice as well, since each takes room of experts.
 @pytest.mark.parametrize(("gpu", "host"), [(64, 120), (100, 100), (200, 120)])
 def test_more_memory_is_never_predicted_slower_where_kv_is_on_the_gpu(gpu, host):
     before = planned(gpu, host, num_requests=20_000)

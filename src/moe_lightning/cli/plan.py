@@ -68,7 +68,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add(
         "--hardware",
         metavar="NAME",
-        help="machine, such as t4, l4, h100-sxm, or this: what `profile` measured (default: l4)",
+        help=f"machine, such as t4, l4, h100-sxm, or this: what `profile` measured (default: {_HARDWARE})",
     )
     add(
         "--gpu-memory",

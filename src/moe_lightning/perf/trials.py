@@ -88,7 +88,8 @@ class Trials:
             if policy := self._policy(other):
                 entry, value = (self._outlook(policy).estimate, other), getattr(other, name)
                 by_value[value] = max(by_value.get(value, entry), entry, key=lambda e: e[0])
-        return [other for value, other in sorted(by_value.values(), key=lambda e: -e[0]) if value >= least]
+        ordered = sorted(by_value.values(), key=lambda e: -e[0])
+        return [other for estimate, other in ordered if estimate >= least]
 
     def vary_for_others(self, best: Planned) -> None:
         """Simulate a few that promise no more than the plan that is chosen: what it is compared with."""
