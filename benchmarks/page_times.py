@@ -67,11 +67,10 @@ class Steady:
         self._worker, self._engine = loaded.worker, loaded.engine()
         work = workload(cell.workload, cell.gen_len)
         self._source = Source(work, loaded.plan.spec.vocab_size)
-        self._requests = iter(self._source)
         self._num_seqs = num_decoding(loaded.plan.policy, work)
         self._page_bytes = page_bytes(loaded)
-        vocab = loaded.plan.spec.vocab_size
-        begin_midway(self._engine, self._requests, self._num_seqs, cell.gen_len, vocab)
+        begin_midway(self._engine, self._source, self._num_seqs)
+        self._requests = iter(self._source)
         self._worker.records_fullest = False
 
     def passes(self, name: str, left_out: tuple[TaskKind, ...], count: int) -> dict[str, Any]:

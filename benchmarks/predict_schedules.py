@@ -44,7 +44,7 @@ def predicted(
 
     if not variant.in_batches:
         prompts = min(round(n * work.mean_prompt / work.gen_len), policy.prefill_tokens)
-        pass_s = seconds(n, prompts, work.mean_context())
+        pass_s = seconds(n, prompts, work.mean_context)
         return pass_s, n / pass_s
     pass_s = seconds(n, 0, work.mean_prompt + work.gen_len / 2 + 1)
     most = min(n + policy.prefill_tokens, round(n * work.mean_prompt))

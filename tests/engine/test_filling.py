@@ -25,7 +25,7 @@ def policy_for(work, num_seqs, prefill):
     """KV memory for so many sequences, and room for `prefill` times the prompts of a steady pass."""
     return Policy(
         max_num_seqs=ceil(ROOM * num_seqs), micro_batch_size=64, group_size=2**16, look_ahead=8,
-        prefill_tokens=max(work.longest, ceil(prefill * num_seqs * work.mean_prompt / work.gen_len)),
+        prefill_tokens=max(work.longest, ceil(prefill * num_seqs * work.mean_prompt / work.mean_answer)),
         chunk_tokens=2048, pages_per_expert=1, resident_pages=(0,), num_frames=1,
         num_blocks=ceil(num_seqs * work.mean_blocks(16)), block_size=16,
     )  # fmt: skip
@@ -34,9 +34,9 @@ def policy_for(work, num_seqs, prefill):
 def passes_of_batcher(policy, work, count):
     """Sequences that decode and tokens of prompts, of each pass of a job of so many requests."""
     batcher, passes = Batcher(policy, (), Turns.of_job(policy, torch.device("cuda"))), []
-    params = SamplingParams(max_tokens=work.gen_len, temperature=0, ignore_eos=True)
-    lens = np.random.default_rng(5).permutation(np.resize(work.prompt_lens, count))
-    for number, length in enumerate(lens):
+    pairs = np.array([work.prompt_lens, work.answers])[:, np.arange(count) % len(work.prompt_lens)]
+    for number, (length, answer) in enumerate(np.random.default_rng(5).permutation(pairs, axis=1).T):
+        params = SamplingParams(max_tokens=int(answer), temperature=0, ignore_eos=True)
         request = Request(str(number), (1,) * int(length), params)
         batcher.add(Sequence(request, 0, number, work.longest, None))
     while batcher.has_work:
@@ -44,7 +44,7 @@ def passes_of_batcher(policy, work, count):
         passes.append((sum(map(len, batch.decode)), sum(s.num_tokens for s in batch.admitted)))
         for sequence in batcher.running:
             sequence.output_ids.append(1)
-            if len(sequence.output_ids) == work.gen_len:
+            if len(sequence.output_ids) == sequence.request.params.max_tokens:
                 sequence.finish = Finish("length", None, "")
         batcher.retire()
     return passes
@@ -58,8 +58,22 @@ def passes_of_batcher(policy, work, count):
         (workload("mtbench", 100), 3.0),  # two tokens of an answer are taken for one
         (Workload((150, 250, 400), 16), 2.0),  # prompts are long, so nobody is admitted who may be put back
         (Workload((20,), 1), 2.0),
+        (Workload.of([(60, 16), (60, 1000)]), 2.0),
+        (Workload.of([(60, 1)] * 9 + [(60, 500)]), 2.0),
+        (Workload.of([(20 + i, 16 + 7 * (i % 29)) for i in range(200)]), 3.0),
+        (Workload.of([(100, 300), (3000, 20), (800, 40), (2000, 10)]), 2.0),
     ],
-    ids=["full", "few prompts", "steps", "long prompts", "one token"],
+    ids=[
+        "full",
+        "few prompts",
+        "steps",
+        "long prompts",
+        "one token",
+        "short and long",
+        "few long",
+        "any",
+        "foreseen",
+    ],
 )
 def test_passes_of_a_job_are_about_those_of_the_batcher(work, prefill):
     policy = policy_for(work, 1000, prefill)

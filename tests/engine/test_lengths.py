@@ -80,6 +80,13 @@ def test_answers_count_as_often_in_their_mean_as_they_are_given():
     assert (work.num_requests, work.gen_len) == (10, 910)
 
 
+def test_answers_of_two_lengths_stay_apart_and_with_their_prompts():
+    bodies = [{"prompt": "x" * 40, "max_tokens": 16}, {"prompt": "x" * 400, "max_tokens": 1000}]
+    work = lengths_of(*bodies * 1000).workload(Words())
+    assert set(zip(work.prompt_lens, work.answers, strict=True)) == {(10, 16), (100, 1000)}
+    assert work.mean_answer == 508 and work.num_requests == 2000
+
+
 def test_a_limit_that_nobody_means_does_not_shape_the_plan():
     lengths = lengths_of({"prompt": "x", "max_tokens": 2_000_000_000}, {"prompt": "x", "max_tokens": 100})
     assert lengths.workload(Words()).gen_len < 1000

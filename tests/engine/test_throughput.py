@@ -16,7 +16,7 @@ from moe_lightning.bench.cell import Effort
 from moe_lightning.bench.passes import PassRecord, Source, begin_midway, run_passes
 from moe_lightning.bench.peaks import Peaks
 from moe_lightning.bench.session import Session
-from moe_lightning.bench.workloads import WORKLOADS, prompts, workload
+from moe_lightning.bench.workloads import WORKLOADS, sequences, workload
 from moe_lightning.config import EngineConfig
 from moe_lightning.engine.plan import make_plan
 from moe_lightning.errors import ConfigError
@@ -48,17 +48,23 @@ def test_a_job_answers_every_request_in_full(engine):
     source = Source(WORK, 320)
     passes = list(run_passes(engine, iter(source), source, 12, count=10))
     assert sum(p.generated for p in passes) == 10 * 6
-    lengths = [len(p) for p in prompts(WORK, 240, 320, seed=0)[:10]]
+    lengths = [len(p) for p, _ in sequences(WORK, 240, 320, seed=0)[:10]]
     assert sum(p.prompt_tokens for p in passes) == sum(lengths)
     assert engine.num_unfinished == 0
 
 
+def test_answers_of_a_job_have_the_lengths_of_their_prompts(engine):
+    source = Source(Workload.of([(3, 2), (5, 6), (9, 4)]), 320, scored=range(6))
+    list(run_passes(engine, iter(source), source, 12, count=6))
+    found = {len(o.prompt_token_ids): len(o.outputs[0].token_ids) for o in source.outputs.values()}
+    assert found == {3: 2, 5: 6, 9: 4}
+
+
 def test_a_steady_state_begins_with_all_ages_and_stays_full(engine):
     source = Source(WORK, 320)
-    requests = iter(source)
-    assert begin_midway(engine, requests, 6, WORK.gen_len, 320) == 6
+    assert begin_midway(engine, source, 6) == 6
     assert [len(s.output_ids) for s in engine._batcher.running] == [0, 1, 2, 3, 4, 5]
-    passes = list(run_passes(engine, requests, source, 12, num_passes=18))
+    passes = list(run_passes(engine, iter(source), source, 12, num_passes=18))
     assert len(passes) == 18
     # One ends in each pass and another takes its place; a prompt's pass gives its first token.
     assert all(p.generated == 6 for p in passes[1:])
@@ -66,7 +72,7 @@ def test_a_steady_state_begins_with_all_ages_and_stays_full(engine):
 
 
 def test_a_batch_begins_with_one_age(engine):
-    begin_midway(engine, iter(Source(WORK, 320)), 6, WORK.gen_len, 320, same_age=True)
+    begin_midway(engine, Source(WORK, 320), 6, same_age=True)
     assert [len(s.output_ids) for s in engine._batcher.running] == [3] * 6
 
 
@@ -232,11 +238,11 @@ def test_workloads_have_the_lengths_that_they_are_known_for():
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_prompts_have_the_lengths_of_their_workload(name):
     work = workload(name)
-    found = [len(p) for p in prompts(work, 2 * len(work.prompt_lens), 100)]
+    found = [len(p) for p, _ in sequences(work, 2 * len(work.prompt_lens), 100)]
     assert sorted(found) == sorted(work.prompt_lens * 2)
 
 
 def test_prompts_go_through_all_lengths_before_one_comes_again():
-    found = prompts(WORK, 7, 100)
+    found = [prompt for prompt, _ in sequences(WORK, 7, 100)]
     assert sorted(len(p) for p in found[:3]) == sorted(len(p) for p in found[3:6]) == [3, 5, 9]
     assert all(3 <= token < 100 for token in itertools.chain(*found))

@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -281,6 +282,33 @@ def test_answers_end_where_sequences_do(capsys) -> None:
     values = planned(capsys, *MEMORY, *flags, base=["plan", "mixtral-8x7b", "--hardware", "h100-sxm"])
     assert values["workload"]["gen_len"] == 51
     assert any("after 51 of 100" in note for note in values["notes"])
+
+
+def test_long_answers_count_as_long_beside_short_ones(tmp_path, capsys) -> None:
+    """Memory is full of the long ones, and a job waits for the last of them."""
+    file, line = tmp_path / "in.jsonl", {"method": "POST", "url": "/v1/completions"}
+    flags = (*MEMORY, "--input", str(file), "--hardware", "h100-sxm")
+
+    def of(*answers: int) -> dict[str, Any]:
+        bodies = ({"prompt": "x" * 300, "max_tokens": count} for count in answers * 2000)
+        lines = ({"custom_id": str(i), "body": body, **line} for i, body in enumerate(bodies))
+        file.write_text("\n".join(map(json.dumps, lines)))
+        return planned(capsys, *flags, base=["plan", "mixtral-8x7b"])
+
+    apart, alike = of(16, 1000), of(508, 508)
+    assert (apart["workload"]["gen_len"], alike["workload"]["gen_lens"]) == (508, None)
+    assert apart["prediction"]["job_s"] > 1.2 * alike["prediction"]["job_s"]
+    assert apart["prediction"]["num_seqs"] < alike["prediction"]["num_seqs"]
+
+
+def test_the_page_says_how_long_answers_are(tmp_path, capsys) -> None:
+    file = tmp_path / "in.jsonl"
+    line = {"method": "POST", "url": "/v1/completions"}
+    bodies = ({"prompt": "x" * 300, "max_tokens": count} for count in (16, 1000))
+    lines = ({"custom_id": str(i), "body": body, **line} for i, body in enumerate(bodies))
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert main(["plan", "mixtral-8x7b", *MEMORY, "--input", str(file), "--hardware", "h100-sxm"]) == 0
+    assert "answers of 16 to 1,000, 508 on average" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_model_that_does_not_fit_says_what_it_needs(capsys) -> None:

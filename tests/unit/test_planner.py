@@ -397,7 +397,7 @@ def test_a_pass_of_few_simulated_layers_stands_for_all_where_some_have_experts_o
     problem = replace(problem_of(MIXTRAL, "bfloat16", Memory(150 * GIB, 24 * GIB), WORK), packed=True)
     choice = replace(planned(24).choice, cpu_every=every, kv_every=kv_every)
     policy = sized(problem, choice, 100)
-    passes = Passes(MIXTRAL, "bfloat16", policy, DatasheetRates(H100), WORK.mean_context(), WORK.mean_prompt)
+    passes = Passes(MIXTRAL, "bfloat16", policy, DatasheetRates(H100), WORK.mean_context, WORK.mean_prompt)
     few, lanes_of_few = passes.steady(100, 60, 6)
     every_layer, lanes = passes.steady(100, 60, 32)
     assert few == pytest.approx(every_layer, rel=0.08)
@@ -509,7 +509,7 @@ def test_a_pass_of_few_simulated_layers_stands_for_all_where_some_keep_their_kv(
     """Those are taken as whole periods, so that the mean layer is the model's."""
     problem = replace(problem_of(MIXTRAL, "bfloat16", Memory(120 * GIB, 64 * GIB), WORK), packed=True)
     policy = largest_policy(problem, replace(planned(64).choice, kv_every=every))
-    passes = Passes(MIXTRAL, "bfloat16", policy, DatasheetRates(H100), WORK.mean_context(), WORK.mean_prompt)
+    passes = Passes(MIXTRAL, "bfloat16", policy, DatasheetRates(H100), WORK.mean_context, WORK.mean_prompt)
     few, lanes_of_few = passes.steady(4000, 4000, 6)
     every_layer, lanes = passes.steady(4000, 4000, 32)
     assert few == pytest.approx(every_layer, rel=0.05)

@@ -37,7 +37,8 @@ def workload_of_file(
             return Workload(lengths, gen_len or _GEN_LEN, num_requests)
         file.seek(0)
         found = survey_input(file).lengths.workload(loaded)
-    return replace(found, gen_len=gen_len or found.gen_len, num_requests=num_requests)
+    found = replace(found, num_requests=num_requests)
+    return replace(found, gen_len=gen_len, gen_lens=None) if gen_len else found
 
 
 def _is_questions(line: bytes) -> bool:

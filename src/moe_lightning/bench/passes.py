@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from moe_lightning.bench.workloads import prompts
+from moe_lightning.bench.workloads import as_met, sequences
 from moe_lightning.engine.engine import Engine
 from moe_lightning.engine.request import Request, RequestOutput, SamplingParams
 from moe_lightning.errors import DeviceError
@@ -33,7 +34,7 @@ class PassRecord:
 
 @dataclass
 class Source:
-    """Requests without end, of a workload's lengths; those with a number in `scored` come with log-probabilities.
+    """Requests without end, numbered, of a workload's lengths; those in `scored` come with log-probabilities.
 
     Attributes:
         workload: whose lengths.
@@ -46,26 +47,26 @@ class Source:
     vocab_size: int
     scored: Sequence[int] = ()
     outputs: dict[str, RequestOutput] = field(default_factory=dict)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def __iter__(self) -> Iterator[Request]:
-        plain, scored = (self._params(logprobs) for logprobs in (None, TOP))
-        number = 0
-        while True:
-            for prompt in prompts(
-                self.workload, 80 * len(self.workload.prompt_lens), self.vocab_size, seed=number
-            ):
-                params = scored if number in self.scored else plain
+        return self._requests(self.workload)
+
+    def midway(self) -> Iterator[Request]:
+        """As they are met in the middle of a job, for `begin_midway`."""
+        return self._requests(as_met(self.workload))
+
+    def _requests(self, work: Workload) -> Iterator[Request]:
+        for seed in itertools.count():
+            for prompt, answer in sequences(work, 80 * len(work.prompt_lens), self.vocab_size, seed):
+                number = next(self._numbers)
+                logprobs = TOP if number in self.scored else None
+                params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, logprobs=logprobs)
                 yield Request(str(number), tuple(prompt), params)
-                number += 1
 
     def keep(self, outputs: list[RequestOutput]) -> None:
         """Remember the outputs that are to be checked."""
         self.outputs.update((o.request_id, o) for o in outputs if int(o.request_id) in self.scored)
-
-    def _params(self, logprobs: int | None) -> SamplingParams:
-        return SamplingParams(
-            temperature=0, max_tokens=self.workload.gen_len, ignore_eos=True, logprobs=logprobs
-        )
 
 
 def run_passes(
@@ -127,23 +128,19 @@ def _check_finite(outputs: list[RequestOutput]) -> None:
         )
 
 
-def begin_midway(
-    engine: Engine, requests: Iterator[Request], num_seqs: int, gen_len: int, vocab_size: int, *,
-    same_age: bool = False,
-) -> int:  # fmt: skip
+def begin_midway(engine: Engine, source: Source, num_seqs: int, *, same_age: bool = False) -> int:
     """Fill KV memory with sequences, as if they had been running for long; how many.
 
     Args:
         engine: has none yet.
-        requests: to take from.
+        source: of the requests; ages are evenly spread over their answers.
         num_seqs: at most.
-        gen_len: tokens of an answer; ages are evenly spread over them.
-        vocab_size: of the model.
         same_age: all are half as old as they get, instead.
     """
     draw = random.Random(0)
-    for number in range(num_seqs):
-        age = gen_len // 2 if same_age else number * gen_len // num_seqs
-        if not engine.adopt(next(requests), [draw.randrange(3, vocab_size) for _ in range(age)]):
+    for number, request in zip(range(num_seqs), source.midway(), strict=False):
+        length = request.params.max_tokens or 0
+        age = length // 2 if same_age else number * length // num_seqs
+        if not engine.adopt(request, [draw.randrange(3, source.vocab_size) for _ in range(age)]):
             return number
     return num_seqs

@@ -141,7 +141,7 @@ def _row(
     peaks = watch.peaks(session.config.gpu_memory, session.planned_host_bytes(plan))
     predict = _Predicted(plan, rates, work)
     prompts = round(mean(p.prompt_tokens for p in passes))
-    context = work.mean_prompt + work.gen_len / 2 + 1 if variant.in_batches else work.mean_context()
+    context = work.mean_prompt + work.gen_len / 2 + 1 if variant.in_batches else work.mean_context
     predicted = predict.seconds(num_seqs, prompts, context)
     if ramp is None:
         tokens = mean(p.generated for p in passes)
@@ -182,13 +182,11 @@ class _Run:
     def full(self) -> tuple[tuple[PassRecord, ...], int, Lanes | None]:
         """Passes of a whole batch, or of all ages with prompts that take the place of those that end."""
         loaded, plan = self.loaded, self.loaded.plan
-        n, vocab = num_decoding(plan.policy, self.work), plan.spec.vocab_size
+        n = num_decoding(plan.policy, self.work)
         engine = loaded.engine(in_batches=self.variant.in_batches)
-        source = Source(self.work, vocab)
+        source = Source(self.work, plan.spec.vocab_size)
+        num_seqs = begin_midway(engine, source, n, same_age=self.variant.in_batches)
         requests = iter(source)
-        num_seqs = begin_midway(
-            engine, requests, n, self.work.gen_len, vocab, same_age=self.variant.in_batches
-        )
         if self.variant.in_batches:
             engine.close_batch()
         # A batch must not end before the last pass: half of its answers are left.

@@ -104,8 +104,8 @@ def _steady(
     # Of the requests that come in during the first passes, some are checked.
     new = range(n, n + max(2 * n // workload.gen_len, effort.num_checked))
     source = Source(workload, plan.spec.vocab_size, _sample(new, effort))
+    begin_midway(engine, source, n)
     requests = iter(source)
-    begin_midway(engine, requests, n, workload.gen_len, plan.spec.vocab_size)
     recorded = list[RecordedPass]()
 
     def run(count: int) -> list[PassRecord]:

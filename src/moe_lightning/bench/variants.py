@@ -105,7 +105,7 @@ class _Sizes:
         pages = pages_per_expert(spec, self.problem.dtype_bytes)
         size = min(HEAD_ROWS, paper.ubs)
         # In a batch all are long at once; where others take the place of those that end, more have room.
-        grows = 1.0 if self.in_batches else (work.mean_prompt + work.gen_len) / work.mean_context()
+        grows = 1.0 if self.in_batches else (work.mean_prompt + work.gen_len) / work.mean_context
         num_seqs = round(paper.ubs * paper.n_ub * grows)
         # A batch's prompts go through the layers at once; else twice what comes with each pass has room.
         prompts = num_seqs * work.mean_prompt * (1 if self.in_batches else 2 / work.gen_len)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect
+from itertools import accumulate
 from statistics import NormalDist
 
 from moe_lightning.errors import ConfigError
@@ -15,6 +17,8 @@ _MTBENCH = (
     29, 20, 29, 215, 24, 30, 26, 42, 34, 19, 185, 227, 418, 217, 189, 301, 221, 373, 172, 345,
     27, 47, 50, 21, 68, 41, 70, 42, 37, 22, 35, 16, 31, 62, 27, 23, 15, 18, 16, 21,
 )  # fmt: skip
+
+_MET = 512  # sequences that stand for all
 
 
 def _normal(mean: float, deviation: float, longest: int, count: int = 80) -> tuple[int, ...]:
@@ -45,12 +49,24 @@ def workload(name: str, gen_len: int | None = None, num_requests: int | None = N
     return Workload(lengths, gen_len or default, num_requests)
 
 
-def prompts(work: Workload, count: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
-    """Random token ids; each round through the lengths in another order, so that every part is like the whole."""
+def sequences(work: Workload, count: int, vocab_size: int, seed: int = 0) -> list[tuple[list[int], int]]:
+    """Prompts of random token ids, each with the length of its answer.
+
+    Each round goes through the lengths in another order, so that every part is like the whole.
+    """
     draw = random.Random(seed)
-    found: list[list[int]] = []
+    found: list[tuple[list[int], int]] = []
     while len(found) < count:
-        lengths = list(work.prompt_lens)
-        draw.shuffle(lengths)
-        found += [[draw.randrange(3, vocab_size) for _ in range(n)] for n in lengths]
+        pairs = list(zip(work.prompt_lens, work.answers, strict=True))
+        draw.shuffle(pairs)
+        found += [([draw.randrange(3, vocab_size) for _ in range(n)], answer) for n, answer in pairs]
     return found[:count]
+
+
+def as_met(work: Workload) -> Workload:
+    """The sequences as they decode at some time: those with long answers are met more often than they begin."""
+    if work.gen_lens is None:
+        return work
+    pairs, ends = list(zip(work.prompt_lens, work.answers, strict=True)), list(accumulate(work.answers))
+    met = [pairs[bisect(ends, (i + 0.5) * ends[-1] / _MET)] for i in range(_MET)]
+    return Workload.of(met, work.num_requests)

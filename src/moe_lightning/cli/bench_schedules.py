@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace, _SubParsersAction
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from moe_lightning.bench.variants import VARIANTS
 from moe_lightning.cli.bench_flags import add_workload_flags, setting, tell, write_json
@@ -32,6 +32,7 @@ def add_subject(subjects: _SubParsersAction[ArgumentParser]) -> None:
 
 def _run(args: Namespace) -> int:
     config, spec, work = setting(args)
+    work = replace(work, gen_lens=None)  # a batch ends as a whole, as in the paper
     from moe_lightning.bench.machine import facts  # imports torch
     from moe_lightning.bench.schedules import measure
     from moe_lightning.bench.schedules_report import to_json, to_text

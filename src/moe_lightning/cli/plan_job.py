@@ -47,24 +47,26 @@ def job_of(args: Namespace, limit: int) -> Job:
 
 
 def _fitting(workload: Workload, longest: int | None, limit: int) -> Job:
-    fitting = tuple(length for length in workload.prompt_lens if length < limit)
+    pairs = zip(workload.prompt_lens, workload.answers, strict=True)
+    fitting = [(prompt, min(answer, limit - prompt)) for prompt, answer in pairs if prompt < limit]
     if not fitting:
         raise ConfigError(
             f"prompts have {max(workload.prompt_lens):,} tokens, and sequences with their answers no more than "
             f"{limit:,}; give shorter prompts, or a greater --max-model-len where the model allows it"
         )
-    notes = []
+    notes, count = [], workload.num_requests
     if left_out := 1 - len(fitting) / len(workload.prompt_lens):
         notes.append(
             f"{left_out:.1%} of the prompts leave no room for an answer in {limit:,} tokens and are not counted"
         )
-        count = workload.num_requests and max(1, round(workload.num_requests * (1 - left_out)))
-        workload = replace(workload, prompt_lens=fitting, num_requests=count)
-    answers = [min(workload.gen_len, limit - length) for length in fitting]
-    mean = max(1, round(sum(answers) / len(answers)))
-    if mean < workload.gen_len:
+        count = count and max(1, round(count * (1 - left_out)))
+    found = Workload.of(fitting, count)
+    if (
+        any(prompt + answer == limit for prompt, answer in fitting)
+        and found.mean_answer < workload.mean_answer
+    ):
         notes.append(
-            f"answers end at {limit:,} tokens with their prompts: after {mean:,} of {workload.gen_len:,} on average"
+            f"answers end at {limit:,} tokens with their prompts: after {found.mean_answer:,.0f} of "
+            f"{workload.mean_answer:,.0f} on average"
         )
-        workload = replace(workload, gen_len=mean)
-    return Job(workload, longest, tuple(notes))
+    return Job(found, longest, tuple(notes))

@@ -89,10 +89,13 @@ def _speeds(report: Report) -> Table:
     of_limit = (
         f", {p.tokens_per_s / report.limit.tokens_per_s:.0%} of the hardware limit" if report.limit else ""
     )
+    answers = f"{work.gen_len}"
+    if work.gen_lens:
+        answers = f"{min(work.gen_lens):,} to {max(work.gen_lens):,}, {work.mean_answer:,.0f} on average"
     table = _grid("left", "right", "left")
     table.add_row(
         "whole job", f"{p.job_tokens_per_s:,.0f}",
-        f"tokens/s generated; prompts of {work.mean_prompt:.0f} tokens, answers of {work.gen_len}", style="bold",
+        f"tokens/s generated; prompts of {work.mean_prompt:.0f} tokens, answers of {answers}", style="bold",
     )  # fmt: skip
     table.add_row("memory full", f"{p.tokens_per_s:,.0f}", f"tokens/s generated{of_limit}")
     table.add_row("", f"{p.prefill_tokens_per_s:,.0f}", "prompt tokens/s beside them")

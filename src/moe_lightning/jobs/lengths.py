@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect
+from itertools import accumulate
 from random import Random
 from typing import Any
 
@@ -64,12 +66,21 @@ class Lengths:
                 continue
             sizes += _size(line)
         rate = tokens / sizes if sizes else 1.0
-        some = Random(0).sample(self._sizes, min(_HISTOGRAM, len(self._sizes)))
-        prompts = [max(1, round(rate * size)) for size in some]
-        answers = [_ANSWER if limit < 0 else min(max(limit, 1), _EXPECTED) for limit in self._limits]
-        count = sum(self._answers)
-        total = sum(length * times for length, times in zip(answers, self._answers, strict=True))
-        return Workload(tuple(sorted(prompts)) or (1,), round(total / count) if count else 1, max(1, count))
+        # All sequences in the order of their lengths, and those at even distances: a line has one for each answer.
+        lines = sorted(range(len(self._sizes)), key=lambda line: (self._expected(line), self._sizes[line]))
+        ends = list(accumulate(self._answers[line] for line in lines))
+        count = ends[-1] if ends else 0
+        if not count:
+            return Workload((1,), 1, 1)
+        num = min(_HISTOGRAM, count)
+        some = [lines[bisect(ends, (2 * i + 1) * count // (2 * num))] for i in range(num)]
+        pairs = [(max(1, round(rate * self._sizes[line])), self._expected(line)) for line in some]
+        return Workload.of(pairs, count)
+
+    def _expected(self, line: int) -> int:
+        """Tokens of a line's answer."""
+        limit = self._limits[line]
+        return _ANSWER if limit < 0 else min(max(limit, 1), _EXPECTED)
 
 
 def _size(line: BatchLine) -> int:

@@ -53,7 +53,7 @@ def _attention_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alter
     least = pass_shape(policy, problem.spec.experts.num_experts, 0, 1).least_frames
     policy = replace(policy, num_frames=max(policy.num_frames, least))
     found = problem.outlook(policy, rates).estimate
-    point = decode_attention(problem.spec, problem.dtype, max(1, round(problem.workload.mean_context())))
+    point = decode_attention(problem.spec, problem.dtype, max(1, round(problem.workload.mean_context)))
     moved = _kv_bytes(problem, planned)
     return Alternative(
         "attention on the GPU", "A_g=1", found / planned.tokens_per_s - 1,
@@ -118,5 +118,5 @@ def _gains(problem: Problem, planned: Planned, rates: Rates, name: str) -> dict[
 def _kv_bytes(problem: Problem, planned: Planned) -> float:
     """Read by the decode sequences of a pass."""
     spec, window = problem.spec, problem.spec.attention.sliding_window
-    context = min(problem.workload.mean_context(), window or problem.length)
+    context = min(problem.workload.mean_context, window or problem.length)
     return planned.prediction.num_seqs * context * spec.kv_bytes_per_token(problem.dtype_bytes)

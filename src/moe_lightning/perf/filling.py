@@ -52,12 +52,13 @@ def kinds_of_passes(policy: Policy, workload: Workload) -> Kinds:
     sample = round(n * scale)
     return _followed(
         _Job(
-            workload.prompt_lens, workload.gen_len, max(1, round(min(times, _TIMES) * sample)), sample,
-            round(policy.num_blocks * scale), policy.block_size, ceil(policy.max_num_seqs * scale),
-            round(policy.prefill_tokens * scale), round(most_prompts(policy, workload) * scale),
-            foresees=workload.mean_prompt > CHEAP * workload.gen_len,
+            workload.prompt_lens, workload.gen_len, workload.gen_lens,
+            max(1, round(min(times, _TIMES) * sample)), sample, round(policy.num_blocks * scale),
+            policy.block_size, ceil(policy.max_num_seqs * scale), round(policy.prefill_tokens * scale),
+            round(most_prompts(policy, workload) * scale),
+            foresees=workload.mean_prompt > CHEAP * workload.mean_answer,
         ),
-        max(0.0, times - _TIMES),
+        max(0.0, times - _TIMES) * workload.mean_answer,
     )  # fmt: skip
 
 
@@ -67,6 +68,7 @@ class _Job:
 
     prompt_lens: tuple[int, ...]
     gen_len: int
+    gen_lens: tuple[int, ...] | None
     num_requests: int
     num_seqs: int
     num_blocks: int
@@ -87,14 +89,15 @@ class _Job:
 
     def sequences(self) -> np.ndarray:
         """Tokens that each holds, and has left to generate, in no order: [2, num_requests]."""
-        lens, count = np.sort(self.prompt_lens), self.num_requests
-        some = lens[np.arange(count) * len(lens) // count]
-        prompts = np.random.default_rng(0).permutation(some)
-        return np.stack([prompts, np.full(count, self.gen_len)])
+        gens = np.resize(self.gen_lens or self.gen_len, len(self.prompt_lens))
+        pairs, count = np.stack([self.prompt_lens, gens]), self.num_requests
+        pairs = pairs[:, np.lexsort(pairs[::-1])]
+        some = pairs[:, np.arange(count) * pairs.shape[1] // count]
+        return np.random.default_rng(0).permutation(some, axis=1)
 
 
 @lru_cache(maxsize=256)
-def _followed(job: _Job, times_more: float) -> Kinds:
+def _followed(job: _Job, steady: float) -> Kinds:
     queue, step = _Queue(job), job.step
     quiet = full = ramp = crowded = 0.0  # few and many sequences, few and many prompts
     while queue.has_work:
@@ -105,7 +108,7 @@ def _followed(job: _Job, times_more: float) -> Kinds:
         ramp += step * ((1 - many) * share)
         full += step * (many * (1 - share))
         crowded += step * (many * share)
-    return Kinds(quiet, full, ramp, crowded, times_more * job.gen_len)
+    return Kinds(quiet, full, ramp, crowded, steady)
 
 
 class _Queue:
@@ -160,7 +163,7 @@ class _Queue:
             count = max(count, 1)
         admitted, of_new = waiting[:, :count], min(count, self._new.shape[1])
         self._new, self._put_back = self._new[:, of_new:], self._put_back[:, count - of_new :]
-        if of_new == count:  # those have more left than any that runs
+        if of_new == count and self._job.gen_lens is None:  # those have more left than any that runs
             self._running = np.concatenate([admitted, self._running], axis=1)
         else:
             self._running = _most_left_first(np.concatenate([self._running, admitted], axis=1))
@@ -170,7 +173,8 @@ class _Queue:
 
     def _demand(self, waiting: np.ndarray) -> np.ndarray:
         """Blocks at the worst time to come if the first so many are admitted."""
-        times = np.arange(0, self._job.gen_len, self._job.step)
+        longest = max(self._job.gen_lens or (self._job.gen_len,))
+        times = np.arange(0, longest, self._job.step)
 
         def held(sequences: np.ndarray) -> np.ndarray:
             tokens, left = sequences[:, :, None]

@@ -63,6 +63,6 @@ def hardware_limit(
             f"{format_bytes(gpu_memory)} of GPU memory and {format_bytes(host_memory)} of host memory set no such "
             f"limit for {format_bytes(experts)} of experts and {format_bytes(others)} of other weights"
         )
-    num_seqs = room / spec.kv_bytes_per_token(dtype_bytes) / (workload.mean_prompt + workload.gen_len / 2)
+    num_seqs = room / spec.kv_bytes_per_token(dtype_bytes) / (workload.mean_context - 0.5)
     pass_s = streamed / h2d
     return HardwareLimit(1 - streamed / experts, num_seqs, pass_s, num_seqs / pass_s)

@@ -105,7 +105,7 @@ class Outlook:
     def passes(self) -> Passes:
         """Its passes."""
         work = self.workload
-        context, prompt = work.mean_context(), work.mean_prompt
+        context, prompt = work.mean_context, work.mean_prompt
         return Passes(
             self.spec, self.dtype, self.policy, self.rates, context, prompt, token_prompt=work.token_prompt
         )
@@ -118,7 +118,7 @@ class Outlook:
     @cached_property
     def steady_prompts(self) -> int:
         """Prompt tokens of a steady pass: where answers are short, no more than passes have room for."""
-        steady = round(self.num_seqs * self.workload.mean_prompt / self.workload.gen_len)
+        steady = round(self.num_seqs * self.workload.mean_prompt / self.workload.mean_answer)
         return min(steady, self.policy.prefill_tokens)
 
     @property
@@ -127,9 +127,9 @@ class Outlook:
         return self.workload.num_requests or 2 * self.num_seqs
 
     @property
-    def num_tokens(self) -> int:
+    def num_tokens(self) -> float:
         """Generated in the job."""
-        return self.num_requests * self.workload.gen_len
+        return self.num_requests * self.workload.mean_answer
 
     @property
     def num_passes(self) -> float:

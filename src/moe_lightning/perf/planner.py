@@ -258,7 +258,7 @@ def problem_of(
 
 def _fed(workload: Workload) -> int:
     """Sequences that passes have room for the prompts of, as fast as others end; more would be slots without."""
-    return max(1, floor(MOST_PREFILL * workload.gen_len / workload.mean_prompt))
+    return max(1, floor(MOST_PREFILL * workload.mean_answer / workload.mean_prompt))
 
 
 def _with_enough(problem: Problem, rates: Rates) -> Problem:

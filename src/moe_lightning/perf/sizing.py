@@ -187,7 +187,7 @@ def _draft(problem: Problem, choice: Choice, num_seqs: int) -> Policy:
     work = problem.workload
     size = min(HEAD_ROWS, ceil(num_seqs / choice.micro_batches))
     count = ceil(num_seqs / size)
-    steady = num_seqs * work.mean_prompt / work.gen_len
+    steady = num_seqs * work.mean_prompt / work.mean_answer
     prefill = max(problem.length, min(ceil(choice.prefill * steady), MOST_PREFILL))
     return Policy(
         max_num_seqs=min(ceil(ROOM * num_seqs), problem.most_seqs), micro_batch_size=size,

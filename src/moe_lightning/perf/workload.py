@@ -14,32 +14,49 @@ from moe_lightning.policy import Policy
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests that all get answers of about one length.
+    """Requests, by the lengths of their prompts and answers.
 
     Attributes:
         prompt_lens: tokens of the prompts, or of a sample of them.
-        gen_len: tokens of an answer.
+        gen_len: tokens of an answer; of answers that differ, of the mean one.
         num_requests: how many there are; None for as many as keep the machine busy.
+        gen_lens: tokens of the answer to each of these prompts; None where all have `gen_len`.
 
     Raises:
-        ConfigError: a length is not positive.
+        ConfigError: a length is not positive, or there is not an answer for each prompt.
     """
 
     prompt_lens: tuple[int, ...]
     gen_len: int
     num_requests: int | None = None
+    gen_lens: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_lens or min(self.prompt_lens) < 1:
             raise ConfigError("a workload needs prompts of 1 token or more")
-        if self.gen_len < 1:
+        if self.gen_len < 1 or min(self.gen_lens or (1,)) < 1:
             raise ConfigError(f"gen_len={self.gen_len}: answers have 1 token or more")
+        if self.gen_lens is not None and len(self.gen_lens) != len(self.prompt_lens):
+            raise ConfigError(
+                f"{len(self.prompt_lens)} prompts with {len(self.gen_lens)} answers; give one for each"
+            )
 
     @classmethod
-    def of(cls, prompt_lens: Sequence[int], gen_lens: Sequence[int]) -> Workload:
-        """Requests that are all known; `gen_lens` are the tokens that each may get."""
-        mean = round(sum(gen_lens) / max(len(gen_lens), 1))
-        return cls(tuple(sorted(prompt_lens)), max(1, mean), len(prompt_lens))
+    def of(cls, pairs: Sequence[tuple[int, int]], num_requests: int | None = None) -> Workload:
+        """Requests by pairs, the tokens of a prompt and of its answer."""
+        prompts, answers = (tuple(pair[i] for pair in pairs) for i in (0, 1))
+        mean = max(1, round(sum(answers) / max(len(answers), 1)))
+        return cls(prompts, mean, num_requests, answers if len(set(answers)) > 1 else None)
+
+    @cached_property
+    def answers(self) -> tuple[int, ...]:
+        """Tokens of the answer to each prompt."""
+        return self.gen_lens or (self.gen_len,) * len(self.prompt_lens)
+
+    @cached_property
+    def mean_answer(self) -> float:
+        """Tokens of an answer on average."""
+        return sum(self.answers) / len(self.answers)
 
     @cached_property
     def mean_prompt(self) -> float:
@@ -53,26 +70,31 @@ class Workload:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt with its answer."""
-        return max(self.prompt_lens) + self.gen_len
+        """Tokens of the longest sequence, a prompt with its answer."""
+        return max(map(sum, zip(self.prompt_lens, self.answers, strict=True)))
 
+    @cached_property
     def mean_context(self) -> float:
-        """Tokens that a decoding sequence holds on average while all ages are equally frequent."""
-        return self.mean_prompt + (self.gen_len + 1) / 2
+        """Tokens that a decoding sequence holds on average while all ages are equally frequent.
+
+        A sequence decodes as long as its answer is: those with long answers are met more often than begun.
+        """
+        held = sum(count * gen * (2 * prompt + gen + 1) for (prompt, gen), count in self._counts.items())
+        return held / (2 * sum(self.answers))
 
     def mean_blocks(self, block_size: int) -> float:
         """KV blocks that it holds on average."""
         total = 0
-        for prompt, count in self._counts.items():
+        for (prompt, gen), count in self._counts.items():
             # The sum of ceil(n / size) for n up to m, as whole blocks and a rest.
-            of_all = _sum_of_blocks(prompt + self.gen_len, block_size)
+            of_all = _sum_of_blocks(prompt + gen, block_size)
             total += count * (of_all - _sum_of_blocks(prompt, block_size))
-        return total / (len(self.prompt_lens) * self.gen_len)
+        return total / sum(self.answers)
 
     @cached_property
-    def _counts(self) -> Counter[int]:
-        """How many prompts have each length: there are far fewer lengths than prompts."""
-        return Counter(self.prompt_lens)
+    def _counts(self) -> Counter[tuple[int, int]]:
+        """How many sequences have each pair of lengths: there are far fewer pairs than sequences."""
+        return Counter(zip(self.prompt_lens, self.answers, strict=True))
 
 
 def num_decoding(policy: Policy, workload: Workload) -> int:
