@@ -1,6 +1,7 @@
 """Experts on the CPU: each page is read once, as the larger factor of its products.
 
 As the smaller factor a library packs it first, which costs as much as reading it again: that is for many tokens.
+Products have whole tiles of columns: libraries are slower between those sizes, and compile code for each new one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+from moe_lightning.perf.memory import CPU_EXPERTS_TILE as TILE
 
 
 def experts(
@@ -36,8 +39,16 @@ def experts(
         if count and (only is None or expert in only):
             mine = pages[expert * pages_per_expert : (expert + 1) * pages_per_expert]
             rows = slots // k
-            out.index_add_(0, rows, _expert(x[rows].t(), mine).t().float().mul_(weights[slots, None]))
+            out.index_add_(0, rows, _of_rows(x, rows, mine).float().mul_(weights[slots, None]))
     return out.to(x.dtype)
+
+
+def _of_rows(x: Tensor, rows: Tensor, pages: Sequence[Tensor]) -> Tensor:
+    """One expert's outputs [n, H] of n rows of x [T, H]."""
+    count = len(rows)
+    mine = x.new_zeros(count if count == 1 else -(-count // TILE) * TILE, x.shape[1])
+    torch.index_select(x, 0, rows, out=mine[:count])
+    return _expert(mine.t(), pages).t()[:count]
 
 
 def _expert(x: Tensor, pages: Sequence[Tensor]) -> Tensor:

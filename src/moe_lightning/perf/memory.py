@@ -14,6 +14,7 @@ from moe_lightning.units import MIB
 
 EXPERTS_AT_ONCE = 8192  # tokens: enough that reading the weights costs nothing beside the arithmetic
 CPU_EXPERTS_AT_ONCE = 2048  # tokens, of a sweep by the CPU
+CPU_EXPERTS_TILE = 16  # rows that an expert's are a multiple of there, but for a single one
 HEAD_ROWS = 512  # rows of logits that exist at once: of a vocabulary of 128 k, 256 MiB in float32
 # Logits that are sorted at once: a micro-batch of 324 rows has up to 50 million of them.
 SORTED_AT_ONCE = 2**22
@@ -236,6 +237,7 @@ def _pass_use(spec: ModelSpec, dtype_bytes: int, policy: Policy, rows: int) -> P
 
 def _cpu_sweep_bytes(spec: ModelSpec, dtype_bytes: int, rows: int, rows_of_page: int) -> int:
     """As `kernels.cpu_experts`: all outputs and their order, and one expert's rows, perhaps all, in a page."""
+    rows = -(-rows // CPU_EXPERTS_TILE) * CPU_EXPERTS_TILE
     of_row = spec.hidden_size * (3 * dtype_bytes + 2 * _FLOAT32) + 3 * rows_of_page * dtype_bytes
     return rows * (of_row + spec.experts.top_k * 3 * _INT64 + 2 * _INT64)
 
