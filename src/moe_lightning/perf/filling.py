@@ -83,6 +83,16 @@ class _Job:
         """Passes that are taken for one."""
         return ceil(self.gen_len / _STEPS)
 
+    @cached_property
+    def times(self) -> np.ndarray:
+        """Passes from now at which memory is foreseen."""
+        return np.arange(0, max(self.gen_lens or (self.gen_len,)), self.step)
+
+    @cached_property
+    def rests(self) -> np.ndarray:
+        """What is left of them after whole blocks."""
+        return np.unique(self.times % self.block_size)
+
     def blocks(self, tokens: Any) -> Any:
         """That sequences hold, or one does."""
         return (tokens + (self.block_size - 1)) // self.block_size
@@ -156,9 +166,9 @@ class _Queue:
         together = np.arange(num_running, num_running + len(prompts))
         fits = prompts.cumsum() - prompts < room
         fits &= job.blocks(prompts).cumsum() + job.blocks(together) <= num_free
-        if job.foresees:
-            fits &= self._demand(waiting) <= job.num_blocks
-        count = len(fits) if fits.all() else int(fits.argmin())
+        count = _first_false(fits)
+        if job.foresees and count:
+            count = _first_false(self._demand(waiting[:, :count]) <= job.num_blocks)
         if not num_running:
             count = max(count, 1)
         admitted, of_new = waiting[:, :count], min(count, self._new.shape[1])
@@ -173,15 +183,26 @@ class _Queue:
 
     def _demand(self, waiting: np.ndarray) -> np.ndarray:
         """Blocks at the worst time to come if the first so many are admitted."""
-        longest = max(self._job.gen_lens or (self._job.gen_len,))
-        times = np.arange(0, longest, self._job.step)
-
-        def held(sequences: np.ndarray) -> np.ndarray:
-            tokens, left = sequences[:, :, None]
-            return np.where(left > times, self._job.blocks(tokens + times), 0)
-
-        worst: np.ndarray = (held(self._running).sum(axis=0) + held(waiting).cumsum(axis=0)).max(axis=1)
+        job, (tokens, left) = self._job, waiting[:, :, None]
+        theirs = np.where(left > job.times, job.blocks(tokens + job.times), 0).cumsum(axis=0)
+        worst: np.ndarray = (self._held_later() + theirs).max(axis=1)
         return worst
+
+    def _held_later(self) -> np.ndarray:
+        """Blocks of those that run, at all times to come."""
+        job, (tokens, left) = self._job, self._running
+        alive = np.searchsorted(-left, -job.times)
+        # Whole blocks of time are a block more for each; the rest is less than one.
+        of_first = np.zeros((len(job.rests), len(tokens) + 1), dtype=np.int64)
+        job.blocks(tokens + job.rests[:, None]).cumsum(axis=1, out=of_first[:, 1:])
+        whole, rest = divmod(job.times, job.block_size)
+        held: np.ndarray = of_first[np.searchsorted(job.rests, rest), alive] + alive * whole
+        return held
+
+
+def _first_false(values: np.ndarray) -> int:
+    """Where it is; the length where there is none."""
+    return len(values) if values.all() else int(values.argmin())
 
 
 def _most_left_first(sequences: np.ndarray) -> np.ndarray:
