@@ -77,10 +77,11 @@ def _hashable(values: Values) -> Values:
 
 
 def _cell(values: Values) -> str:
-    """Of the planner's policy; nothing for others, and where sequences or host memory were fewer."""
+    """Of the planner's policy; nothing for others, and where sequences, requests or host memory were fewer."""
     settings = values["settings"]
     is_plan = values.get("point", "plan").startswith("plan")
-    if not is_plan or settings["max_num_seqs"] or "host" in values.get("cell", ""):
+    fewer = settings["max_num_seqs"] or values["workload"]["num_requests"] or "host" in values.get("cell", "")
+    if not is_plan or fewer:
         return ""
     return f"{settings['model']}, {values['gpu_memory'] / GIB:g} GiB, {values['workload']['gen_len']:3}"
 

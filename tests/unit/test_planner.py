@@ -333,23 +333,13 @@ def test_kv_in_another_place_may_not_fit(gpu, memory, symbol):
 # -- experts on the CPU -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tries_cpu_experts(monkeypatch):
-    """The search looks at them, as it does not yet by itself."""
-    monkeypatch.setattr("moe_lightning.perf.planner._TRIES_CPU_EXPERTS", True)
-
-
 def few(num_requests, **changes):
     """The plan for a job so small that pages are what takes long."""
     rates = DatasheetRates(replace(PRESETS["rtx-4090"], **changes))
     return search(MIXTRAL, "bfloat16", Memory(100 * GIB, 23 * GIB), rates, Workload((77,), 64, num_requests))
 
 
-def test_experts_are_left_to_the_gpu_until_a_job_has_run_otherwise_there():
-    assert few(50).policy.cpu_every == 0
-
-
-def test_the_cpu_computes_experts_where_few_sequences_make_waiting_for_pages_long(tries_cpu_experts):
+def test_the_cpu_computes_experts_where_few_sequences_make_waiting_for_pages_long():
     with_cpu, slow = few(50), replace(PRESETS["rtx-4090"].cpu, flops={"bfloat16": 1e10})
     assert with_cpu.policy.cpu_every and few(1000).policy.cpu_every == 0
     without = few(50, cpu=slow)
@@ -361,7 +351,7 @@ def test_the_cpu_computes_experts_where_few_sequences_make_waiting_for_pages_lon
     )
 
 
-def test_no_other_share_of_experts_on_the_cpu_is_faster_than_the_plans(tries_cpu_experts):
+def test_no_other_share_of_experts_on_the_cpu_is_faster_than_the_plans():
     plan, rates, work = few(50), DatasheetRates(PRESETS["rtx-4090"]), Workload((77,), 64, 50)
     problem = problem_of(MIXTRAL, "bfloat16", Memory(100 * GIB, 23 * GIB), work)
     problem = replace(problem, packed=plan.policy.packed)

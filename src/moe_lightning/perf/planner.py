@@ -34,8 +34,6 @@ _FEWEST = 0.3  # of the sequences that fit
 # So many are estimated, and so many varied that should reach such a share of what is reached: from the best plan,
 # and then from the next, whose other choices are for fewer sequences already.
 _LIKELY, _STARTS, _PROMISING = 12, 2, (0.97, 0.97)
-# Until a GPU has run a whole job so: the first, of ten requests on an H100, had not ended after seven minutes.
-_TRIES_CPU_EXPERTS = False
 _WORTH = 1.002  # a smaller gain is not looked for
 _SPARE, _ENOUGH = 8, 0.985  # so many times the sequences with which this share is reached are enough
 
@@ -150,7 +148,7 @@ def _look_elsewhere(found: Trials, bridging: Choice, rates: Rates, *, is_near: b
             found.vary(start)
         if not (is_near or is_job):
             found.vary(found.best.choice)
-    if _TRIES_CPU_EXPERTS and rates.knows_cpu_experts and _waits_for_pages(found.best):
+    if rates.knows_cpu_experts and _waits_for_pages(found.best):
         for start in found.likeliest([found.best.choice, bridging], "cpu_every")[:1]:
             found.vary(start)
 
