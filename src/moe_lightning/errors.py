@@ -11,6 +11,10 @@ class ConfigError(MoELightningError):
     """A setting or flag cannot be used."""
 
 
+class GPUMemoryError(ConfigError):
+    """A policy takes more GPU memory than there is: others have some of it."""
+
+
 class UnsupportedModelError(MoELightningError):
     """The checkpoint's architecture or one of its config values is not supported."""
 

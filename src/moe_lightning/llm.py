@@ -27,6 +27,7 @@ from moe_lightning.engine.prompts import (
 )
 from moe_lightning.engine.request import Request, RequestOutput, SamplingParams
 from moe_lightning.engine.runs import OnPass, Runs
+from moe_lightning.engine.smaller_plan import built
 from moe_lightning.engine.structured import StructuredOutputsParams
 from moe_lightning.engine.tokenizer import dummy_tokenizer, load_tokenizer
 from moe_lightning.engine.waiting import Turns
@@ -90,14 +91,17 @@ class LLM:
         )
         plan = make_plan(self.config, whole)
         self.spec, self.dtype, self._device = plan.spec, plan.dtype, plan.device
-        self.policy, self.max_model_len = plan.policy, plan.max_model_len
         self.model_name = Path(model).absolute().name
         directory = checkpoint_directory(self.config)
         self.tokenizer = self._load_tokenizer(directory)
         self._grammars = Grammars(self.tokenizer, self.spec.vocab_size, self.spec.eos_token_ids)
         # Before memory is taken: a wrong checkpoint is the commonest error.
         tensors = None if directory is None else checkpoint.open_model(directory, self.spec)
-        self._worker = self._build(tensors)
+        if whole or self.config.policy:
+            self._worker = self._build(plan, tensors)
+        else:
+            self._worker, plan = built(self.config, plan, make_plan, lambda plan: self._build(plan, tensors))
+        self.policy, self.max_model_len = plan.policy, plan.max_model_len
         self.engine = Engine(
             self._worker, self.policy, self.tokenizer, self.spec.eos_token_ids, self.max_model_len,
             turns=Turns.of_job(self.policy, self._device),
@@ -257,11 +261,11 @@ class LLM:
             return load_tokenizer(self.config.tokenizer or str(directory))
         return dummy_tokenizer(self.spec.vocab_size)
 
-    def _build(self, tensors: checkpoint.Tensors | None) -> Worker:
+    def _build(self, plan: Plan, tensors: checkpoint.Tensors | None) -> Worker:
         total = self.spec.num_parameters * self.dtype.itemsize
         with _progress(total, True, "loading weights", is_bytes=True) as advance:
             return build_worker(
-                self.spec, self.policy, self.dtype, self._device,
+                self.spec, plan.policy, self.dtype, self._device,
                 tensors=tensors, executor=self.config.executor, seed=self.config.seed,
                 progress=lambda done, total: advance(done, total),
             )  # fmt: skip

@@ -320,7 +320,7 @@ def test_a_model_that_does_not_fit_says_what_it_needs(capsys) -> None:
     assert re.search(
         r"GiB of host memory .* fit with [\d.]+ GiB more GPU memory .*GiB more host memory", message
     )
-    assert "0 B are allowed" in refused(capsys, "plan", "mixtral-8x7b", "--gpu-memory", "1MiB")
+    assert "0 B are left beside the driver" in refused(capsys, "plan", "mixtral-8x7b", "--gpu-memory", "1MiB")
 
 
 def test_prompts_beyond_the_models_length_are_refused_or_left_out(capsys, tmp_path) -> None:

@@ -135,16 +135,21 @@ def _run_job(config: EngineConfig, files: JobFiles, args: Namespace) -> int:
 
     def load() -> LLM:
         nonlocal llm, plan
-        plan = _plan(config, job.survey)
-        llm = _load(config, job.survey, plan)
+        from moe_lightning.engine.smaller_plan import built  # imports torch
+
+        def planned(config: EngineConfig) -> Plan | None:
+            return _plan(config, job.survey)
+
+        loaded, plan = built(config, planned(config), planned, lambda plan: _load(config, job.survey, plan))
+        llm = loaded
         if args.ordered:  # else an answer may wait for one that is long put back
-            llm.answer_in_order()
-        if others := sorted(job.earlier_models - {llm.model_name}):
+            loaded.answer_in_order()
+        if others := sorted(job.earlier_models - {loaded.model_name}):
             _note(
-                f"{files.output} has answers of {', '.join(others)}, and {llm.model_name} answers the rest; "
+                f"{files.output} has answers of {', '.join(others)}, and {loaded.model_name} answers the rest; "
                 "give --no-resume to answer all with one"
             )
-        return llm
+        return loaded
 
     job = BatchJob(files, resume=args.resume, ordered=args.ordered, limit=args.limit)
     if args.ordered and not job.is_in_order:

@@ -115,13 +115,18 @@ def serve(config: EngineConfig, server: ServerConfig, batch_limits: BatchLimits)
 
 
 def _load(config: EngineConfig, server: ServerConfig) -> tuple[LLM, Plan | None]:
+    from moe_lightning.engine.smaller_plan import built
     from moe_lightning.llm import LLM
 
+    def planned(config: EngineConfig) -> Plan | None:
+        return _plan(config, server)
+
+    def build(plan: Plan | None) -> LLM:
+        of_plan = {"policy": plan.policy, "max_model_len": plan.max_model_len} if plan else {}
+        return LLM(**asdict(config) | of_plan)
+
     template = _read_template(server.chat_template)
-    plan, settings = _plan(config, server), asdict(config)
-    if plan:
-        settings |= {"policy": plan.policy, "max_model_len": plan.max_model_len}
-    llm = LLM(**settings)
+    llm, plan = built(config, planned(config), planned, build)
     if plan:
         llm.keep_to(plan)
     if template is not None:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from moe_lightning.engine.worker import Worker, cpu_lane_threads
-from moe_lightning.errors import ConfigError
+from moe_lightning.errors import GPUMemoryError
 from moe_lightning.hardware.gpu_memory import pci_bus_id
 from moe_lightning.hardware.numa import gpu_node
 from moe_lightning.kernels import ops
@@ -59,7 +59,7 @@ def build_worker(
 
     Raises:
         CheckpointError: a file cannot be read.
-        ConfigError: the system has no such memory.
+        ConfigError: the system has no such memory; of GPU memory `GPUMemoryError`.
     """
     lanes = make_executor(executor, device)
     layout = PageLayout.of(spec, policy.pages_per_expert, packed=policy.packed)
@@ -81,7 +81,7 @@ def build_worker(
             torch.set_num_threads(cpu_lane_threads(device))
         return Worker(weights, policy, kv, lanes, device)
     except torch.OutOfMemoryError as error:
-        raise ConfigError(
+        raise GPUMemoryError(
             f"the policy does not fit in GPU memory ({str(error).splitlines()[0]}); lower gpu_memory if other "
             "processes hold some of it, or give a policy with fewer resident_pages"
         ) from error

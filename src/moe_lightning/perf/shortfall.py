@@ -10,8 +10,8 @@ from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.sizing import Choice, Problem, sized
 from moe_lightning.units import GIB, format_bytes
 
-_STEP = GIB // 10
-_MOST = 2**14  # steps: 1.6 TiB
+_STEP = GIB // 10  # to which advice is rounded
+_MOST = 2**41  # bytes: nobody has more
 
 
 def no_feasible_policy(problem: Problem, choice: Choice) -> NoFeasiblePolicyError:
@@ -23,10 +23,14 @@ def no_feasible_policy(problem: Problem, choice: Choice) -> NoFeasiblePolicyErro
     """
     gpu, host = _needed(problem, choice)
     memory, spec = problem.memory, problem.spec
+    gpu_there = max(0, memory.gpu or 0)
+    missing = (("GPU", gpu - gpu_there), ("host", host - memory.host))
+    short = (f"{format_bytes(size)} of {kind} memory ({size:,} bytes)" for kind, size in missing if size > 0)
     return NoFeasiblePolicyError(
         f"{spec.architecture} needs {format_bytes(gpu)} of GPU memory to stream its experts, of which "
-        f"{format_bytes(max(0, memory.gpu or 0))} are allowed, and {format_bytes(host)} of host memory for weights "
-        f"and one sequence of {problem.length} tokens, of which there are {format_bytes(memory.host)}",
+        f"{format_bytes(gpu_there)} are left beside the driver's own, and {format_bytes(host)} of host memory for "
+        f"weights and one sequence of {problem.length} tokens, of which there are {format_bytes(memory.host)}: "
+        f"{' and '.join(short)} are missing",
         _remedy(problem, choice),
     )
 
@@ -34,18 +38,18 @@ def no_feasible_policy(problem: Problem, choice: Choice) -> NoFeasiblePolicyErro
 def _needed(problem: Problem, choice: Choice) -> tuple[int, int]:
     """Least GPU memory with all the host memory one wants, and host memory beside the GPU memory there is."""
     plenty = 2**50
-    gpu = _least(lambda steps: _fits(problem, choice, gpu=steps * _STEP, host=plenty)) * _STEP
+    gpu = _least(lambda size: _fits(problem, choice, gpu=size, host=plenty))
     enough = max(gpu, problem.memory.gpu or 0)
-    return gpu, _least(lambda steps: _fits(problem, choice, gpu=enough, host=steps * _STEP)) * _STEP
+    return gpu, _least(lambda size: _fits(problem, choice, gpu=enough, host=size))
 
 
 def _remedy(problem: Problem, choice: Choice) -> str:
     """The ways that each would do, a shorter length first, then the one of least memory."""
     gpu, host = problem.memory.gpu or 0, problem.memory.host  # less than none where the driver takes more
-    more_gpu = _least(lambda steps: _fits(problem, choice, gpu=gpu + steps * _STEP, host=host))
-    more_host = _least(lambda steps: _fits(problem, choice, gpu=gpu, host=host + steps * _STEP))
-    needed_gpu, needed_host = (-(-size // _STEP) for size in _needed(problem, choice))
-    both = max(0, needed_gpu - gpu // _STEP), max(0, needed_host - host // _STEP)
+    more_gpu = _least(lambda size: _fits(problem, choice, gpu=gpu + size, host=host))
+    more_host = _least(lambda size: _fits(problem, choice, gpu=gpu, host=host + size))
+    needed_gpu, needed_host = _needed(problem, choice)
+    both = max(0, needed_gpu - gpu), max(0, needed_host - host)
     ways = [(more_gpu, f"{_gib(more_gpu)} more GPU memory (gpu_memory)")]
     if more_host <= _MOST:
         ways.append((more_host, f"{_gib(more_host)} more host memory (host_memory)"))
@@ -53,15 +57,16 @@ def _remedy(problem: Problem, choice: Choice) -> str:
         ways.append(
             (sum(both), f"{_gib(both[0])} more GPU memory and {_gib(both[1])} more host memory together")
         )
-    texts = [text for steps, text in sorted(ways) if steps <= _MOST]
+    texts = [text for size, text in sorted(ways) if size <= _MOST]
     length = _longest_that_fits(problem, choice)
     if length:
         texts.insert(0, f"max_model_len={length} instead of {problem.length}")
     return f"It would fit with {', or '.join(texts)}"
 
 
-def _gib(steps: int) -> str:
-    return f"{steps * _STEP / GIB:.1f} GiB"
+def _gib(size: int) -> str:
+    """Rounded up, as less would not do."""
+    return f"{-(-size // _STEP) * _STEP / GIB:.1f} GiB"
 
 
 def _fits(problem: Problem, choice: Choice, *, gpu: int, host: int) -> bool:
@@ -80,7 +85,7 @@ def _longest_that_fits(problem: Problem, choice: Choice) -> int:
 
 
 def _least(fits: Callable[[int], bool]) -> int:
-    """The least number of steps that suffices; more than `_MOST` if none does."""
+    """The least size that suffices; more than `_MOST` if none does."""
     least, most = 0, _MOST + 1
     while least < most:
         middle = (least + most) // 2
