@@ -62,6 +62,16 @@ def format_bytes(num_bytes: float) -> str:
     return f"{int(num_bytes)} B"
 
 
+def format_rate(per_s: float) -> str:
+    """``1,366``, ``87.4`` or ``3.41``: as many digits as tell rates apart."""
+    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
+
+
+def counted(count: int, one: str, several: str = "") -> str:
+    """``1 request`` or ``2,000 requests``; `several` where it is not the one with an s."""
+    return f"{count:,} {one if count == 1 else several or one + 's'}"
+
+
 def format_duration(seconds: float) -> str:
     """``1 h 02 min``, ``3 min 05 s``, ``12.3 s`` or ``4.5 ms``."""
     if seconds < 1:

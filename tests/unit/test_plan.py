@@ -144,7 +144,7 @@ def test_planning_starts_without_torch_and_without_matplotlib_unless_it_draws(
 
 
 def test_our_plan_says_what_it_reaches_what_holds_it_back_and_what_would_help(capsys) -> None:
-    assert main(["plan", "mixtral-8x7b", "--hardware", "h100-sxm", *MEMORY, "--num-requests", "900"]) == 0
+    assert main(["plan", "mixtral-8x7b", "--hardware", "h100-sxm", *MEMORY, "--num-requests", "9000"]) == 0
     text = capsys.readouterr().out
     for part in (
         "fits NVIDIA H100 SXM: 24.0 GiB", "of the hardware limit", "prompt tokens/s", "seconds of a pass",
@@ -154,6 +154,22 @@ def test_our_plan_says_what_it_reaches_what_holds_it_back_and_what_would_help(ca
         assert part in text
     assert "24 GiB of GPU memory  " not in text.split("what if")[1], "it has as much"
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_page_of_a_single_request_speaks_of_one_and_of_no_prompts_beside_it(capsys) -> None:
+    flags = (*MEMORY, "--num-requests", "1", "--gen-len", "32")
+    assert main(["plan", "mixtral-8x7b", "--hardware", "h100-sxm", *flags]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        "for 1 request " in text
+        and "1 sequence decodes" in text
+        and "1 sequence in 1 micro-batch of 1" in text
+    )
+    job, at_once = (
+        float(re.search(rf"{name} ([\d.]+) tokens/s", text)[1]) for name in ("job", "all at once")
+    )
+    assert 0 < job <= at_once, "a prompt comes before its answer"
+    assert "ride along" not in text
 
 
 def test_the_page_comes_before_what_ifs_are_searched_for(monkeypatch) -> None:

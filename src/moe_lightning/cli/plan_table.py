@@ -16,7 +16,7 @@ from moe_lightning.perf.memory import DeviceUse, HostUse
 from moe_lightning.perf.report import Report
 from moe_lightning.perf.sizing import Choice
 from moe_lightning.perf.trials import Planned
-from moe_lightning.units import format_bytes, format_duration
+from moe_lightning.units import counted, format_bytes, format_duration, format_rate
 
 _WIDTH = 100
 _BAR = 36
@@ -94,17 +94,19 @@ def _speeds(report: Report) -> Table:
         answers = f"{min(work.gen_lens):,} to {max(work.gen_lens):,}, {work.mean_answer:,.0f} on average"
     table = _grid("left", "right", "left")
     table.add_row(
-        "whole job", f"{p.job_tokens_per_s:,.0f}",
+        "whole job", format_rate(p.job_tokens_per_s),
         f"tokens/s generated; prompts of {work.mean_prompt:.0f} tokens, answers of {answers}", style="bold",
     )  # fmt: skip
-    table.add_row("memory full", f"{p.tokens_per_s:,.0f}", f"tokens/s generated{of_limit}")
-    table.add_row("", f"{p.prefill_tokens_per_s:,.0f}", "prompt tokens/s beside them")
-    if p.job_s is not None:
-        table.add_row("the job", format_duration(p.job_s), f"for {work.num_requests:,} requests")
-    table.add_row(
-        "a pass", f"{p.pass_s:.2f} s",
-        f"{p.num_seqs:,} sequences decode, {p.prefill_tokens:,} prompt tokens ride along",
-    )  # fmt: skip
+    full = "memory full" if p.prefill_tokens else "all at once"
+    table.add_row(full, format_rate(p.tokens_per_s), f"tokens/s generated{of_limit}")
+    beside = ""
+    if p.prefill_tokens:
+        table.add_row("", format_rate(p.prefill_tokens_per_s), "prompt tokens/s beside them")
+        beside = f", {p.prefill_tokens:,} prompt tokens ride along"
+    if p.job_s is not None and work.num_requests:
+        table.add_row("the job", format_duration(p.job_s), f"for {counted(work.num_requests, 'request')}")
+    decode = f"{counted(p.num_seqs, 'sequence')} decode{'s' if p.num_seqs == 1 else ''}"
+    table.add_row("a pass", f"{p.pass_s:.2f} s", decode + beside)
     return table
 
 
@@ -160,11 +162,11 @@ def _policy(report: Report) -> str:
         if policy.num_frames
         else ""
     )
-    them = f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''}"
+    them = counted(micro_batches, "micro-batch", "micro-batches")
     on_cpu = f"; the CPU computes those of {_layers(policy.cpu_every)}" if policy.cpu_every else ""
     kept = f", in GPU memory for {_layers(policy.kv_every)}" if policy.kv_every else ""
     return (
-        f"{num_seqs:,} sequences in {them} of {policy.micro_batch_size}{more}; prompts "
+        f"{counted(num_seqs, 'sequence')} in {them} of {policy.micro_batch_size}{more}; prompts "
         f"in chunks of {policy.chunk_tokens:,} tokens, up to {policy.max_num_seqs + policy.prefill_tokens:,} rows "
         f"a pass; {resident:.0%} of the experts resident{rest}{on_cpu}; {policy.num_blocks:,} KV blocks of "
         f"{policy.block_size} tokens{kept}"
@@ -179,7 +181,7 @@ def _runners_up(planned: Planned) -> Table:
     table = _grid("right", "right", "left")
     for other in planned.runners_up:
         table.add_row(
-            f"{other.tokens_per_s:,.0f} tokens/s", f"{other.tokens_per_s / planned.tokens_per_s - 1:+.1%}",
+            f"{format_rate(other.tokens_per_s)} tokens/s", f"{other.tokens_per_s / planned.tokens_per_s - 1:+.1%}",
             _difference(planned.choice, other.choice),
         )  # fmt: skip
     return table
@@ -202,7 +204,9 @@ def _what_ifs(report: Report) -> Table:
             table.add_row(name, Text("it does not fit", style="red"), "")
         else:
             style = "green" if reached > now else "red"
-            table.add_row(name, f"{reached:,.0f} tokens/s", Text(f"{reached / now - 1:+.0%}", style=style))
+            table.add_row(
+                name, f"{format_rate(reached)} tokens/s", Text(f"{reached / now - 1:+.0%}", style=style)
+            )
     return table
 
 

@@ -117,7 +117,12 @@ class Outlook:
 
     @cached_property
     def steady_prompts(self) -> int:
-        """Prompt tokens of a steady pass: where answers are short, no more than passes have room for."""
+        """Prompt tokens of a steady pass: where answers are short, no more than passes have room for.
+
+        None where all requests of a job run at once: nobody takes the place of those that end.
+        """
+        if self.workload.num_requests and self.workload.num_requests <= self.num_seqs:
+            return 0
         steady = round(self.num_seqs * self.workload.mean_prompt / self.workload.mean_answer)
         return min(steady, self.policy.prefill_tokens)
 
