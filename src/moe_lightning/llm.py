@@ -36,10 +36,9 @@ from moe_lightning.engine.worker import Worker
 from moe_lightning.errors import ConfigError
 from moe_lightning.memory import checkpoint
 from moe_lightning.perf.facts import PassFacts
+from moe_lightning.perf.filling import QUEUE
 from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.policy import Policy
-
-_QUEUE = 2  # requests waiting, as a multiple of max_num_seqs: enough that memory never stays unused
 
 
 class LLM:
@@ -106,7 +105,7 @@ class LLM:
             self._worker, self.policy, self.tokenizer, self.spec.eos_token_ids, self.max_model_len,
             turns=Turns.of_job(self.policy, self._device),
         )  # fmt: skip
-        self._runs = Runs(self.engine, _QUEUE * self.policy.max_num_seqs)
+        self._runs = Runs(self.engine, QUEUE * self.policy.max_num_seqs)
         self._num_requests = 0
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from moe_lightning.engine.batcher import Batcher
 from moe_lightning.engine.request import Request, SamplingParams
 from moe_lightning.engine.sequence import Sequence
 from moe_lightning.engine.stopping import Finish
-from moe_lightning.engine.waiting import Turns
+from moe_lightning.engine.waiting import Turns, Waiting
 from moe_lightning.memory.blocks import num_blocks_for
 from moe_lightning.policy import Policy
 
@@ -388,6 +388,22 @@ def test_what_was_put_back_ends_before_those_begin_that_come_much_later():
         run.run_pass()
     assert run.batcher.num_preemptions > 0
     assert all(s.finish or s.blocks for s in sequences[:3])
+
+
+@pytest.mark.parametrize(
+    ("turns", "order"), [
+        (JOB, [0, 2, 3, 1]), (replace(JOB, is_ending=True), [2, 0, 3, 1]),
+        (IN_ORDER, [0, 1, 2, 3]), (replace(IN_ORDER, is_ending=True), [0, 1, 2, 3]),
+    ],
+)  # fmt: skip
+def test_the_last_requests_of_a_job_begin_with_those_that_may_get_the_longest_answers(turns, order):
+    """Number 1 has begun and was put back: in a job it goes behind those that have not."""
+    waiting = Waiting(turns)
+    for number, length in enumerate((4, 9, 7, 2)):
+        sequence = sequence_of(number, 3, length, 16)
+        sequence.output_ids += [7] * (number == 1)
+        waiting.add(sequence)
+    assert [waiting.pop().order for _ in range(4)] == order
 
 
 def test_without_a_gpu_nothing_is_computed_twice_for_a_job():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import astuple, replace
 from math import ceil
 
@@ -15,7 +16,7 @@ from moe_lightning.engine.request import Request, SamplingParams
 from moe_lightning.engine.sequence import Sequence
 from moe_lightning.engine.stopping import Finish
 from moe_lightning.engine.waiting import Turns
-from moe_lightning.perf.filling import kinds_of_passes, most_prompts
+from moe_lightning.perf.filling import QUEUE, kinds_of_passes, most_prompts
 from moe_lightning.perf.sizing import ROOM
 from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.policy import Policy
@@ -35,11 +36,15 @@ def passes_of_batcher(policy, work, count):
     """Sequences that decode and tokens of prompts, of each pass of a job of so many requests."""
     batcher, passes = Batcher(policy, (), Turns.of_job(policy, torch.device("cuda"))), []
     pairs = np.array([work.prompt_lens, work.answers])[:, np.arange(count) % len(work.prompt_lens)]
-    for number, (length, answer) in enumerate(np.random.default_rng(5).permutation(pairs, axis=1).T):
-        params = SamplingParams(max_tokens=int(answer), temperature=0, ignore_eos=True)
-        request = Request(str(number), (1,) * int(length), params)
-        batcher.add(Sequence(request, 0, number, work.longest, None))
-    while batcher.has_work:
+    left = deque(enumerate(np.random.default_rng(5).permutation(pairs, axis=1).T))
+    while left or batcher.has_work:
+        while left and len(batcher.waiting) < QUEUE * policy.max_num_seqs:
+            number, (length, answer) = left.popleft()
+            params = SamplingParams(max_tokens=int(answer), temperature=0, ignore_eos=True)
+            request = Request(str(number), (1,) * int(length), params)
+            batcher.add(Sequence(request, 0, number, work.longest, None))
+            if not left:
+                batcher.change_turns(replace(batcher.turns, is_ending=True))
         batch = batcher.next()
         passes.append((sum(map(len, batch.decode)), sum(s.num_tokens for s in batch.admitted)))
         for sequence in batcher.running:
@@ -89,6 +94,14 @@ def test_passes_of_a_job_are_about_those_of_the_batcher(work, prefill):
     assert kinds.crowded == pytest.approx((many * share).sum(), **near)
     assert kinds.steady == 0
     assert kinds_of_passes(replace(policy, num_frames=0), work) == kinds, "whether weights stream or not"
+
+
+def test_a_job_that_ends_with_its_short_answers_takes_fewer_passes(monkeypatch):
+    work = Workload.of([(20 + i, 16 + 7 * (i % 29)) for i in range(200)])
+    policy = policy_for(work, 400, 3.0)
+    longest_first = len(passes_of_batcher(policy, work, 800))
+    monkeypatch.setattr(Batcher, "change_turns", lambda batcher, turns: None)
+    assert longest_first < 0.75 * len(passes_of_batcher(policy, work, 800))
 
 
 def test_a_sample_stands_for_a_job_of_any_size_and_what_comes_after_three_memories_is_steady():

@@ -63,6 +63,24 @@ def test_an_iteration_that_is_closed_drops_its_own_requests_only(llm, answers):
     assert is_idle(llm)
 
 
+def test_the_engine_knows_when_no_run_has_more_requests(llm, answers, monkeypatch):
+    monkeypatch.setattr(llm._runs, "_max_waiting", 2)
+
+    def is_ending():
+        return llm.engine._batcher.turns.is_ending
+
+    one = llm.generate_iter(PROMPTS, PARAMS)
+    found_of_one = [next(one)]
+    two = llm.generate_iter(PROMPTS * 3, PARAMS * 3)
+    next(two)
+    assert not is_ending()
+    two.close()
+    found_of_one += one
+    assert is_ending() and found(found_of_one) == dict(enumerate(answers))
+    llm.generate(PROMPTS[:1], PARAMS[0])
+    assert is_ending() and is_idle(llm)
+
+
 def test_a_run_waits_for_room_that_another_one_takes(mixtral, answers):
     llm = load(mixtral, max_num_seqs=1)
     full = llm.generate_iter(PROMPTS, PARAMS)

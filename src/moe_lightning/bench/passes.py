@@ -98,6 +98,7 @@ def run_passes(
         while left > 0 and engine.num_waiting < queue:
             engine.add(next(requests))
             left -= 1
+            engine.expect_more(left > 0)
         if not engine.num_unfinished:
             return
         generated, prompted = engine.num_generated_tokens, engine.num_prompt_tokens

@@ -98,6 +98,11 @@ class Batcher:
         self._micro_batch_size = policy.micro_batch_size
         self._prefill_tokens = policy.prefill_tokens
 
+    @property
+    def turns(self) -> Turns:
+        """Who goes first."""
+        return self._turns
+
     def change_turns(self, turns: Turns) -> None:
         """Go by other turns from the next pass on."""
         self._turns = turns

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,6 +115,11 @@ class Engine:
         self._unfinished[request.request_id] = sequences
         for sequence in sequences:
             self._batcher.add(sequence)
+
+    def expect_more(self, more: bool) -> None:
+        """Say whether more requests will come: the last ones of a job have other turns."""
+        if self._batcher.turns.is_ending == more:
+            self._batcher.change_turns(replace(self._batcher.turns, is_ending=not more))
 
     def answer_in_order(self) -> None:
         """From now on whoever comes first goes first, as somebody waits for each answer."""

@@ -35,6 +35,7 @@ class Runs:
         self._engine = engine
         self._max_waiting = max_waiting
         self._run_of: dict[str, _Run] = {}  # of each unfinished request
+        self._num_open = 0  # runs that may have more requests
 
     def run(self, requests: Iterable[Request], on_pass: OnPass | None = None) -> Iterator[RequestOutput]:
         """Outputs as requests finish; takes requests only as fast as they can be worked on.
@@ -44,9 +45,11 @@ class Runs:
         """
         source, run, is_exhausted = iter(requests), _Run(), False
         measure = self._meter()
+        self._open(1)
         try:
             while True:
-                is_exhausted = is_exhausted or self._fill(source, run)
+                if not is_exhausted and (is_exhausted := self._fill(source, run)):
+                    self._open(-1)
                 if is_exhausted and not run.pending and not run.finished:
                     return
                 if not run.finished:
@@ -56,9 +59,15 @@ class Runs:
                 while run.finished:
                     yield run.finished.popleft()
         finally:
+            if not is_exhausted:
+                self._open(-1)
             for request_id in run.pending:
                 del self._run_of[request_id]
                 self._engine.abort(request_id)
+
+    def _open(self, more: int) -> None:
+        self._num_open += more
+        self._engine.expect_more(self._num_open > 0)
 
     def _fill(self, source: Iterator[Request], run: _Run) -> bool:
         """Queue requests while there is room; whether the source has no more."""

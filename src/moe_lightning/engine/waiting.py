@@ -22,13 +22,17 @@ class Turns:
     answers, and what counts is when the last one ends. Then of `together` requests that follow each other those
     begin first that have not begun, and those keep their memory that have most left to do: so memory is full while
     sequences are young and short, and in the end none is left over that has just begun. With prompts of 77 tokens
-    on average, answers of 128 and requests that fill memory twice, 294 passes do what takes 399 in order.
+    on average, answers of 128 and requests that fill memory twice, 294 passes do what takes 399 in order. When no
+    more will come, of those that have not begun those begin first that may get the longest answers: a long one that
+    begins last would run on alone.
 
     Attributes:
         together: requests.
+        is_ending: no more will come.
     """
 
     together: int = 1
+    is_ending: bool = False
 
     @classmethod
     def of_job(cls, policy: Policy, device: torch.device) -> Turns:
@@ -41,8 +45,10 @@ class Turns:
 
     def to_wait(self, sequence: Sequence) -> tuple[bool, int, bool, int, int]:
         """The least of those that wait is next."""
-        has_begun = self.together > 1 and bool(sequence.output_ids)
-        return (*self._round(sequence), has_begun, -sequence.num_left if has_begun else 0, sequence.order)
+        is_job = self.together > 1
+        has_begun = is_job and bool(sequence.output_ids)
+        goes_by_left = has_begun or (is_job and self.is_ending)
+        return (*self._round(sequence), has_begun, -sequence.num_left if goes_by_left else 0, sequence.order)
 
     def to_keep(self, sequence: Sequence) -> tuple[bool, int, int, int]:
         """The greatest of those that run gives its memory back."""

@@ -15,6 +15,7 @@ from moe_lightning.policy import Policy
 # In a job whose prompts are no longer than so many times their answers, sequences are admitted while there is
 # memory: computing some anew costs less than memory that is left for them to grow into.
 CHEAP = 4
+QUEUE = 2  # requests that wait, as a multiple of max_num_seqs: enough that memory never stays unused
 _SAMPLE = 512  # sequences that stand for those that fill memory
 _STEPS = 64  # of an answer, at most: several of its tokens are taken for one
 _TIMES = 3  # what fills memory so many times is followed; in what comes after, sequences are of all ages
@@ -103,7 +104,11 @@ class _Job:
         pairs, count = np.stack([self.prompt_lens, gens]), self.num_requests
         pairs = pairs[:, np.lexsort(pairs[::-1])]
         some = pairs[:, np.arange(count) * pairs.shape[1] // count]
-        return np.random.default_rng(0).permutation(some, axis=1)
+        new = np.random.default_rng(0).permutation(some, axis=1)
+        if self.gen_lens:  # no more come after those that wait then: see `engine.waiting`
+            waiting = max(0, count - QUEUE * self.max_num_seqs)
+            new[:, waiting:] = _most_left_first(new[:, waiting:])
+        return new
 
 
 @lru_cache(maxsize=256)
