@@ -64,7 +64,7 @@ def format_bytes(num_bytes: float) -> str:
 
 def format_rate(per_s: float) -> str:
     """``1,366``, ``87.4`` or ``3.41``: as many digits as tell rates apart."""
-    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
+    return f"{per_s:,.{0 if per_s >= 100 else 1 if per_s >= 10 else 2}f}"
 
 
 def counted(count: int, one: str, several: str = "") -> str:

@@ -90,9 +90,10 @@ class _Job:
         return np.arange(0, max(self.gen_lens or (self.gen_len,)), self.step)
 
     @cached_property
-    def rests(self) -> np.ndarray:
-        """What is left of them after whole blocks."""
-        return np.unique(self.times % self.block_size)
+    def times_in_blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of these times whole blocks, and which of the rests is left; and the rests."""
+        rests, which = np.unique(self.times % self.block_size, return_inverse=True)
+        return self.times // self.block_size, which, rests
 
     def blocks(self, tokens: Any) -> Any:
         """That sequences hold, or one does."""
@@ -196,12 +197,12 @@ class _Queue:
     def _held_later(self) -> np.ndarray:
         """Blocks of those that run, at all times to come."""
         job, (tokens, left) = self._job, self._running
+        whole, which, rests = job.times_in_blocks
         alive = np.searchsorted(-left, -job.times)
         # Whole blocks of time are a block more for each; the rest is less than one.
-        of_first = np.zeros((len(job.rests), len(tokens) + 1), dtype=np.int64)
-        job.blocks(tokens + job.rests[:, None]).cumsum(axis=1, out=of_first[:, 1:])
-        whole, rest = divmod(job.times, job.block_size)
-        held: np.ndarray = of_first[np.searchsorted(job.rests, rest), alive] + alive * whole
+        of_first = np.zeros((len(rests), len(tokens) + 1), dtype=np.int64)
+        job.blocks(tokens + rests[:, None]).cumsum(axis=1, out=of_first[:, 1:])
+        held: np.ndarray = of_first[which, alive] + alive * whole
         return held
 
 
