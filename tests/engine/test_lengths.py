@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import astuple
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe_lightning.jobs.lengths import Lengths
 from moe_lightning.jobs.lines import parse_line
+from moe_lightning.perf.filling import kinds_of_passes
+from moe_lightning.policy import Policy
 
 
 class Words:
@@ -40,8 +45,9 @@ def test_prompts_are_counted_by_a_sample_and_answers_by_what_they_may_be():
     work = lengths_of(*bodies).workload(Words())
     assert work.num_requests == 3000
     assert work.gen_len == 15
-    assert set(work.prompt_lens) <= {10, 20, 30}
-    assert work.mean_prompt == pytest.approx(20, abs=1.5)
+    assert {10, 20, 30} <= set(work.prompt_lens) <= set(range(10, 31))
+    assert set(zip(work.prompt_lens, work.answers, strict=True)) >= {(10, 10), (30, 20)}
+    assert work.mean_prompt == pytest.approx(20, abs=0.05)
     assert len(work.prompt_lens) <= 600
 
 
@@ -85,6 +91,38 @@ def test_answers_of_two_lengths_stay_apart_and_with_their_prompts():
     work = lengths_of(*bodies * 1000).workload(Words())
     assert set(zip(work.prompt_lens, work.answers, strict=True)) == {(10, 16), (100, 1000)}
     assert work.mean_answer == 508 and work.num_requests == 2000
+
+
+@pytest.mark.parametrize("rare", [(1024, 1112), (1024, 600), (300, 7)])
+def test_rare_long_answers_count_in_all_tokens_and_in_the_time_that_a_job_takes(rare):
+    answer, every = rare
+    limits = [answer if i % every == 5 else 1 for i in range(10_000)]
+    work = lengths_of(*({"prompt": "x" * 240, "max_tokens": limit} for limit in limits)).workload(Words())
+    assert work.num_requests * work.mean_answer == pytest.approx(sum(limits), rel=0.01)
+    assert work.longest_answer == answer
+    policy = Policy(
+        max_num_seqs=2000, micro_batch_size=64, group_size=2**16, look_ahead=8, prefill_tokens=20_000,
+        chunk_tokens=2048, pages_per_expert=1, resident_pages=(0,), num_frames=1, num_blocks=20_000, block_size=16,
+    )  # fmt: skip
+    assert sum(astuple(kinds_of_passes(policy, work))) > answer - 1
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 400), st.integers(1, 1024), st.integers(1, 9)), min_size=1, max_size=40
+    ),
+    st.integers(1, 60),
+)
+@settings(max_examples=30)
+def test_lengths_are_those_of_all_lines_together(kinds, times):
+    bodies = [{"prompt": "x" * 4 * size, "max_tokens": limit, "n": n} for size, limit, n in kinds * times]
+    work = lengths_of(*bodies).workload(Words())
+    count = times * sum(n for *_, n in kinds)
+    assert work.num_requests == count and len(work.prompt_lens) == min(512, count)
+    assert work.mean_answer * count == pytest.approx(
+        times * sum(limit * n for _, limit, n in kinds), rel=0.01
+    )
+    assert work.mean_prompt * count == pytest.approx(times * sum(size * n for size, _, n in kinds), rel=0.05)
 
 
 def test_a_limit_that_nobody_means_does_not_shape_the_plan():

@@ -10,11 +10,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fake_llm import FakeLLM
 
+from moe_lightning.cli import run_batch
 from moe_lightning.cli.main import main
+from moe_lightning.config import EngineConfig
 from moe_lightning.engine.request import RequestOutput
-from moe_lightning.errors import ConfigError
+from moe_lightning.errors import ConfigError, GPUMemoryError
 from moe_lightning.hardware.presets import preset
 from moe_lightning.models.registry import resolve
 from moe_lightning.perf.cost import PassWork
@@ -279,6 +282,31 @@ def test_a_plan_for_the_files_lengths_is_run_and_its_promise_is_printed_beside_w
         (whole, "pass", predicted.until_tokens),
     ):
         assert line.split() == [name, "1", f"{seconds:.4f}", "1.0000", f"{1 / seconds:.2f}"]
+
+
+def test_a_job_whose_plan_the_gpu_cannot_hold_takes_the_next_smaller_one(
+    job: list[str], llm: type[CommandLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = list[SimpleNamespace]()
+
+    def plan(config: EngineConfig, survey: object) -> SimpleNamespace:
+        policy = f"policy {config.gpu_memory}"
+        plans.append(
+            SimpleNamespace(policy=policy, max_model_len=7, prediction=None, device=torch.device("cpu"))
+        )
+        return plans[-1]
+
+    def load(config: EngineConfig, survey: object, plan: SimpleNamespace) -> object:
+        if len(plans) < 3:
+            raise GPUMemoryError("too large")
+        return true_load(config, survey, plan)
+
+    true_load = run_batch._load
+    monkeypatch.setattr(run_batch, "_plan", plan)
+    monkeypatch.setattr(run_batch, "_load", load)
+    assert main([*job, "--gpu-memory", "1000B"]) == 0
+    assert [plan.policy for plan in plans] == ["policy 1000", "policy 950", "policy 902"]
+    assert llm.kept_to == plans[-1:]
 
 
 def test_a_trace_holds_what_the_pass_was_and_what_the_plan_predicted_of_it(

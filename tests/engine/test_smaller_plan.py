@@ -47,6 +47,7 @@ def test_the_next_smaller_plan_gives_the_same_tokens_and_says_so(refused, mixtra
     assert len(placements) == 2
     resident = [sum(placement.resident) for placement in placements] + [sum(llm.policy.resident_pages)]
     assert resident == sorted(resident, reverse=True) and resident[0] > resident[-1]
+    assert llm.engine._batcher.policy == llm.policy and llm.max_model_len <= llm.policy.prefill_tokens
     said = [record.message for record in caplog.records]
     assert "7.27 GiB" in said[0] and "planning again for" in said[0] and len(said) == 2
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
@@ -81,6 +82,7 @@ def test_what_was_taken_is_let_go_before_another_plan_is_made(mixtral):
 
     def fail_once(plan):
         tensor = Tensor()
+        tensor.itself = tensor  # counting references does not let it go
         if not taken:
             taken.append(weakref.ref(tensor))
             raise GPUMemoryError("too large")

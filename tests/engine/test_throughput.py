@@ -48,8 +48,8 @@ def test_a_job_answers_every_request_in_full(engine):
     source = Source(WORK, 320)
     passes = list(run_passes(engine, iter(source), source, 12, count=10))
     assert sum(p.generated for p in passes) == 10 * 6
-    lengths = [len(p) for p, _ in sequences(WORK, 240, 320, seed=0)[:10]]
-    assert sum(p.prompt_tokens for p in passes) == sum(lengths)
+    lengths = [len(p) for seed in range(4) for p, _ in sequences(WORK, 3, 320, seed)]
+    assert sum(p.prompt_tokens for p in passes) == sum(lengths[:10])
     assert engine.num_unfinished == 0
 
 
@@ -69,6 +69,14 @@ def test_a_steady_state_begins_with_all_ages_and_stays_full(engine):
     # One ends in each pass and another takes its place; a prompt's pass gives its first token.
     assert all(p.generated == 6 for p in passes[1:])
     assert engine.num_preemptions == 0
+
+
+def test_a_steady_state_begins_with_more_of_the_long_answers_and_at_all_ages(engine):
+    source = Source(Workload.of([(3, 1), (5, 9)]), 320)
+    assert begin_midway(engine, source, 6) == 6
+    running = engine._batcher.running
+    assert sorted(s.max_new_tokens for s in running)[1:] == [9] * 5, "nine tokens in ten are of those"
+    assert [len(s.output_ids) for s in running] == [n * s.max_new_tokens // 6 for n, s in enumerate(running)]
 
 
 def test_a_batch_begins_with_one_age(engine):

@@ -18,6 +18,7 @@ from moe_lightning.engine.background import in_thread
 from moe_lightning.engine.plan import make_plan
 from moe_lightning.engine.waiting import Turns
 from moe_lightning.errors import NoFeasiblePolicyError
+from moe_lightning.memory.weights import allocate
 from moe_lightning.perf.drift import WINDOW
 from moe_lightning.perf.outlook import Prediction
 from moe_lightning.perf.workload import Workload
@@ -26,7 +27,7 @@ from moe_lightning.server import plan as planning
 from moe_lightning.server.app import create_app
 from moe_lightning.server.config import ServerConfig
 from moe_lightning.server.plan import Expected, describe, plan_to_serve
-from moe_lightning.units import GIB
+from moe_lightning.units import GIB, MIB
 
 LENGTHS = (1, 5, 16, 17, 33, 9, 4, 12)
 NEW_TOKENS = 32
@@ -92,6 +93,27 @@ def test_a_served_model_is_watched(mixtral, monkeypatch):
     monkeypatch.setattr(serve, "_plan", lambda *args: plan)
     llm, found = serve._load(config, ServerConfig())
     assert found is plan and llm.policy == plan.policy and llm.engine.watch is not None
+
+
+def test_a_server_whose_plan_the_gpu_cannot_hold_takes_the_next_smaller_one(mixtral, monkeypatch):
+    config = EngineConfig(str(mixtral), device="cpu", max_num_seqs=4, max_model_len=64, gpu_memory="512MiB")
+    asked, refused = [], []
+
+    def plan(config, server):
+        asked.append(config.gpu_memory)
+        return replace(make_plan(config), prediction=PROMISED, rates=RATES, workload=Workload((8,), 4))
+
+    def refuse_once(*given):
+        if not refused:
+            refused.append(given)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return allocate(*given)
+
+    monkeypatch.setattr(serve, "_plan", plan)
+    monkeypatch.setattr("moe_lightning.engine.build.allocate", refuse_once)
+    llm, found = serve._load(config, ServerConfig())
+    assert asked == [512 * MIB, int(0.95 * 512 * MIB)]
+    assert llm.policy == found.policy
 
 
 def test_when_passes_drift_the_search_runs_beside_them_and_no_request_is_lost(mixtral, caplog):

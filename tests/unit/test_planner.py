@@ -552,6 +552,19 @@ def test_what_cannot_fit_says_what_it_needs_and_each_way_that_is_named_is_just_e
             assert bool(smallest_policy(problem)) == fits
 
 
+@pytest.mark.parametrize(("gpu", "host"), [(3, 120), (-1, 120), (20, 40), (3, 40), (20, -5)])
+def test_what_is_missing_is_said_to_the_byte(gpu, host):
+    memory = Memory(host * GIB, gpu * GIB)
+    missing = {
+        kind: int(size.replace(",", ""))
+        for kind, size in re.findall(r"of (GPU|host) memory \(([\d,]+) bytes\)", lacking(memory))
+    }
+    enough = {"host": memory.host + missing.get("host", 0), "gpu": memory.gpu + missing.get("GPU", 0)}
+    assert search(MIXTRAL, "bfloat16", Memory(**enough), DatasheetRates(H100), WORK)
+    for name in missing:
+        lacking(Memory(**{**enough, name.lower(): enough[name.lower()] - 1}))
+
+
 def test_where_a_shorter_model_length_would_do_the_message_says_which():
     memory = Memory(90 * GIB, 6 * GIB)
     message = lacking(memory, max_model_len=32768)

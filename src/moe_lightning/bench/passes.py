@@ -58,7 +58,7 @@ class Source:
 
     def _requests(self, work: Workload) -> Iterator[Request]:
         for seed in itertools.count():
-            for prompt, answer in sequences(work, 80 * len(work.prompt_lens), self.vocab_size, seed):
+            for prompt, answer in sequences(work, len(work.prompt_lens), self.vocab_size, seed):
                 number = next(self._numbers)
                 logprobs = TOP if number in self.scored else None
                 params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, logprobs=logprobs)

@@ -48,25 +48,26 @@ def job_of(args: Namespace, limit: int) -> Job:
 
 def _fitting(workload: Workload, longest: int | None, limit: int) -> Job:
     pairs = zip(workload.prompt_lens, workload.answers, strict=True)
-    fitting = [(prompt, min(answer, limit - prompt)) for prompt, answer in pairs if prompt < limit]
+    fitting = [(prompt, answer) for prompt, answer in pairs if prompt < limit]
     if not fitting:
         raise ConfigError(
             f"prompts have {max(workload.prompt_lens):,} tokens, and sequences with their answers no more than "
             f"{limit:,}; give shorter prompts, or a greater --max-model-len where the model allows it"
         )
-    notes, count = [], workload.num_requests
+    count, notes = workload.num_requests, list[str]()
     if left_out := 1 - len(fitting) / len(workload.prompt_lens):
         notes.append(
             f"{left_out:.1%} of the prompts leave no room for an answer in {limit:,} tokens and are not counted"
         )
         count = count and max(1, round(count * (1 - left_out)))
-    found = Workload.of(fitting, count)
-    if (
-        any(prompt + answer == limit for prompt, answer in fitting)
-        and found.mean_answer < workload.mean_answer
-    ):
+    ended = [(prompt, min(answer, limit - prompt)) for prompt, answer in fitting]
+    found, wanted = (
+        Workload.of(ended, count, workload.most),
+        sum(answer for _, answer in fitting) / len(fitting),
+    )
+    if found.mean_answer < wanted:
         notes.append(
             f"answers end at {limit:,} tokens with their prompts: after {found.mean_answer:,.0f} of "
-            f"{workload.mean_answer:,.0f} on average"
+            f"{wanted:,.0f} on average"
         )
     return Job(found, longest, tuple(notes))

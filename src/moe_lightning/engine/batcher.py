@@ -12,13 +12,12 @@ from moe_lightning.engine.forecast import AnswerLengths, Forecast
 from moe_lightning.engine.sequence import Sequence
 from moe_lightning.engine.waiting import Turns, Waiting
 from moe_lightning.memory.blocks import BlockAllocator, num_blocks_for
-from moe_lightning.perf.filling import CHEAP
+from moe_lightning.perf.filling import CHEAP, KNOWN
 from moe_lightning.perf.memory import HEAD_ROWS
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step
 
 _UNLIMITED = 512
-_MANY = 256
 _IN_ORDER = Turns()
 
 
@@ -282,7 +281,7 @@ class Batcher:
     def _forecast(self, running: list[Sequence], share: float) -> Forecast | None:
         """None in a job whose sequences may be put back: their prompts cost little beside what they generate."""
         if self._turns.together > 1:
-            known = [*running, *self.waiting.next(_MANY)]
+            known = [*running, *self.waiting.next(KNOWN)]
             if sum(s.num_prompt_tokens for s in known) <= CHEAP * share * sum(map(_allowed, known)):
                 return None
         remaining = [_remaining(s, share) for s in running]

@@ -80,11 +80,19 @@ def build_worker(
             # which waits busily, all of them stand still for a turn of the scheduler, at every product.
             torch.set_num_threads(cpu_lane_threads(device))
         return Worker(weights, policy, kv, lanes, device)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
         raise GPUMemoryError(
             f"the policy does not fit in GPU memory ({str(error).splitlines()[0]}); lower gpu_memory if other "
             "processes hold some of it, or give a policy with fewer resident_pages"
         ) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """PyTorch's own refusal, or what the driver and its libraries say when they find no memory."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text
 
 
 def make_executor(name: str, device: torch.device) -> Executor:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from moe_lightning.config import EngineConfig
+from moe_lightning.engine.gpu_budget import context_bytes
 from moe_lightning.engine.plan import Plan
 from moe_lightning.errors import GPUMemoryError
 from moe_lightning.units import format_bytes
@@ -19,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 _TRIES = 4
 _LESS = 0.95  # of the memory that was planned with
-_FREE = 0.9  # of what is free, where nobody set a limit: the plan before was for a little more
+_FREE = 0.9  # of what is free now
 
 Built = TypeVar("Built")
 Some = TypeVar("Some", Plan, Plan | None)
@@ -51,9 +52,7 @@ def built(
             reason = str(error)
         # Not before the error is gone: it holds what had been allocated.
         gc.collect()
-        if plan.device.type == "cuda":
-            torch.cuda.empty_cache()
-        config = replace(config, gpu_memory=_less(config))
+        config = replace(config, gpu_memory=_less(config, plan.device))
         _log.warning("%s; planning again for %s of GPU memory", reason, format_bytes(config.gpu_memory or 0))
         plan = plan_for(config)
     raise AssertionError("the last try returns or raises")
@@ -64,7 +63,10 @@ def _is_without_limit(config: EngineConfig, plan: Plan) -> bool:
     return plan.device.type == "cpu" and config.gpu_memory is None
 
 
-def _less(config: EngineConfig) -> int:
-    if config.gpu_memory is not None:
-        return int(_LESS * config.gpu_memory)
-    return int(_FREE * torch.cuda.mem_get_info()[0])
+def _less(config: EngineConfig, device: torch.device) -> int:
+    """Bytes of the whole process: less than before, and less than there is."""
+    some = [] if config.gpu_memory is None else [_LESS * config.gpu_memory]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        some.append(_FREE * (torch.cuda.mem_get_info(device)[0] + context_bytes(device)))
+    return int(min(some))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from bisect import bisect
-from itertools import accumulate
 from random import Random
 from typing import Any
+
+import numpy as np
 
 from moe_lightning.engine.prompts import render, tokenize
 from moe_lightning.errors import RequestError
@@ -66,21 +66,35 @@ class Lengths:
                 continue
             sizes += _size(line)
         rate = tokens / sizes if sizes else 1.0
-        # All sequences in the order of their lengths, and those at even distances: a line has one for each answer.
+        # All sequences in the order of their lengths, of which a line has one for each answer; then the means of
+        # equal parts, so that tokens in all stay as many.
         lines = sorted(range(len(self._sizes)), key=lambda line: (self._expected(line), self._sizes[line]))
-        ends = list(accumulate(self._answers[line] for line in lines))
-        count = ends[-1] if ends else 0
+        count = sum(self._answers)
         if not count:
             return Workload((1,), 1, 1)
-        num = min(_HISTOGRAM, count)
-        some = [lines[bisect(ends, (2 * i + 1) * count // (2 * num))] for i in range(num)]
-        pairs = [(max(1, round(rate * self._sizes[line])), self._expected(line)) for line in some]
-        return Workload.of(pairs, count)
+        times = np.array([self._answers[line] for line in lines])
+        ends, num = times.cumsum(), min(_HISTOGRAM, count)
+        prompts = _means(times * [rate * self._sizes[line] for line in lines], ends, num)
+        answers = _means(times * [self._expected(line) for line in lines], ends, num)
+        return Workload.of(list(zip(prompts, answers, strict=True)), count, self._expected(lines[-1]))
 
     def _expected(self, line: int) -> int:
         """Tokens of a line's answer."""
         limit = self._limits[line]
         return _ANSWER if limit < 0 else min(max(limit, 1), _EXPECTED)
+
+
+def _means(tokens: np.ndarray, ends: np.ndarray, num: int) -> list[int]:
+    """Means of `num` equal parts of all sequences, whole tokens each and 1 at least, about right together.
+
+    Args:
+        tokens: of the sequences of each line.
+        ends: number of sequences up to each line's last one.
+        num: of parts.
+    """
+    total = np.interp(np.linspace(0, ends[-1], num + 1), [0, *ends], [0, *tokens.cumsum()])
+    upto = np.round(total * num / ends[-1])
+    return [max(1, int(mean)) for mean in np.diff(upto)]
 
 
 def _size(line: BatchLine) -> int:

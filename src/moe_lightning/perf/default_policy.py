@@ -179,7 +179,7 @@ def _with_pages(spec: ModelSpec, dtype_bytes: int, memory: Memory, draft: Policy
     if frames < per_layer:
         raise NoFeasiblePolicyError(
             f"{spec.architecture} needs {format_bytes(fixed + per_layer * page_bytes)} of GPU memory to stream one "
-            f"layer at a time; {format_bytes(memory.gpu)} is allowed",
+            f"layer at a time; {format_bytes(max(0, memory.gpu))} is allowed",
             "Raise gpu_memory or lower max_num_seqs",
         )
     # resident * layers + ring, with a ring of _RING_LAYERS * (per_layer - resident), fills all frames.

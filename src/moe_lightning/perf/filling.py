@@ -12,9 +12,10 @@ import numpy as np
 from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.policy import Policy
 
-# In a job whose prompts are no longer than so many times their answers, sequences are admitted while there is
-# memory: computing some anew costs less than memory that is left for them to grow into.
-CHEAP = 4
+# In a job whose prompts are no longer than so many times their answers, of those that run and so many that wait,
+# sequences are admitted while there is memory: computing some anew costs less than memory that is left for them to
+# grow into.
+CHEAP, KNOWN = 4, 256
 QUEUE = 2  # requests that wait, as a multiple of max_num_seqs: enough that memory never stays unused
 _SAMPLE = 512  # sequences that stand for those that fill memory
 _STEPS = 64  # of an answer, at most: several of its tokens are taken for one
@@ -57,15 +58,16 @@ def kinds_of_passes(policy: Policy, workload: Workload) -> Kinds:
             max(1, round(min(times, _TIMES) * sample)), sample, round(policy.num_blocks * scale),
             policy.block_size, ceil(policy.max_num_seqs * scale), round(policy.prefill_tokens * scale),
             round(most_prompts(policy, workload) * scale),
-            foresees=workload.mean_prompt > CHEAP * workload.mean_answer,
+            max(1, round(KNOWN * scale)),
         ),
         max(0.0, times - _TIMES) * workload.mean_answer,
+        workload.longest_answer,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A sample of a job, and the limits of its passes; `foresees`: nobody is admitted who might be put back."""
+    """A sample of a job, and the limits of its passes."""
 
     prompt_lens: tuple[int, ...]
     gen_len: int
@@ -77,7 +79,7 @@ class _Job:
     max_num_seqs: int
     prefill_tokens: int
     most_prompts: int
-    foresees: bool
+    known: int
 
     @cached_property
     def step(self) -> int:
@@ -100,11 +102,12 @@ class _Job:
         return (tokens + (self.block_size - 1)) // self.block_size
 
     def sequences(self) -> np.ndarray:
-        """Tokens that each holds, and has left to generate, in no order: [2, num_requests]."""
+        """Tokens that each holds, and has left to generate, and how dear its prompt is: [3, num_requests]."""
         gens = np.resize(self.gen_lens or self.gen_len, len(self.prompt_lens))
-        pairs, count = np.stack([self.prompt_lens, gens]), self.num_requests
-        pairs = pairs[:, np.lexsort(pairs[::-1])]
-        some = pairs[:, np.arange(count) * pairs.shape[1] // count]
+        lens, count = np.asarray(self.prompt_lens), self.num_requests
+        pairs = np.stack([lens, gens, lens - CHEAP * gens])
+        pairs = pairs[:, np.lexsort((gens, lens))]
+        some = pairs[:, (2 * np.arange(count) + 1) * pairs.shape[1] // (2 * count)]
         new = np.random.default_rng(0).permutation(some, axis=1)
         if self.gen_lens:  # no more come after those that wait then: see `engine.waiting`
             waiting = max(0, count - QUEUE * self.max_num_seqs)
@@ -113,10 +116,14 @@ class _Job:
 
 
 @lru_cache(maxsize=256)
-def _followed(job: _Job, steady: float) -> Kinds:
+def _followed(job: _Job, steady: float, longest: int) -> Kinds:
     queue, step = _Queue(job), job.step
     quiet = full = ramp = crowded = 0.0  # few and many sequences, few and many prompts
     while queue.has_work:
+        if job.gen_lens and (decoding := queue.last()) is not None:
+            shares = np.minimum(decoding / job.num_seqs, 1.0)
+            full, quiet = full + step * float(shares.sum()), quiet + step * float((1 - shares).sum())
+            break
         decode, prompts = queue.next()
         many = min(decode / job.num_seqs, 1.0)
         share = min(prompts / max(job.most_prompts - decode, 1), 1.0)
@@ -124,11 +131,13 @@ def _followed(job: _Job, steady: float) -> Kinds:
         ramp += step * ((1 - many) * share)
         full += step * (many * (1 - share))
         crowded += step * (many * share)
+    # The longest answer of all may be so rare that no sample has it.
+    quiet += max(0.0, longest - (quiet + full + ramp + crowded + steady))
     return Kinds(quiet, full, ramp, crowded, steady)
 
 
 class _Queue:
-    """Sequences that wait and that run, as `engine.batcher` has them in a job: each [2, sequences]."""
+    """Sequences that wait and that run, as `engine.batcher` has them in a job: each [3, sequences]."""
 
     def __init__(self, job: _Job) -> None:
         self._job = job
@@ -141,6 +150,14 @@ class _Queue:
         """Some sequence is not finished."""
         return bool(self._new.shape[1] or self._running.shape[1] or self._put_back.shape[1])
 
+    def last(self) -> np.ndarray | None:
+        """The sequences that decode in each step until all have ended, if nobody waits and all have room."""
+        if self._new.shape[1] or self._put_back.shape[1] or self._held_later().max() > self._job.num_blocks:
+            return None
+        left = self._running[1]
+        ends = np.arange(0, left[0], self._job.step)
+        return np.searchsorted(-left, -ends)
+
     def next(self) -> tuple[int, float]:
         """Run passes, those of a step; the sequences that decoded in each, and tokens of prompts."""
         job, step, prompts = self._job, self._job.step, 0
@@ -152,9 +169,10 @@ class _Queue:
         if num_kept < num_running:
             going, self._running = self._running[:, num_kept:], self._running[:, :num_kept]
             self._put_back = _most_left_first(np.concatenate([self._put_back, going], axis=1))
-        else:
-            prompts = self._admit(job.num_blocks - (int(held[-1]) if num_running else 0))
-        tokens, left = self._running
+        # Nobody is admitted in a pass that puts somebody back; in the others of a step, some may be.
+        if num_kept == num_running or (step > 1 and job.gen_lens):
+            prompts = self._admit(job.num_blocks - (int(held[num_kept - 1]) if num_kept else 0))
+        tokens, left, _ = self._running
         tokens += step
         left -= step
         if len(left) and left[-1] <= 0:
@@ -173,7 +191,7 @@ class _Queue:
         fits = prompts.cumsum() - prompts < room
         fits &= job.blocks(prompts).cumsum() + job.blocks(together) <= num_free
         count = _first_false(fits)
-        if job.foresees and count:
+        if count and self._foresees():
             count = _first_false(self._demand(waiting[:, :count]) <= job.num_blocks)
         if not num_running:
             count = max(count, 1)
@@ -187,16 +205,24 @@ class _Queue:
         self._ahead = max(0, taken - room)
         return taken
 
+    def _foresees(self) -> bool:
+        """Whether nobody is admitted who might be put back, as prompts are dear beside answers."""
+        known = self._job.known
+        dear = int(self._running[2].sum()) + int(self._new[2, :known].sum())
+        if (rest := known - self._new.shape[1]) > 0:
+            dear += int(self._put_back[2, :rest].sum())
+        return dear > 0
+
     def _demand(self, waiting: np.ndarray) -> np.ndarray:
         """Blocks at the worst time to come if the first so many are admitted."""
-        job, (tokens, left) = self._job, waiting[:, :, None]
+        job, (tokens, left, _) = self._job, waiting[:, :, None]
         theirs = np.where(left > job.times, job.blocks(tokens + job.times), 0).cumsum(axis=0)
         worst: np.ndarray = (self._held_later() + theirs).max(axis=1)
         return worst
 
     def _held_later(self) -> np.ndarray:
         """Blocks of those that run, at all times to come."""
-        job, (tokens, left) = self._job, self._running
+        job, (tokens, left, _) = self._job, self._running
         whole, which, rests = job.times_in_blocks
         alive = np.searchsorted(-left, -job.times)
         # Whole blocks of time are a block more for each; the rest is less than one.

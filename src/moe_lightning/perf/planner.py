@@ -8,7 +8,7 @@ from math import ceil, floor
 
 from moe_lightning.errors import ConfigError
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.choices import starts
+from moe_lightning.perf.choices import starts, values_of
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.outlook import Outlook
 from moe_lightning.perf.rates import Rates
@@ -120,7 +120,8 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
     if found.best is None:
         found.vary(smallest)
     if found.best is None:
-        raise no_feasible_policy(problem, smallest)
+        some = (replace(smallest, pages=int(pages)) for pages in values_of(problem)["pages"])
+        raise no_feasible_policy(problem, tuple(some))
     if not is_near:
         found.vary(found.best.choice)
     _look_elsewhere(found, bridging, rates, is_near=is_near, is_job=problem.workload.num_requests is not None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from moe_lightning.errors import NoFeasiblePolicyError
@@ -14,41 +14,41 @@ _STEP = GIB // 10  # to which advice is rounded
 _MOST = 2**41  # bytes: nobody has more
 
 
-def no_feasible_policy(problem: Problem, choice: Choice) -> NoFeasiblePolicyError:
+def no_feasible_policy(problem: Problem, choices: Sequence[Choice]) -> NoFeasiblePolicyError:
     """What is short, by how much, and what would help.
 
     Args:
         problem: for which nothing was found.
-        choice: that takes as little memory as any.
+        choices: of which one takes as little memory as any.
     """
-    gpu, host = _needed(problem, choice)
+    gpu, host = _needed(problem, choices)
     memory, spec = problem.memory, problem.spec
-    gpu_there = max(0, memory.gpu or 0)
+    gpu_there = memory.gpu or 0  # less than none where the driver takes more
     missing = (("GPU", gpu - gpu_there), ("host", host - memory.host))
     short = (f"{format_bytes(size)} of {kind} memory ({size:,} bytes)" for kind, size in missing if size > 0)
     return NoFeasiblePolicyError(
         f"{spec.architecture} needs {format_bytes(gpu)} of GPU memory to stream its experts, of which "
-        f"{format_bytes(gpu_there)} are left beside the driver's own, and {format_bytes(host)} of host memory for "
-        f"weights and one sequence of {problem.length} tokens, of which there are {format_bytes(memory.host)}: "
-        f"{' and '.join(short)} are missing",
-        _remedy(problem, choice),
+        f"{format_bytes(max(0, gpu_there))} are left beside the driver's own, and {format_bytes(host)} of host "
+        f"memory for weights and one sequence of {problem.length} tokens, of which there are "
+        f"{format_bytes(max(0, memory.host))}: {' and '.join(short)} are missing",
+        _remedy(problem, choices),
     )
 
 
-def _needed(problem: Problem, choice: Choice) -> tuple[int, int]:
+def _needed(problem: Problem, choices: Sequence[Choice]) -> tuple[int, int]:
     """Least GPU memory with all the host memory one wants, and host memory beside the GPU memory there is."""
     plenty = 2**50
-    gpu = _least(lambda size: _fits(problem, choice, gpu=size, host=plenty))
+    gpu = _least(lambda size: _fits(problem, choices, gpu=size, host=plenty))
     enough = max(gpu, problem.memory.gpu or 0)
-    return gpu, _least(lambda size: _fits(problem, choice, gpu=enough, host=size))
+    return gpu, _least(lambda size: _fits(problem, choices, gpu=enough, host=size))
 
 
-def _remedy(problem: Problem, choice: Choice) -> str:
+def _remedy(problem: Problem, choices: Sequence[Choice]) -> str:
     """The ways that each would do, a shorter length first, then the one of least memory."""
-    gpu, host = problem.memory.gpu or 0, problem.memory.host  # less than none where the driver takes more
-    more_gpu = _least(lambda size: _fits(problem, choice, gpu=gpu + size, host=host))
-    more_host = _least(lambda size: _fits(problem, choice, gpu=gpu, host=host + size))
-    needed_gpu, needed_host = _needed(problem, choice)
+    gpu, host = problem.memory.gpu or 0, problem.memory.host
+    more_gpu = _least(lambda size: _fits(problem, choices, gpu=gpu + size, host=host))
+    more_host = _least(lambda size: _fits(problem, choices, gpu=gpu, host=host + size))
+    needed_gpu, needed_host = _needed(problem, choices)
     both = max(0, needed_gpu - gpu), max(0, needed_host - host)
     ways = [(more_gpu, f"{_gib(more_gpu)} more GPU memory (gpu_memory)")]
     if more_host <= _MOST:
@@ -58,7 +58,7 @@ def _remedy(problem: Problem, choice: Choice) -> str:
             (sum(both), f"{_gib(both[0])} more GPU memory and {_gib(both[1])} more host memory together")
         )
     texts = [text for size, text in sorted(ways) if size <= _MOST]
-    length = _longest_that_fits(problem, choice)
+    length = _longest_that_fits(problem, choices)
     if length:
         texts.insert(0, f"max_model_len={length} instead of {problem.length}")
     return f"It would fit with {', or '.join(texts)}"
@@ -69,17 +69,19 @@ def _gib(size: int) -> str:
     return f"{-(-size // _STEP) * _STEP / GIB:.1f} GiB"
 
 
-def _fits(problem: Problem, choice: Choice, *, gpu: int, host: int) -> bool:
-    return sized(replace(problem, memory=Memory(host, gpu)), choice, 1) is not None
+def _fits(problem: Problem, choices: Sequence[Choice], *, gpu: int, host: int) -> bool:
+    there = replace(problem, memory=Memory(host, gpu))
+    return any(sized(there, choice, 1) is not None for choice in choices)
 
 
-def _longest_that_fits(problem: Problem, choice: Choice) -> int:
+def _longest_that_fits(problem: Problem, choices: Sequence[Choice]) -> int:
     """Tokens of the longest sequence that fits; 0 for none."""
     shortest = max(problem.workload.prompt_lens) + 1
     least, most = 0, problem.length
     while least < most:
         middle = (least + most + 1) // 2
-        fits = sized(replace(problem, length=middle), choice, 1) is not None
+        shorter = replace(problem, length=middle)
+        fits = any(sized(shorter, choice, 1) is not None for choice in choices)
         least, most = (middle, most) if fits else (least, middle - 1)
     return least if least >= shortest else 0
 

@@ -21,6 +21,7 @@ class Workload:
         gen_len: tokens of an answer; of answers that differ, of the mean one.
         num_requests: how many there are; None for as many as keep the machine busy.
         gen_lens: tokens of the answer to each of these prompts; None where all have `gen_len`.
+        most: tokens of the longest answer, where these prompts are a sample that may not have it.
 
     Raises:
         ConfigError: a length is not positive, or there is not an answer for each prompt.
@@ -30,6 +31,7 @@ class Workload:
     gen_len: int
     num_requests: int | None = None
     gen_lens: tuple[int, ...] | None = None
+    most: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_lens or min(self.prompt_lens) < 1:
@@ -42,16 +44,23 @@ class Workload:
             )
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[int, int]], num_requests: int | None = None) -> Workload:
+    def of(
+        cls, pairs: Sequence[tuple[int, int]], num_requests: int | None = None, most: int | None = None
+    ) -> Workload:
         """Requests by pairs, the tokens of a prompt and of its answer."""
         prompts, answers = (tuple(pair[i] for pair in pairs) for i in (0, 1))
         mean = max(1, round(sum(answers) / max(len(answers), 1)))
-        return cls(prompts, mean, num_requests, answers if len(set(answers)) > 1 else None)
+        return cls(prompts, mean, num_requests, answers if len(set(answers)) > 1 else None, most)
 
     @cached_property
     def answers(self) -> tuple[int, ...]:
         """Tokens of the answer to each prompt."""
         return self.gen_lens or (self.gen_len,) * len(self.prompt_lens)
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest one."""
+        return max(self.most or 0, self.gen_len if self.gen_lens is None else max(self.gen_lens))
 
     @cached_property
     def mean_answer(self) -> float:
