@@ -87,6 +87,11 @@ class _Job:
         return ceil(self.gen_len / _STEPS)
 
     @cached_property
+    def shortest(self) -> int:
+        """Tokens of the shortest prompt."""
+        return min(self.prompt_lens)
+
+    @cached_property
     def times(self) -> np.ndarray:
         """Passes from now at which memory is foreseen."""
         return np.arange(0, max(self.gen_lens or (self.gen_len,)), self.step)
@@ -183,8 +188,9 @@ class _Queue:
         job, num_running = self._job, self._running.shape[1]
         # One prompt is admitted in any pass that has memory for it, however long it is.
         room = max(1, job.step * (job.max_num_seqs + job.prefill_tokens - num_running) - self._ahead)
-        # Each takes a block or more.
-        most = max(min(job.max_num_seqs - num_running, num_free), 0 if num_running else 1)
+        # Each takes a block or more, and of the room no less than the shortest prompt.
+        most = min(job.max_num_seqs - num_running, num_free, room // job.shortest + 1)
+        most = max(most, 0 if num_running else 1)
         waiting = np.concatenate([self._new[:, :most], self._put_back[:, :most]], axis=1)[:, :most]
         prompts = waiting[0]
         together = np.arange(num_running, num_running + len(prompts))
