@@ -15,7 +15,7 @@ import pytest
 
 import moe_lightning
 from moe_lightning.cli.main import main
-from moe_lightning.cli.plan_job import job_of
+from moe_lightning.cli.plan_job import Job, job_of
 from moe_lightning.cli.plan_table import to_text
 from moe_lightning.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moe_lightning.hardware.presets import preset
@@ -325,6 +325,21 @@ def test_the_page_says_how_long_answers_are(tmp_path, capsys) -> None:
     file.write_text("\n".join(map(json.dumps, lines)))
     assert main(["plan", "mixtral-8x7b", *MEMORY, "--input", str(file), "--hardware", "h100-sxm"]) == 0
     assert "answers of 16 to 1,000, 508 on average" in " ".join(capsys.readouterr().out.split())
+
+
+def test_only_answers_that_are_ended_are_said_to_be(tmp_path) -> None:
+    def job(*lengths: tuple[int, int]) -> Job:
+        line = {"method": "POST", "url": "/v1/completions"}
+        bodies = ({"prompt": [1] * prompt, "max_tokens": answer} for prompt, answer in lengths)
+        lines = ({"custom_id": str(i), "body": body, **line} for i, body in enumerate(bodies))
+        (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return job_of(Namespace(input=tmp_path / "in.jsonl", max_model_len=512), 512)
+
+    left_out = job((1000, 1000), (300, 212))
+    assert len(left_out.notes) == 1 and "50.0% of the prompts" in left_out.notes[0]
+    ended = job((1000, 1), (300, 250))
+    assert "after 212 of 250 on average" in ended.notes[1]
+    assert (ended.workload.num_requests, ended.workload.longest_answer) == (1, 212)
 
 
 def test_a_model_that_does_not_fit_says_what_it_needs(capsys) -> None:

@@ -61,10 +61,9 @@ def _fitting(workload: Workload, longest: int | None, limit: int) -> Job:
         )
         count = count and max(1, round(count * (1 - left_out)))
     ended = [(prompt, min(answer, limit - prompt)) for prompt, answer in fitting]
-    found, wanted = (
-        Workload.of(ended, count, workload.most),
-        sum(answer for _, answer in fitting) / len(fitting),
-    )
+    most = workload.most and min(workload.most, limit - min(prompt for prompt, _ in fitting))
+    found = Workload.of(ended, count, most)
+    wanted = sum(answer for _, answer in fitting) / len(fitting)
     if found.mean_answer < wanted:
         notes.append(
             f"answers end at {limit:,} tokens with their prompts: after {found.mean_answer:,.0f} of "
