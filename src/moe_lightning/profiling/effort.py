@@ -66,14 +66,14 @@ class Effort:
     tokens: tuple[int, ...] = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     part_tokens: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
     expert_parts: tuple[int, ...] = (8, 4)
-    cpu_tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
+    cpu_tokens: tuple[int, ...] = (1, 4, 8, 16, 64, 256, 1024, 4096)
     rows: tuple[int, ...] = (1, 16, 64, 256, 512, 2048)
     prompts: tuple[int, ...] = (64, 256, 1024, 4096)
     chunk_tokens: tuple[int, ...] = (256, 1024, 2048)
     gpu_product: int = 8192
     cpu_products: tuple[int, ...] = (512, 1024, 2048, 4096)
     cpu_experts_s: float = 3.0
-    cpu_experts_beside_s: float = 1.5
+    cpu_experts_beside_s: float = 2.0
     chain: int = 40
 
     def paced(self, elapsed_s: float, done: int) -> Effort:
