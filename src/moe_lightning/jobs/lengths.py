@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from random import Random
 from typing import Any
 
@@ -17,6 +18,7 @@ from moe_lightning.protocol import ChatCall
 _SAMPLE = 256  # lines that are tokenized
 _LONGEST_SAMPLE = 2**18  # bytes: those lines stay in memory
 _HISTOGRAM = 512
+_GOLDEN = 0.618034  # its multiples, but for whole ones, are evenly spread, however many one takes
 # Tokens of an answer: where no limit is set, what is usual and what is allowed; of a large limit, what is expected.
 _ANSWER, _LONGEST_ANSWER, _EXPECTED = 256, 2**15, 1024
 _BYTES = 4  # of a token of text, about
@@ -66,17 +68,27 @@ class Lengths:
                 continue
             sizes += _size(line)
         rate = tokens / sizes if sizes else 1.0
-        # All sequences in the order of their lengths, of which a line has one for each answer; then the means of
-        # equal parts, so that tokens in all stay as many.
+        # All sequences in the order of their lengths, of which a line has one for each answer, in equal parts.
         lines = sorted(range(len(self._sizes)), key=lambda line: (self._expected(line), self._sizes[line]))
         count = sum(self._answers)
         if not count:
             return Workload((1,), 1, 1)
         times = np.array([self._answers[line] for line in lines])
         ends, num = times.cumsum(), min(_HISTOGRAM, count)
-        prompts = _means(times * [rate * self._sizes[line] for line in lines], ends, num)
+        some = list(self._some_sizes(lines, ends, num))
+        true = float(times @ np.array([self._sizes[line] for line in lines])) / count
+        rate *= true * num / max(sum(some), 1)
+        prompts = (max(1, round(rate * size)) for size in some)
         answers = _means(times * [self._expected(line) for line in lines], ends, num)
         return Workload.of(list(zip(prompts, answers, strict=True)), count, self._expected(lines[-1]))
+
+    def _some_sizes(self, lines: list[int], ends: np.ndarray, num: int) -> Iterator[int]:
+        """Of a line of each part, now a short one and now a long one: as spread as those of all."""
+        bounds = np.linspace(0, ends[-1], num + 1)
+        firsts, lasts = np.searchsorted(ends, bounds[:-1], "right"), np.searchsorted(ends, bounds[1:], "left")
+        for part, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
+            sizes = sorted(self._sizes[line] for line in lines[first : last + 1])
+            yield sizes[int(part * _GOLDEN % 1 * len(sizes))]
 
     def _expected(self, line: int) -> int:
         """Tokens of a line's answer."""
