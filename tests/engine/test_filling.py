@@ -69,17 +69,9 @@ def passes_of_batcher(policy, work, count):
         (Workload.of([(100, 300), (3000, 20), (800, 40), (2000, 10)]), 2.0),
     ],
     ids=[
-        "full",
-        "few prompts",
-        "steps",
-        "long prompts",
-        "one token",
-        "short and long",
-        "few long",
-        "any",
-        "foreseen",
+        "full", "few prompts", "steps", "long prompts", "one token", "short and long", "few long", "any", "foreseen",
     ],
-)
+)  # fmt: skip
 def test_passes_of_a_job_are_about_those_of_the_batcher(work, prefill):
     policy = policy_for(work, 1000, prefill)
     n, most = num_decoding(policy, work), most_prompts(policy, work)
@@ -94,6 +86,21 @@ def test_passes_of_a_job_are_about_those_of_the_batcher(work, prefill):
     assert kinds.crowded == pytest.approx((many * share).sum(), **near)
     assert kinds.steady == 0
     assert kinds_of_passes(replace(policy, num_frames=0), work) == kinds, "whether weights stream or not"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "num_seqs"),
+    [
+        ([(60, 1 + 2 * i) for i in range(500)], 150),  # several passes are taken for one, and some are put back in most
+        ([(4000, 1), (10, 400)], 100),  # prompts are dear on average, beside those that run they are not
+        ([(2000, 1), (500, 300)], 100),
+    ],
+)  # fmt: skip
+def test_passes_of_mixed_jobs_are_about_as_many_as_the_batchers(pairs, num_seqs):
+    work = Workload.of(pairs)
+    policy = policy_for(work, num_seqs, 2.0)
+    count = len(passes_of_batcher(policy, work, 2 * num_decoding(policy, work)))
+    assert sum(astuple(kinds_of_passes(policy, work))) == pytest.approx(count, rel=0.08)
 
 
 def test_a_job_that_ends_with_its_short_answers_takes_fewer_passes(monkeypatch):

@@ -135,7 +135,9 @@ def test_prompts_are_as_spread_as_those_of_all_lines_whatever_their_answers_are(
     )
     true = Workload(tuple(size for size, _ in pairs), 1)
     assert work.mean_prompt == pytest.approx(true.mean_prompt, rel=0.01)
-    assert work.token_prompt == pytest.approx(true.token_prompt, rel=0.1), "of means alone it would be a third"
+    assert work.token_prompt == pytest.approx(true.token_prompt, rel=0.1), (
+        "of means alone it would be a third"
+    )
 
 
 def test_a_limit_that_nobody_means_does_not_shape_the_plan():

@@ -72,6 +72,23 @@ def test_a_policy_that_was_given_is_not_replaced(refused, mixtral):
     assert len(placements) == 1
 
 
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("CUDA error: out of memory", True), ("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)  # fmt: skip
+def test_what_the_driver_says_of_memory_counts_too_and_nothing_else(mixtral, monkeypatch, message, is_memory):
+    def fail(*_):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(build, "allocate", fail)
+    with pytest.raises(GPUMemoryError if is_memory else RuntimeError, match=message[:10]) as caught:
+        LLM(mixtral, **SETTINGS)
+    assert isinstance(caught.value, GPUMemoryError) == is_memory
+
+
 class Tensor:
     """Stands for memory that a build had taken."""
 
