@@ -69,7 +69,8 @@ def passes_of_batcher(policy, work, count):
         (Workload.of([(100, 300), (3000, 20), (800, 40), (2000, 10)]), 2.0),
     ],
     ids=[
-        "full", "few prompts", "steps", "long prompts", "one token", "short and long", "few long", "any", "foreseen",
+        "full", "few prompts", "steps", "long prompts", "one token", "short and long", "few long", "any",
+        "long prompts and any",
     ],
 )  # fmt: skip
 def test_passes_of_a_job_are_about_those_of_the_batcher(work, prefill):
@@ -91,7 +92,7 @@ def test_passes_of_a_job_are_about_those_of_the_batcher(work, prefill):
 @pytest.mark.parametrize(
     ("pairs", "num_seqs"),
     [
-        ([(60, 1 + 2 * i) for i in range(500)], 150),  # several passes are taken for one, and some are put back in most
+        ([(60, 1 + 10 * i) for i in range(100)], 150),  # several passes are taken for one, with some put back
         ([(4000, 1), (10, 400)], 100),  # prompts are dear on average, beside those that run they are not
         ([(2000, 1), (500, 300)], 100),
     ],
