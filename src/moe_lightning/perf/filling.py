@@ -18,7 +18,9 @@ from moe_lightning.policy import Policy
 CHEAP, KNOWN = 4, 256
 QUEUE = 2  # requests that wait, as a multiple of max_num_seqs: enough that memory never stays unused
 _SAMPLE = 512  # sequences that stand for those that fill memory
-_STEPS = 64  # of an answer, at most: several of its tokens are taken for one
+# Of an answer, at most: several of its tokens are taken for one. More would not tell more where prompts are dear, and
+# there each takes longer.
+_STEPS, _STEPS_OF_DEAR = 64, 32
 _TIMES = 3  # what fills memory so many times is followed; in what comes after, sequences are of all ages
 
 
@@ -52,13 +54,14 @@ def kinds_of_passes(policy: Policy, workload: Workload) -> Kinds:
     times = (workload.num_requests or 2 * n) / n
     scale = min(1.0, _SAMPLE / n)
     sample = round(n * scale)
+    is_dear = workload.mean_prompt > CHEAP * workload.mean_answer
     return _followed(
         _Job(
             workload.prompt_lens, workload.gen_len, workload.gen_lens,
             max(1, round(min(times, _TIMES) * sample)), sample, round(policy.num_blocks * scale),
             policy.block_size, ceil(policy.max_num_seqs * scale), round(policy.prefill_tokens * scale),
             round(most_prompts(policy, workload) * scale),
-            max(1, round(KNOWN * scale)),
+            max(1, round(KNOWN * scale)), ceil(workload.gen_len / (_STEPS_OF_DEAR if is_dear else _STEPS)),
         ),
         max(0.0, times - _TIMES) * workload.mean_answer,
         workload.longest_answer,
@@ -67,7 +70,7 @@ def kinds_of_passes(policy: Policy, workload: Workload) -> Kinds:
 
 @dataclass(frozen=True)
 class _Job:
-    """A sample of a job, and the limits of its passes."""
+    """A sample of a job, and the limits of its passes, of which `step` are taken for one."""
 
     prompt_lens: tuple[int, ...]
     gen_len: int
@@ -80,11 +83,7 @@ class _Job:
     prefill_tokens: int
     most_prompts: int
     known: int
-
-    @cached_property
-    def step(self) -> int:
-        """Passes that are taken for one."""
-        return ceil(self.gen_len / _STEPS)
+    step: int
 
     @cached_property
     def shortest(self) -> int:
