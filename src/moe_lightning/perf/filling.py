@@ -18,8 +18,8 @@ from moe_lightning.policy import Policy
 CHEAP, KNOWN = 4, 256
 QUEUE = 2  # requests that wait, as a multiple of max_num_seqs: enough that memory never stays unused
 _SAMPLE = 512  # sequences that stand for those that fill memory
-# Of an answer, at most: several of its tokens are taken for one. More would not tell more where prompts are dear, and
-# there each takes longer.
+# Of an answer, at most: several of its tokens are taken for one. Where prompts are dear each takes longer, and more
+# would not tell more.
 _STEPS, _STEPS_OF_DEAR = 64, 32
 _TIMES = 3  # what fills memory so many times is followed; in what comes after, sequences are of all ages
 
