@@ -33,7 +33,7 @@ _WAVES = *range(16, 36), *range(36, 64, 2)
 _FEWEST = 0.3  # of the sequences that fit
 # So many are estimated, and so many varied that should reach such a share of what is reached: from the best plan,
 # and then from the next, whose other choices are for fewer sequences already.
-_LIKELY, _STARTS, _PROMISING = 12, 2, (0.97, 0.97)
+_LIKELY, _OF_EACH, _STARTS, _PROMISING = 12, 3, 2, (0.97, 0.97)
 _WORTH = 1.002  # a smaller gain is not looked for
 _SPARE, _ENOUGH = 8, 0.985  # so many times the sequences with which this share is reached are enough
 
@@ -205,8 +205,10 @@ def _likely(
         return found.estimate if found else 0.0
 
     most = sorted(problems, key=lambda problem: -bound(problem, choices[0]))[:_LIKELY]
-    pairs = [(problem, choice) for problem in most for choice in choices if bound(problem, choice) > reached]
-    likely = sorted(pairs, key=lambda pair: -bound(*pair))[:_LIKELY]
+    likely = list[tuple[Problem, Choice]]()
+    for choice in choices:  # some of each: how near estimates come to bounds differs from choice to choice
+        pairs = [(problem, choice) for problem in most if bound(problem, choice) > reached]
+        likely += sorted(pairs, key=lambda pair: -bound(*pair))[: max(_OF_EACH, _LIKELY // len(choices))]
     return sorted(((estimate(*pair), *pair) for pair in likely), key=lambda entry: -entry[0])
 
 
