@@ -186,7 +186,7 @@ def _of_fewer_sequences(
 def _likely(
     problems: list[Problem], choices: list[Choice], rates: Rates, reached: float
 ) -> list[tuple[float, Problem, Choice]]:
-    """Estimates, the highest first, of those that may be faster than what is reached.
+    """Estimates of those that may be faster than what is reached, the highest first: the best choice of each problem.
 
     Which problems, the first choice tells: whether a job's last requests fill passes hardly depends on the choice.
     """
@@ -209,7 +209,9 @@ def _likely(
     for choice in choices:  # some of each: how near estimates come to bounds differs from choice to choice
         pairs = [(problem, choice) for problem in most if bound(problem, choice) > reached]
         likely += sorted(pairs, key=lambda pair: -bound(*pair))[: max(_OF_EACH, _LIKELY // len(choices))]
-    return sorted(((estimate(*pair), *pair) for pair in likely), key=lambda entry: -entry[0])
+    found = sorted(((estimate(*pair), *pair) for pair in likely), key=lambda entry: entry[0])
+    best = {entry[1]: entry for entry in found}  # the last one of each stays
+    return sorted(best.values(), key=lambda entry: -entry[0])
 
 
 def _with_fewer(problem: Problem, best: Choice, most: int) -> list[Problem]:
