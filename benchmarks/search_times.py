@@ -177,7 +177,10 @@ def main() -> None:
             flush=True,
         )
         args.out.write_text(
-            json.dumps(about | {"requests": args.requests, "searches": rows}, indent=1) + "\n",
+            json.dumps(
+                about | {"workload": args.workload, "requests": args.requests, "searches": rows}, indent=1
+            )
+            + "\n",
             encoding="utf-8",
         )
     before = json.loads(args.before.read_text(encoding="utf-8"))["searches"] if args.before else None
