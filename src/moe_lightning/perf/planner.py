@@ -186,7 +186,7 @@ def _of_fewer_sequences(
 def _likely(
     problems: list[Problem], choices: list[Choice], rates: Rates, reached: float
 ) -> list[tuple[float, Problem, Choice]]:
-    """Estimates of those that may be faster than what is reached, the highest first: the best choice of each problem.
+    """Estimates of those that may be faster than what is reached, the highest first, one choice of each problem.
 
     Which problems, the first choice tells: whether a job's last requests fill passes hardly depends on the choice.
     """
