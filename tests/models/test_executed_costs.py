@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoints import tiny_policy
 from moe_lightning.engine.build import build_worker
+from moe_lightning.kernels import cpu_experts
 from moe_lightning.models.hf_config import HFConfig
 from moe_lightning.models.registry import ARCHITECTURES, spec_from_config
 from moe_lightning.models.spec import ModelSpec
@@ -67,6 +68,14 @@ WAYS = {
 COPIES = (
     TaskKind.OFFLOAD_QKV, TaskKind.LOAD_HIDDEN, TaskKind.LOAD_PAGE, TaskKind.STORE_KV, TaskKind.OFFLOAD_INPUTS,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_tiles():
+    """A CPU's products are filled up to whole tiles with rows of nobody: the model has none of these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_experts, "TILE", 1)
+        yield
 
 
 def spec_of(architecture: str) -> ModelSpec:

@@ -491,7 +491,7 @@ def test_a_job_does_not_take_longer_with_memory_for_more_sequences_than_it_gains
         search(spec, "bfloat16", Memory(host * GIB, gpu * GIB), DatasheetRates(H100), work).tokens_per_s
         for host in hosts
     ]
-    assert all(more >= 0.995 * less for less, more in pairwise(reached))
+    assert all(more >= 0.99 * less for less, more in pairwise(reached))
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5, 8])
@@ -576,9 +576,10 @@ def test_where_a_shorter_model_length_would_do_the_message_says_which():
 
 
 def smallest_policy(problem):
-    from moe_lightning.perf.choices import starts
+    from moe_lightning.perf.choices import starts, values_of
 
-    return sized(problem, starts(problem)[-1], 1)
+    some = (replace(starts(problem)[-1], pages=pages) for pages in values_of(problem)["pages"])
+    return next((policy for choice in some if (policy := sized(problem, choice, 1))), None)
 
 
 def test_a_length_that_the_model_cannot_have_is_refused():
