@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-RATE_TOLERANCE, LANE_TOLERANCE = 0.10, 0.15
+from moe_lightning.bench.report import LANE_TOLERANCE, RATE_TOLERANCE
+
 IDLE = 0.05  # of a pass: of a lane that works less, seconds say little
 _PLAN = ("plan", "plan again")
 Values = dict[str, Any]

@@ -20,8 +20,9 @@ from typing import Any
 
 from accuracy_tables import accuracy, beside
 
-GIB = 2**30
-RATE_TOLERANCE = 0.10
+from moe_lightning.bench.report import RATE_TOLERANCE
+from moe_lightning.units import GIB
+
 Values = dict[str, Any]
 
 

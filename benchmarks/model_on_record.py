@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accuracy_tables import IDLE, LANE_TOLERANCE, RATE_TOLERANCE
+from accuracy_tables import IDLE
 
 from moe_lightning.bench.models import spec_of
+from moe_lightning.bench.report import LANE_TOLERANCE, RATE_TOLERANCE
 from moe_lightning.hardware.profile_cache import load_profile
 from moe_lightning.perf.outlook import Outlook, Prediction
 from moe_lightning.perf.rates import MeasuredRates

@@ -88,6 +88,11 @@ void Attention::run(const Call& call) {
   }, &running);
 }
 
+void Attention::run(const ExpertsCall& call) {
+  const std::lock_guard<std::mutex> lock(turn_);
+  experts_.run(pool_, kernels_, call);
+}
+
 void Attention::serve(Running& running, int thread) {
   kernels_.enter();
   Plan::Share share;

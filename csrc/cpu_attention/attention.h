@@ -5,6 +5,7 @@
 #include <mutex>
 #include <vector>
 
+#include "experts.h"
 #include "isa.h"
 #include "plan.h"
 #include "thread_pool.h"
@@ -39,6 +40,9 @@ class Attention {
   // or blocks do not fit each other or the cache. Calls from several threads take turns.
   void run(const Call& call);
 
+  // A layer's experts by the same threads, which nothing else keeps busy then.
+  void run(const ExpertsCall& call);
+
   // Reads memory as fast as its threads can, for comparison; returns a sum of its words.
   uint64_t read(const void* from, int64_t bytes);
 
@@ -59,6 +63,7 @@ class Attention {
   const Kernels& kernels_;
   Plan plan_;
   Workspace workspace_;
+  Experts experts_;
 };
 
 }  // namespace moe::attention

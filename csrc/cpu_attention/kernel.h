@@ -77,6 +77,29 @@ struct Work {
   const Merge* ending;     // turns it into the output, if the span is all that the queries see; else null
 };
 
+// Rows of an expert's weights times some tokens, to sums[token * stride + row]; up to 3 more than `rows` are written.
+struct Product {
+  const void* weights;  // [rows, depth], contiguous
+  int rows;
+  int depth;
+  const float* x;  // [tokens, padded_depth], as `keep` leaves tokens
+  int padded_depth;
+  int tokens;
+  float* sums;
+  int64_t stride;
+};
+
+// The sum of some rows, each times its weight.
+struct Sum {
+  const float* rows;
+  int64_t stride;        // floats from one row to the next; each has room for a whole vector at its end
+  const int64_t* which;  // [count]
+  const float* weights;  // [count]
+  int count;
+  int size;
+  void* out;  // [size]
+};
+
 struct Kernels {
   // A thread enters before its first item of a call and leaves after the last.
   void (*enter)();
@@ -86,6 +109,12 @@ struct Kernels {
   bool (*streams_out)(const Shape& shape, int rows);
   void (*finish[kNumDTypes])(const Merge&);
   uint64_t (*read)(const void* from, int64_t bytes);  // sum of the memory's words, to measure reading
+  // A token of `depth` elements as `multiply` takes it, by itself or beside others.
+  void (*keep[kNumDTypes])(const void* from, int depth, bool is_alone, float* to);
+  void (*multiply[kNumDTypes])(const Product&);
+  // silu(gate) * up of whole vectors of rows, of which `rows` are written.
+  void (*activate[kNumDTypes])(const float* gate, const float* up, int rows, void* to);
+  void (*add_up[kNumDTypes])(const Sum&);
 };
 
 extern const Kernels kScalarKernels;

@@ -1,4 +1,4 @@
-// The Python face of the attention kernels: addresses and strides in, nothing checked but what memory safety needs.
+// The Python face of the CPU's kernels: addresses and strides in, nothing checked but what memory safety needs.
 //
 // moe_lightning.kernels.cpu_attention checks tensors; it passes addresses because that takes a tenth of the time that
 // a tensor protocol does.
@@ -23,6 +23,9 @@ using Tables = std::tuple<uintptr_t, int64_t, int64_t>;   // address, stride, bl
 using Lengths = std::tuple<uintptr_t, uintptr_t, int64_t>;  // addresses of context and query lengths, sequences
 using Geometry = std::tuple<int64_t, int, int, int, int>;  // tokens, heads, KV heads, head_dim, block size
 using Options = std::tuple<float, float, int64_t, uintptr_t>;  // scale, soft-cap, window, address of sinks
+
+using Routes = std::tuple<uintptr_t, uintptr_t, int64_t, int>;  // addresses of ids and weights, tokens, top_k
+using Pages = std::tuple<std::vector<uintptr_t>, int>;           // addresses, of them those of an expert
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -60,6 +63,26 @@ void run(Attention& self, int dtype, Rows out, Rows q, Rows k, Rows v, Blocks ca
   self.run(call);
 }
 
+void experts(Attention& self, int dtype, Rows out, Rows x, Routes routes, Pages pages, std::tuple<int, int> sizes) {
+  ExpertsCall call{};
+  call.dtype = static_cast<DType>(dtype);
+  call.out = pointer<void>(std::get<0>(out));
+  call.out_stride = std::get<1>(out);
+  call.x = pointer<const void>(std::get<0>(x));
+  call.x_stride = std::get<1>(x);
+  call.ids = pointer<const int64_t>(std::get<0>(routes));
+  call.weights = pointer<const float>(std::get<1>(routes));
+  std::tie(std::ignore, std::ignore, call.num_tokens, call.top_k) = routes;
+  std::vector<const void*> addresses;
+  for (const uintptr_t address : std::get<0>(pages)) addresses.push_back(pointer<const void>(address));
+  call.pages = addresses.data();
+  call.pages_per_expert = std::get<1>(pages);
+  call.num_experts = static_cast<int>(addresses.size()) / call.pages_per_expert;
+  std::tie(call.hidden, call.rows) = sizes;
+  nb::gil_scoped_release release;
+  self.run(call);
+}
+
 std::vector<std::string> isa_names() {
   std::vector<std::string> names;
   for (const Isa isa : available_isas()) names.emplace_back(isa_name(isa));
@@ -78,6 +101,7 @@ NB_MODULE(_cpu_attention, m) {
              new (self) Attention(num_threads, std::move(cpus), isa_from_name(isa));
            })
       .def("run", &run)
+      .def("experts", &experts)
       .def("read",
            [](Attention& self, uintptr_t from, int64_t bytes) {
              nb::gil_scoped_release release;

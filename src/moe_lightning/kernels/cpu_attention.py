@@ -129,6 +129,59 @@ class CpuAttention:
             _options(head_dim, scale, soft_cap, sliding_window, sinks),
         )
 
+    def experts(
+        self,
+        out: Tensor,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        pages: Sequence[Tensor],
+        pages_per_expert: int,
+    ) -> None:
+        """Sum over each token's experts of weight * down(silu(gate x) * up x), in float32 but for what down reads.
+
+        Weights are read once, whatever the number of tokens; what these take is proportional to it.
+
+        Args:
+            out: [T, H] of x's dtype, is overwritten; may be x. Rows may be apart.
+            x: [T, H] of bfloat16, float16 or float32; rows may be apart.
+            topk_ids: [T, K] int64, contiguous.
+            topk_weights: [T, K] float32, contiguous.
+            pages: as `reference.experts` has them, of x's dtype.
+            pages_per_expert: slices of each expert.
+
+        Raises:
+            ValueError: a tensor is not as said above, or a token goes to an expert that is not there.
+        """
+        if not len(x):
+            return
+        hidden_size, rows = x.shape[1], pages[0].numel() // (3 * x.shape[1])
+        _expect(out, "out", tuple(x.shape), x.dtype)
+        _rows(x, "x", 2)
+        for tensor, name, dtype in (
+            (topk_ids, "topk_ids", torch.int64),
+            (topk_weights, "topk_weights", torch.float32),
+        ):
+            _expect(tensor, name, (len(x), topk_ids.shape[1]), dtype)
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+        size = 3 * rows * hidden_size
+        if x.dtype not in _DTYPES or len(pages) % pages_per_expert or not rows:
+            raise ValueError(
+                f"x is {x.dtype} {list(x.shape)} with {len(pages)} pages, {pages_per_expert} an expert; it must be "
+                "bfloat16, float16 or float32, with whole experts of whole rows"
+            )
+        if any(p.dtype != x.dtype or p.numel() != size or not p.is_contiguous() or p.is_cuda for p in pages):
+            raise ValueError(f"pages must be contiguous {x.dtype} of {size} elements, 3 x {rows} x {hidden_size}")
+        self._core.experts(
+            _DTYPES[x.dtype],
+            (out.data_ptr(), out.stride(0)),
+            (x.data_ptr(), x.stride(0)),
+            (topk_ids.data_ptr(), topk_weights.data_ptr(), len(x), topk_ids.shape[1]),
+            ([page.data_ptr() for page in pages], pages_per_expert),
+            (hidden_size, rows),
+        )
+
     def read(self, memory: Tensor) -> int:
         """Sum of the memory's 8-byte words, as far as they fill cache lines: how fast these threads can read.
 
@@ -223,7 +276,7 @@ def _rows(tensor: Tensor, name: str, num_dims: int) -> tuple[int, ...]:
 def _expect(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tensor.dtype != dtype or tensor.shape != shape:
         raise ValueError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)}; with this q and kv it must be {dtype} {list(shape)}"
+            f"{name} is {tensor.dtype} {list(tensor.shape)}; beside the others it must be {dtype} {list(shape)}"
         )
     _rows(tensor, name, len(shape))
 

@@ -14,6 +14,7 @@ from moe_lightning.units import MIB
 
 EXPERTS_AT_ONCE = 8192  # tokens: enough that reading the weights costs nothing beside the arithmetic
 CPU_EXPERTS_AT_ONCE = 2048  # tokens, of a sweep by the CPU
+CPU_EXPERTS_FEW = 32  # rows of an expert, on average, up to which the time that its weights take to be read is what counts
 CPU_EXPERTS_TILE = 16  # rows that an expert's are a multiple of there, but for a single one
 HEAD_ROWS = 512  # rows of logits that exist at once: of a vocabulary of 128 k, 256 MiB in float32
 # Logits that are sorted at once: a micro-batch of 324 rows has up to 50 million of them.
@@ -236,10 +237,22 @@ def _pass_use(spec: ModelSpec, dtype_bytes: int, policy: Policy, rows: int) -> P
 
 
 def _cpu_sweep_bytes(spec: ModelSpec, dtype_bytes: int, rows: int, rows_of_page: int) -> int:
-    """As `kernels.cpu_experts`: all outputs and their order, and one expert's rows, perhaps all, in a page."""
+    """As `kernels.cpu_experts`: all outputs and their order, and one expert's rows, perhaps all, in a page.
+
+    Or, of few rows, what the kernel keeps of each of their experts: all of a page's and what each puts out.
+    """
+    e, h = spec.experts, spec.hidden_size
+    few = min(rows * e.top_k, CPU_EXPERTS_FEW * e.num_experts)
+    padded = (_padded(h), e.intermediate_size // rows_of_page * _padded(rows_of_page))
+    kept = few * (2 * padded[0] * _FLOAT32 + padded[1] * (_FLOAT32 + dtype_bytes)) + rows * h * dtype_bytes
     rows = -(-rows // CPU_EXPERTS_TILE) * CPU_EXPERTS_TILE
-    of_row = spec.hidden_size * (3 * dtype_bytes + 2 * _FLOAT32) + 3 * rows_of_page * dtype_bytes
-    return rows * (of_row + spec.experts.top_k * 3 * _INT64 + 2 * _INT64)
+    of_row = h * (3 * dtype_bytes + 2 * _FLOAT32) + 3 * rows_of_page * dtype_bytes
+    return max(kept, rows * (of_row + e.top_k * 3 * _INT64 + 2 * _INT64))
+
+
+def _padded(dims: int) -> int:
+    """As the CPU's kernels pad rows: to 32 elements."""
+    return -(-dims // 32) * 32
 
 
 def staging_slots(policy: Policy) -> int:

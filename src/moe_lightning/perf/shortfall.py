@@ -21,7 +21,7 @@ def no_feasible_policy(problem: Problem, choices: Sequence[Choice]) -> NoFeasibl
         problem: for which nothing was found.
         choices: of which one takes as little memory as any.
     """
-    gpu, host = _needed(problem, choices)
+    gpu, host = needed = _needed(problem, choices)
     memory, spec = problem.memory, problem.spec
     gpu_there = memory.gpu or 0  # less than none where the driver takes more
     missing = (("GPU", gpu - gpu_there), ("host", host - memory.host))
@@ -31,7 +31,7 @@ def no_feasible_policy(problem: Problem, choices: Sequence[Choice]) -> NoFeasibl
         f"{format_bytes(max(0, gpu_there))} are left beside the driver's own, and {format_bytes(host)} of host "
         f"memory for weights and one sequence of {problem.length} tokens, of which there are "
         f"{format_bytes(max(0, memory.host))}: {' and '.join(short)} are missing",
-        _remedy(problem, choices),
+        _remedy(problem, choices, needed),
     )
 
 
@@ -43,13 +43,12 @@ def _needed(problem: Problem, choices: Sequence[Choice]) -> tuple[int, int]:
     return gpu, _least(lambda size: _fits(problem, choices, gpu=enough, host=size))
 
 
-def _remedy(problem: Problem, choices: Sequence[Choice]) -> str:
+def _remedy(problem: Problem, choices: Sequence[Choice], needed: tuple[int, int]) -> str:
     """The ways that each would do, a shorter length first, then the one of least memory."""
     gpu, host = problem.memory.gpu or 0, problem.memory.host
     more_gpu = _least(lambda size: _fits(problem, choices, gpu=gpu + size, host=host))
     more_host = _least(lambda size: _fits(problem, choices, gpu=gpu, host=host + size))
-    needed_gpu, needed_host = _needed(problem, choices)
-    both = max(0, needed_gpu - gpu), max(0, needed_host - host)
+    both = max(0, needed[0] - gpu), max(0, needed[1] - host)
     ways = [(more_gpu, f"{_gib(more_gpu)} more GPU memory (gpu_memory)")]
     if more_host <= _MOST:
         ways.append((more_host, f"{_gib(more_host)} more host memory (host_memory)"))

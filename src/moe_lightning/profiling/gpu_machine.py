@@ -137,7 +137,8 @@ def _host_and_link(
     for shape in shapes:
         steps.begin(f"experts of {shape.name} on the CPU beside copies")
         with copies or nullcontext(), _threads(kernel.num_threads):
-            experts.append(host.experts(shape, dtype, few, copies.keep_up if copies else lambda: None))
+            keep_up = copies.keep_up if copies else lambda: None
+            experts.append(host.experts(shape, dtype, few, keep_up, kernel))
     beside = None
     if copies is not None:
         beside = copies.rate_watched() or h2d.best_rate

@@ -59,12 +59,17 @@ def _product_seconds(size: int, dtype: torch.dtype) -> float:
 
 @torch.inference_mode()
 def experts(
-    shape: ModelShape, dtype: torch.dtype, effort: Effort, before: Callable[[], object] = lambda: None
+    shape: ModelShape,
+    dtype: torch.dtype,
+    effort: Effort,
+    before: Callable[[], object] = lambda: None,
+    kernel: CpuAttention | None = None,
 ) -> ExpertsProfile:
     """Sweeps over a layer's experts, until larger batches would take too long.
 
     A CPU computes the experts one after the other. So one is measured, with as many rows as it has on average, and
-    counts as often as the tokens are expected to meet one. `before` is called before each turn.
+    counts as often as the tokens are expected to meet one. `before` is called before each turn; `kernel` as
+    `cpu_experts.experts` has it.
     """
     shape = replace(shape, pages_per_expert=1)
     elements = 3 * shape.hidden_size * shape.intermediate_size
@@ -75,7 +80,7 @@ def experts(
     for num_tokens in effort.cpu_tokens:
         met = shape.experts_met(num_tokens)
         rows = max(1, round(num_tokens * shape.top_k / met))
-        turn_s = _expert_seconds(rows, shape.hidden_size, pool, effort, before)
+        turn_s = _expert_seconds(rows, shape.hidden_size, pool, effort, before, kernel)
         points[num_tokens] = met * turn_s
         if time.perf_counter() - begin + 4 * turn_s > effort.cpu_experts_s:
             break
@@ -83,11 +88,18 @@ def experts(
 
 
 def _expert_seconds(
-    rows: int, hidden_size: int, pool: Tensor, effort: Effort, before: Callable[[], object]
+    rows: int,
+    hidden_size: int,
+    pool: Tensor,
+    effort: Effort,
+    before: Callable[[], object],
+    kernel: CpuAttention | None,
 ) -> float:
     """Of one expert, each turn another one of the pool."""
     x = torch.randn(rows, hidden_size).to(pool.dtype)
     ids, weights = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1)
     return median_seconds(
-        lambda turn: cpu_experts.experts(x, ids, weights, [pool[turn % len(pool)]], 1), effort.point_s, before
+        lambda turn: cpu_experts.experts(x, ids, weights, [pool[turn % len(pool)]], 1, kernel=kernel),
+        effort.point_s,
+        before,
     )

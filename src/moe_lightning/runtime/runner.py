@@ -199,7 +199,10 @@ class TaskRunner:
         whole = (b.host_experts[rows], b.host_topk_ids[rows], b.host_topk_weights[rows])
         pieces = (tensor.split(CPU_EXPERTS_AT_ONCE) for tensor in whole)
         for x, topk_ids, topk_weights in zip(*pieces, strict=True):
-            x.copy_(cpu_experts.experts(x, topk_ids, topk_weights, weights, pages_per_expert))
+            found = cpu_experts.experts(
+                x, topk_ids, topk_weights, weights, pages_per_expert, kernel=self._cpu_attention
+            )
+            x.copy_(found)
 
     def _add_outputs(self, task: Task) -> None:
         b, rows = self._buffers, self._rows(task)
