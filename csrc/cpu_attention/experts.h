@@ -35,19 +35,23 @@ class Experts {
   void run(ThreadPool& pool, const Kernels& kernels, const ExpertsCall& call);
 
  private:
+  struct Group {  // slots of one expert that meet its weights together
+    int64_t first;
+    int count;
+  };
   struct Met {  // an expert that tokens go to
     int expert;
-    int64_t first, count;  // slots
+    size_t first, end;  // of its groups
   };
   struct Running;
 
   void sort(const ExpertsCall& call);
 
   std::vector<Met> met_;
+  std::vector<Group> groups_;
   std::vector<int64_t> slots_;   // of the pairs as they come
   std::vector<int64_t> tokens_;  // of the slots
-  std::vector<bool> is_alone_;   // of the slots: no other token goes to the expert
-  FloatBuffer x_, inner_, kept_inner_, outputs_, sums_;
+  FloatBuffer x_, inner_, laid_out_inner_, outputs_, sums_;
 };
 
 }  // namespace moe::attention

@@ -264,7 +264,9 @@ class Trial {
   size_t out_offset_ = 0;
 };
 
-template <class T>
+#include "fuzz_experts.inc"
+
+template <template <class> class Trial, class T>
 bool try_all(uint64_t seed, DType dtype, const std::vector<std::unique_ptr<Attention>>& attentions) {
   Trial<T> trial(seed, dtype);
   for (const auto& attention : attentions) {
@@ -275,12 +277,19 @@ bool try_all(uint64_t seed, DType dtype, const std::vector<std::unique_ptr<Atten
   return true;
 }
 
-bool try_seed(uint64_t seed, const std::vector<std::unique_ptr<Attention>>& attentions) {
-  switch (seed % kNumDTypes) {
-    case 0: return try_all<bf16>(seed, DType::bf16, attentions);
-    case 1: return try_all<f16>(seed, DType::f16, attentions);
-    default: return try_all<float>(seed, DType::f32, attentions);
+template <template <class> class Trial>
+bool try_type(uint64_t seed, int type, const std::vector<std::unique_ptr<Attention>>& attentions) {
+  switch (type) {
+    case 0: return try_all<Trial, bf16>(seed, DType::bf16, attentions);
+    case 1: return try_all<Trial, f16>(seed, DType::f16, attentions);
+    default: return try_all<Trial, float>(seed, DType::f32, attentions);
   }
+}
+
+bool try_seed(uint64_t seed, const std::vector<std::unique_ptr<Attention>>& attentions) {
+  const int type = static_cast<int>(seed % kNumDTypes);
+  return seed / kNumDTypes % 2 == 0 ? try_type<Trial>(seed, type, attentions)
+                                    : try_type<ExpertsTrial>(seed, type, attentions);
 }
 
 }  // namespace

@@ -77,13 +77,24 @@ struct Work {
   const Merge* ending;     // turns it into the output, if the span is all that the queries see; else null
 };
 
-// Rows of an expert's weights times some tokens, to sums[token * stride + row]; up to 3 more than `rows` are written.
+// Tokens that meet an expert's weights together, and where they are laid out for that.
+struct Tokens {
+  const void* from;
+  int64_t stride;        // elements from one row to the next
+  const int64_t* which;  // [count], rows; null: the first ones
+  int count;
+  int depth;
+  int padded_depth;
+  float* to;  // [count, padded_depth], of the kernel's own order
+};
+
+// Rows of weights times such tokens, to sums[token * stride + row]; up to 15 more than `rows` are written.
 struct Product {
   const void* weights;  // [rows, depth], contiguous
   int rows;
   int depth;
-  const float* x;  // [tokens, padded_depth], as `keep` leaves tokens
   int padded_depth;
+  const float* x;
   int tokens;
   float* sums;
   int64_t stride;
@@ -109,8 +120,7 @@ struct Kernels {
   bool (*streams_out)(const Shape& shape, int rows);
   void (*finish[kNumDTypes])(const Merge&);
   uint64_t (*read)(const void* from, int64_t bytes);  // sum of the memory's words, to measure reading
-  // A token of `depth` elements as `multiply` takes it, by itself or beside others.
-  void (*keep[kNumDTypes])(const void* from, int depth, bool is_alone, float* to);
+  void (*lay_out[kNumDTypes])(const Tokens&);
   void (*multiply[kNumDTypes])(const Product&);
   // silu(gate) * up of whole vectors of rows, of which `rows` are written.
   void (*activate[kNumDTypes])(const float* gate, const float* up, int rows, void* to);

@@ -20,8 +20,10 @@ namespace {
 #include "tiles_amx.inc"
 
 #include "kernel_tiles.inc"
+
+#include "experts_tiles.inc"
 }  // namespace
 
-const Kernels kAmxKernels = MOE_KERNELS(configure_tiles, release_tiles, attend_bf16, streams_out);
+const Kernels kAmxKernels = MOE_KERNELS(configure_tiles, release_tiles, attend_bf16, streams_out, lay_out_bf16, multiply_bf16);
 
 }  // namespace moe::attention
