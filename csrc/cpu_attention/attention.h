@@ -42,6 +42,7 @@ class Attention {
 
   // A layer's experts by the same threads, which nothing else keeps busy then.
   void run(const ExpertsCall& call);
+  size_t experts_bytes() const { return experts_.num_bytes(); }
 
   // Reads memory as fast as its threads can, for comparison; returns a sum of its words.
   uint64_t read(const void* from, int64_t bytes);

@@ -153,6 +153,10 @@ void Experts::run(ThreadPool& pool, const Kernels& kernels, const ExpertsCall& c
   share_out(call.num_tokens, [&](int64_t token, int) { running.add_up(token); });
 }
 
+size_t Experts::num_bytes() const {
+  return x_.num_bytes() + inner_.num_bytes() + laid_out_inner_.num_bytes() + outputs_.num_bytes();
+}
+
 void Experts::sort(const ExpertsCall& call) {
   const auto num_pairs = static_cast<size_t>(call.num_tokens * call.top_k);
   std::vector<int64_t> front(static_cast<size_t>(call.num_experts));

@@ -34,6 +34,9 @@ class Experts {
   // Raises std::invalid_argument, before anything is written, if a token goes to an expert that is not there.
   void run(ThreadPool& pool, const Kernels& kernels, const ExpertsCall& call);
 
+  // What is kept of slots, which only grows.
+  size_t num_bytes() const;
+
  private:
   struct Group {  // slots of one expert that meet its weights together
     int64_t first;

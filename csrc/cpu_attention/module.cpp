@@ -107,6 +107,7 @@ NB_MODULE(_cpu_attention, m) {
              nb::gil_scoped_release release;
              return self.read(pointer<const void>(from), bytes);
            })
+      .def_prop_ro("experts_bytes", &Attention::experts_bytes)
       .def_prop_ro("num_threads", &Attention::num_threads)
       .def_prop_ro("isa", [](const Attention& self) { return isa_name(self.isa()); });
 }

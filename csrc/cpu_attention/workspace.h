@@ -19,6 +19,7 @@ class FloatBuffer {
     capacity_ = count;
   }
   float* data() const { return data_.get(); }
+  size_t num_bytes() const { return capacity_ * sizeof(float); }
 
  private:
   static constexpr std::align_val_t kLine{64};

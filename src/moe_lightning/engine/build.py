@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from moe_lightning.engine.worker import Worker, cpu_lane_threads
+from moe_lightning.engine.worker import Worker
 from moe_lightning.errors import GPUMemoryError
 from moe_lightning.hardware.gpu_memory import pci_bus_id
 from moe_lightning.hardware.numa import gpu_node
@@ -75,10 +75,6 @@ def build_worker(
             kept=layers_keeping_kv(policy), device=device,
         )  # fmt: skip
         _fill_and_compile(weights, kv, policy, tensors, seed, progress)
-        if device.type == "cuda" and placement.on_cpu:
-            # Threads that share a product wait for each other: where one has to share its core with the launcher,
-            # which waits busily, all of them stand still for a turn of the scheduler, at every product.
-            torch.set_num_threads(cpu_lane_threads(device))
         return Worker(weights, policy, kv, lanes, device)
     except RuntimeError as error:
         if not _is_out_of_memory(error):

@@ -69,6 +69,11 @@ class CpuAttention:
         """Instruction set of the kernels in use."""
         return self._core.isa
 
+    @property
+    def experts_bytes(self) -> int:
+        """Memory that `experts` keeps: that of its largest call."""
+        return self._core.experts_bytes
+
     def attend(
         self,
         out: Tensor,
@@ -172,7 +177,9 @@ class CpuAttention:
                 "bfloat16, float16 or float32, with whole experts of whole rows"
             )
         if any(p.dtype != x.dtype or p.numel() != size or not p.is_contiguous() or p.is_cuda for p in pages):
-            raise ValueError(f"pages must be contiguous {x.dtype} of {size} elements, 3 x {rows} x {hidden_size}")
+            raise ValueError(
+                f"pages must be contiguous {x.dtype} of {size} elements, 3 x {rows} x {hidden_size}"
+            )
         self._core.experts(
             _DTYPES[x.dtype],
             (out.data_ptr(), out.stride(0)),

@@ -1,9 +1,7 @@
-"""Experts on the CPU: each page is read once.
+"""Experts where the CPU does all the work: each page is read once, as the larger factor of its products.
 
-Of few tokens an expert the attention's threads compute them, which read at the speed of memory. Of more a library's
-products do, with pages as their larger factor: as the smaller one they would be packed first, which costs as much as
-reading them again. These have whole tiles of columns: libraries are slower between those sizes, and compile code for
-each new one.
+As the smaller factor a library packs it first, which costs as much as reading it again: that is for many tokens.
+Products have whole tiles of columns: libraries are slower between those sizes, and compile code for each new one.
 """
 
 from __future__ import annotations
@@ -14,9 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from moe_lightning.kernels.cpu_attention import CpuAttention
-from moe_lightning.perf.memory import CPU_EXPERTS_FEW as FEW
-from moe_lightning.perf.memory import CPU_EXPERTS_TILE as TILE
+TILE = 16  # rows that an expert's are a multiple of, but for a single one
 
 
 def experts(
@@ -26,20 +22,13 @@ def experts(
     pages: Sequence[Tensor],
     pages_per_expert: int,
     only: range | None = None,
-    kernel: CpuAttention | None = None,
 ) -> Tensor:
     """Sum over each token's experts of weight * down(silu(gate x) * up x); arguments are those of `reference`.
-
-    Args:
-        kernel: whose threads compute the experts of few tokens; not those of parts.
 
     Returns:
         [T, H] in x's dtype; a token's experts are summed in float32.
     """
     k, num_experts = topk_ids.shape[1], len(pages) // pages_per_expert
-    if kernel is not None and only is None and topk_ids.numel() <= FEW * num_experts:
-        kernel.experts(found := torch.empty_like(x), x, topk_ids, topk_weights, pages, pages_per_expert)
-        return found
     order = topk_ids.flatten().argsort(stable=True)
     counts = topk_ids.flatten().bincount(minlength=num_experts).tolist()
     weights, out = topk_weights.flatten(), torch.zeros(x.shape, dtype=torch.float32)

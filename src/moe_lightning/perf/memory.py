@@ -13,9 +13,7 @@ from moe_lightning.policy import Policy
 from moe_lightning.units import MIB
 
 EXPERTS_AT_ONCE = 8192  # tokens: enough that reading the weights costs nothing beside the arithmetic
-CPU_EXPERTS_AT_ONCE = 2048  # tokens, of a sweep by the CPU
-CPU_EXPERTS_FEW = 32  # rows of an expert, on average, up to which the time that its weights take to be read is what counts
-CPU_EXPERTS_TILE = 16  # rows that an expert's are a multiple of there, but for a single one
+CPU_EXPERTS_AT_ONCE = 1024  # tokens, of a sweep by the CPU beside a GPU
 HEAD_ROWS = 512  # rows of logits that exist at once: of a vocabulary of 128 k, 256 MiB in float32
 # Logits that are sorted at once: a micro-batch of 324 rows has up to 50 million of them.
 SORTED_AT_ONCE = 2**22
@@ -237,17 +235,10 @@ def _pass_use(spec: ModelSpec, dtype_bytes: int, policy: Policy, rows: int) -> P
 
 
 def _cpu_sweep_bytes(spec: ModelSpec, dtype_bytes: int, rows: int, rows_of_page: int) -> int:
-    """As `kernels.cpu_experts`: all outputs and their order, and one expert's rows, perhaps all, in a page.
-
-    Or, of few rows, what the kernel keeps of each of their experts: all of a page's and what each puts out.
-    """
-    e, h = spec.experts, spec.hidden_size
-    few = min(rows * e.top_k, CPU_EXPERTS_FEW * e.num_experts)
-    padded = (_padded(h), e.intermediate_size // rows_of_page * _padded(rows_of_page))
-    kept = few * (2 * padded[0] * _FLOAT32 + padded[1] * (_FLOAT32 + dtype_bytes)) + rows * h * dtype_bytes
-    rows = -(-rows // CPU_EXPERTS_TILE) * CPU_EXPERTS_TILE
-    of_row = h * (3 * dtype_bytes + 2 * _FLOAT32) + 3 * rows_of_page * dtype_bytes
-    return max(kept, rows * (of_row + e.top_k * 3 * _INT64 + 2 * _INT64))
+    """As the CPU's kernel keeps a row for each of its experts: input, all pages' rows twice, output."""
+    e, h = spec.experts, _padded(spec.hidden_size)
+    inner = e.intermediate_size // rows_of_page * _padded(rows_of_page)
+    return rows * e.top_k * (2 * h * _FLOAT32 + inner * (dtype_bytes + _FLOAT32))
 
 
 def _padded(dims: int) -> int:

@@ -18,6 +18,7 @@ from moe_lightning.hardware.kernel_times import ModelShape
 from moe_lightning.hardware.profile import GpuProfile, HostProfile, LaneProfile, LinkProfile
 from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.memory.mapped import device_view
+from moe_lightning.perf.memory import CPU_EXPERTS_AT_ONCE
 from moe_lightning.profiling import gpu, host
 from moe_lightning.profiling.arena import HostMemory
 from moe_lightning.profiling.attention import AttentionBench
@@ -95,17 +96,6 @@ def _within_budget(effort: Effort, gpu_memory: int | None) -> Iterator[Effort]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """As many for torch's products as the engine gives them beside a GPU."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _host_and_link(
     memory: HostMemory, shapes: Sequence[ModelShape], effort: Effort, dtype: torch.dtype, steps: Steps
 ) -> tuple[HostProfile, LinkProfile, list[Load | None]]:
@@ -133,12 +123,13 @@ def _host_and_link(
         paced = effort.paced(steps.elapsed_s, done)
         attention.append(AttentionBench(kernel, memory.read, geometry, dtype, paced).measure(copies))
     experts = []
-    few = replace(effort, cpu_experts_s=effort.cpu_experts_beside_s)
+    few = tuple(count for count in effort.cpu_tokens if count <= CPU_EXPERTS_AT_ONCE)
+    brief = replace(effort, cpu_experts_s=effort.cpu_experts_beside_s, cpu_tokens=few)
     for shape in shapes:
         steps.begin(f"experts of {shape.name} on the CPU beside copies")
-        with copies or nullcontext(), _threads(kernel.num_threads):
+        with copies or nullcontext():
             keep_up = copies.keep_up if copies else lambda: None
-            experts.append(host.experts(shape, dtype, few, keep_up, kernel))
+            experts.append(host.experts(shape, dtype, brief, keep_up, kernel))
     beside = None
     if copies is not None:
         beside = copies.rate_watched() or h2d.best_rate

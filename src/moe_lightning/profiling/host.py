@@ -68,8 +68,8 @@ def experts(
     """Sweeps over a layer's experts, until larger batches would take too long.
 
     A CPU computes the experts one after the other. So one is measured, with as many rows as it has on average, and
-    counts as often as the tokens are expected to meet one. `before` is called before each turn; `kernel` as
-    `cpu_experts.experts` has it.
+    counts as often as the tokens are expected to meet one. `before` is called before each turn; beside a GPU, `kernel`
+    computes.
     """
     shape = replace(shape, pages_per_expert=1)
     elements = 3 * shape.hidden_size * shape.intermediate_size
@@ -97,9 +97,14 @@ def _expert_seconds(
 ) -> float:
     """Of one expert, each turn another one of the pool."""
     x = torch.randn(rows, hidden_size).to(pool.dtype)
+    out = torch.empty_like(x)
     ids, weights = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1)
-    return median_seconds(
-        lambda turn: cpu_experts.experts(x, ids, weights, [pool[turn % len(pool)]], 1, kernel=kernel),
-        effort.point_s,
-        before,
-    )
+
+    def work(turn: int) -> None:
+        page = [pool[turn % len(pool)]]
+        if kernel is None:
+            cpu_experts.experts(x, ids, weights, page, 1)
+        else:
+            kernel.experts(out, x, ids, weights, page, 1)
+
+    return median_seconds(work, effort.point_s, before)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from moe_lightning.kernels import cpu_experts, ops, reference
+from moe_lightning.kernels import ops, reference
 from moe_lightning.kernels.cpu_attention import CpuAttention
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.memory.weights import Weights
@@ -199,10 +199,7 @@ class TaskRunner:
         whole = (b.host_experts[rows], b.host_topk_ids[rows], b.host_topk_weights[rows])
         pieces = (tensor.split(CPU_EXPERTS_AT_ONCE) for tensor in whole)
         for x, topk_ids, topk_weights in zip(*pieces, strict=True):
-            found = cpu_experts.experts(
-                x, topk_ids, topk_weights, weights, pages_per_expert, kernel=self._cpu_attention
-            )
-            x.copy_(found)
+            self._cpu_attention.experts(x, x, topk_ids, topk_weights, weights, pages_per_expert)
 
     def _add_outputs(self, task: Task) -> None:
         b, rows = self._buffers, self._rows(task)
