@@ -2,7 +2,8 @@
 
 FLOPs are PyTorch's own count of the operations that run. Of attention it sees nothing in C++, and masked products
 elsewhere; so attention is counted over `Seen.attend`, each token against the keys that it sees and no others, and
-what that gives must be the task's result. Bytes are those of the tensors that a task reads, writes and copies.
+what that gives must be the task's result. Likewise of experts in C++, over those that PyTorch computes. Bytes are
+those of the tensors that a task reads, writes and copies.
 """
 
 from __future__ import annotations
@@ -157,9 +158,18 @@ class Watching:
 
     def run(self, task: Task) -> None:
         seen = list(self._seen(task)) if task.kind in ATTENTION else []
+        routed = self._routed(task) if task.kind is TaskKind.CPU_EXPERTS else ()
         with counter() as flops, Moved() as moved:
             self._runner.run(task)
         counted = flops.get_total_flops()
+        if routed:
+            with counter() as flops:
+                found = cpu_experts.experts(*routed)
+            counted = flops.get_total_flops()
+            tolerance = 1e-4 if found.dtype == torch.float32 else 3e-2
+            torch.testing.assert_close(
+                self._runner._buffers.host_experts[self._rows(task)], found, rtol=tolerance, atol=tolerance
+            )
         if seen:
             with counter() as flops:
                 found = torch.stack([one.attend() for one in seen])
@@ -168,6 +178,17 @@ class Watching:
             tolerance = 1e-4 if out.dtype == torch.float32 else 3e-2
             torch.testing.assert_close(out.float(), found, rtol=tolerance, atol=tolerance)
         self._log.append(self._observe(task, counted, moved.num_bytes, seen))
+
+    def _rows(self, task: Task) -> slice:
+        """Of micro-batches that are neighbours."""
+        rows = [self._runner._batches[j].rows for j in task.micro_batches]
+        return slice(rows[0].start, rows[-1].stop)
+
+    def _routed(self, task: Task) -> tuple[Any, ...]:
+        """What the CPU's experts are about to compute."""
+        buffers, rows, pages = self._runner._buffers, self._rows(task), self._runner._weights.pages
+        some = (buffers.host_experts, buffers.host_topk_ids, buffers.host_topk_weights)
+        return *(tensor[rows].clone() for tensor in some), pages.on_cpu(task.layer), PAGES
 
     def _observe(self, task: Task, flops: int, moved: int, seen: list[Seen]) -> Observed:
         if task.kind in COPIES:

@@ -18,7 +18,19 @@ class Attention:
         options: tuple[float, float, int, int],
         /,
     ) -> None: ...
+    def experts(
+        self,
+        dtype: int,
+        out: tuple[int, int],
+        x: tuple[int, int],
+        routes: tuple[int, int, int, int],
+        pages: tuple[list[int], int],
+        sizes: tuple[int, int],
+        /,
+    ) -> None: ...
     def read(self, address: int, num_bytes: int, /) -> int: ...
+    @property
+    def experts_bytes(self) -> int: ...
     @property
     def num_threads(self) -> int: ...
     @property

@@ -68,8 +68,8 @@ def experts(
     """Sweeps over a layer's experts, until larger batches would take too long.
 
     A CPU computes the experts one after the other. So one is measured, with as many rows as it has on average, and
-    counts as often as the tokens are expected to meet one. `before` is called before each turn; beside a GPU, `kernel`
-    computes.
+    counts as often as the tokens are expected to meet one. `before` is called before each turn; beside a GPU it is
+    `kernel` that computes.
     """
     shape = replace(shape, pages_per_expert=1)
     elements = 3 * shape.hidden_size * shape.intermediate_size
