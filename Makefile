@@ -79,7 +79,7 @@ test-gpu: venv ## the tests that need a GPU (with a CUDA build of torch in .venv
 # to install.
 test-sanitizers: $(VENV)/.build-tools ## fuzz the C++ kernels with address, undefined-behaviour and thread sanitizers
 	@for file in $(filter-out %_avx2.cpp %_avx512.cpp %_avx512_bf16.cpp %_amx.cpp %module.cpp %fuzz.cpp, \
-	  $(wildcard csrc/cpu_attention/*.cpp)); do \
+	  $(wildcard csrc/cpu_kernels/*.cpp)); do \
 	  $(CXX) -std=c++17 -Wall -Wextra -Werror -fsyntax-only $$file || exit 1; \
 	done; echo "compiles without x86"
 	@for kinds in address,undefined thread; do \
@@ -87,7 +87,7 @@ test-sanitizers: $(VENV)/.build-tools ## fuzz the C++ kernels with address, unde
 	    -DCMAKE_CXX_FLAGS='-O1 -g1' -DCMAKE_BUILD_TYPE=None -DMOE_LIGHTNING_PYTHON=OFF -DMOE_LIGHTNING_FUZZ=ON \
 	    -DMOE_LIGHTNING_SANITIZE=$$kinds >/dev/null && \
 	  $(ALONE) $(BIN)/cmake --build build/$$kinds && \
-	  echo "$$kinds:" && build/$$kinds/csrc/cpu_attention/fuzz_cpu_attention $(FUZZ_SECONDS) || exit 1; \
+	  echo "$$kinds:" && build/$$kinds/csrc/cpu_kernels/fuzz_cpu_kernels $(FUZZ_SECONDS) || exit 1; \
 	done
 
 lint: venv ## ruff, mypy and the import rules

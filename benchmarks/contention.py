@@ -28,7 +28,7 @@ from moe_lightning.bench.machine import facts, require_gpu
 from moe_lightning.bench.shapes import LayerShape, Routing
 from moe_lightning.engine.worker import cpu_lane_threads
 from moe_lightning.kernels import ops, packing
-from moe_lightning.kernels.cpu_attention import CpuAttention
+from moe_lightning.kernels.cpu_kernels import CpuKernels
 from moe_lightning.memory.arena import HostArena
 from moe_lightning.memory.mapped import device_view
 from moe_lightning.models.spec import AttentionSpec, RouterSpec
@@ -97,7 +97,7 @@ class Machine:
 
     def attention(self, threads: int | None = None, mean: int = 140, work: float = 1.0) -> Step:
         """Layer by layer, resting so that it works a share of the time; bytes of K and V."""
-        kernel, lengths = CpuAttention(threads or self.threads), spread_lengths(SEQS, mean)
+        kernel, lengths = CpuKernels(threads or self.threads), spread_lengths(SEQS, mean)
         blocks = self.kv.shape[1]
         order = torch.randperm(blocks)
         tables = [block_tables(lengths, order.roll(n * blocks // CALLS)) for n in range(CALLS)]
@@ -230,7 +230,7 @@ def regions(size: int, part: int = 6 * GIB) -> list[dict[str, Any]]:
     row = 64 * 2**20
     arena = HostArena((size // part * (part // row), row), torch.uint8)
     arena.prepare(pin=True, num_threads=os.cpu_count() or 1)
-    kernel = CpuAttention(cpu_lane_threads(torch.device("cuda")))
+    kernel = CpuKernels(cpu_lane_threads(torch.device("cuda")))
     frames = torch.empty((8, row), dtype=torch.uint8, device="cuda")
     found = []
 

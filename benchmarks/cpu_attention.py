@@ -26,7 +26,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from moe_lightning.hardware.host import cpu_name
-from moe_lightning.kernels.cpu_attention import ISA_VARIABLE, CpuAttention, available_isas
+from moe_lightning.kernels.cpu_kernels import ISA_VARIABLE, CpuKernels, available_isas
 from moe_lightning.memory.arena import host_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,7 +107,7 @@ class Bench:
         sinks = torch.zeros(num_heads) if work.model.startswith("gpt-oss") else None
         seen = min(work.context, window or work.context)
         os.environ[ISA_VARIABLE] = work.isa
-        attention = CpuAttention(self.threads)
+        attention = CpuKernels(self.threads)
 
         def attend(layer: Tensor) -> None:
             attention.attend(out, q, k, v, layer, tables, lengths, sliding_window=window, sinks=sinks)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from moe_lightning.engine import build
 from moe_lightning.engine.build import build_worker
-from moe_lightning.kernels.cpu_attention import CpuAttention
+from moe_lightning.kernels.cpu_kernels import CpuKernels
 from moe_lightning.kernels.experts import Workspace
 from moe_lightning.models import registry
 from moe_lightning.models.hf_config import HFConfig
@@ -240,7 +240,7 @@ def test_a_sweep_by_the_cpu_takes_what_is_set_aside(rows, pages, dtype):
     policy = policy_of(spec, (pages, (0, 0, 0), 12, 1, rows - 1, 1, 16), cpu_every=1)
     worker = build_worker(spec, policy, dtype, torch.device("cpu"), tensors=None, executor="serial")
     worker._buffers.host_topk_ids.copy_(torch.randint(5, (rows, 2)))
-    kernel = CpuAttention(1)
+    kernel = CpuKernels(1)
     runner = TaskRunner(worker._weights, None, worker._buffers, kernel, None, [Rows(slice(0, rows))])
     with Peak() as peak:
         runner.run(Task(TaskKind.CPU_EXPERTS, Lane.CPU, 1, (0,), (), ()))

@@ -142,9 +142,9 @@ def test_a_wrong_engine_fails_the_check(session, monkeypatch):
 
     def load_damaged(plan, gpu_memory=None):
         loaded = load(plan)
-        attend = loaded.worker._cpu_attention.attend
+        attend = loaded.worker._cpu_kernels.attend
         monkeypatch.setattr(
-            loaded.worker._cpu_attention, "attend",
+            loaded.worker._cpu_kernels, "attend",
             lambda out, *args, **kwargs: (attend(out, *args, **kwargs), out.neg_()),
         )  # fmt: skip
         return loaded

@@ -17,7 +17,7 @@ from attention_cases import Case, expected, make_case
 
 from moe_lightning.errors import ConfigError
 from moe_lightning.kernels import reference
-from moe_lightning.kernels.cpu_attention import EMULATED_ISA, ISA_VARIABLE, CpuAttention, available_isas
+from moe_lightning.kernels.cpu_kernels import EMULATED_ISA, ISA_VARIABLE, CpuKernels, available_isas
 
 # One rounding of the output, relative; before it, float32: a score of up to 8 errs by up to 2^-20 when summed, its
 # weight by as much relatively, and values reach 4.
@@ -38,26 +38,26 @@ GEOMETRIES = {
     "qwen3-235b-a22b": (64, 4, 128),
 }
 
-Make = Callable[..., CpuAttention]
-MakeAll = Callable[..., list[CpuAttention]]
+Make = Callable[..., CpuKernels]
+MakeAll = Callable[..., list[CpuKernels]]
 
 
 @pytest.fixture(params=ISAS)
 def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes kernels of one instruction set, the parameter."""
     monkeypatch.setenv(ISA_VARIABLE, request.param)
-    return CpuAttention
+    return CpuKernels
 
 
 @pytest.fixture
 def every(monkeypatch: pytest.MonkeyPatch) -> MakeAll:
     """Makes kernels of every instruction set."""
 
-    def make(*args: Any) -> list[CpuAttention]:
+    def make(*args: Any) -> list[CpuKernels]:
         made = []
         for isa in ISAS:
             monkeypatch.setenv(ISA_VARIABLE, isa)
-            made.append(CpuAttention(*args))
+            made.append(CpuKernels(*args))
         return made
 
     return make
@@ -75,7 +75,7 @@ def assert_same(kv: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(kv, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def check(attentions: list[CpuAttention], case: Case, **options: Any) -> None:
+def check(attentions: list[CpuKernels], case: Case, **options: Any) -> None:
     """Attend with each, and compare the output and the whole cache."""
     wanted_kv = case.kv.clone()
     block_size = case.kv.shape[3]
@@ -230,7 +230,7 @@ def test_agrees_with_the_reference(make: Make) -> None:
 
 
 def test_calls_from_several_threads_take_turns() -> None:
-    attention = CpuAttention(2)
+    attention = CpuKernels(2)
     cases = [make_case([100 + i, 30], seed=i) for i in range(4)]
     threads = [
         threading.Thread(target=lambda c=case: [attention.attend(*c.tensors) for _ in range(50)])
@@ -245,7 +245,7 @@ def test_calls_from_several_threads_take_turns() -> None:
 
 
 def test_works_in_the_child_of_a_fork() -> None:
-    attention, case = CpuAttention(3), make_case([100, 30])
+    attention, case = CpuKernels(3), make_case([100, 30])
     attention.attend(*case.tensors)
     before = case.out.clone()
     child = os.fork()
@@ -265,28 +265,28 @@ def test_cpus_hold_the_threads_and_the_caller_gets_its_own_back() -> None:
     mine = os.sched_getaffinity(0)
     cpu = min(mine)
     for threads in (1, 3):
-        attention, case = CpuAttention(threads, cpus=[cpu]), make_case([700, 30])
+        attention, case = CpuKernels(threads, cpus=[cpu]), make_case([700, 30])
         attention.attend(*case.tensors)
         assert os.sched_getaffinity(0) == mine
         assert_close(case.out, expected(case))
-    assert CpuAttention(cpus=[cpu]).num_threads == 1
-    assert CpuAttention().num_threads == len(mine)
+    assert CpuKernels(cpus=[cpu]).num_threads == 1
+    assert CpuKernels().num_threads == len(mine)
 
 
 def test_reading_sums_all_words() -> None:
     memory = torch.randint(-(2**62), 2**62, (3 << 17,))
-    assert CpuAttention(2).read(memory) == int(memory.sum()) % 2**64
+    assert CpuKernels(2).read(memory) == int(memory.sum()) % 2**64
 
 
 def test_an_instruction_set_that_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ISA_VARIABLE, "altivec")
     with pytest.raises(ConfigError, match=r"MOE_LIGHTNING_CPU_ISA is 'altivec'.*scalar"):
-        CpuAttention(1)
+        CpuKernels(1)
 
 
 def test_the_last_instruction_set_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ISA_VARIABLE, raising=False)
-    assert CpuAttention(1).isa == available_isas()[-1]
+    assert CpuKernels(1).isa == available_isas()[-1]
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_the_last_instruction_set_is_the_default(monkeypatch: pytest.MonkeyPatch
 )
 def test_impossible_threads_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"cpus|CPU|num_threads"):
-        CpuAttention(**arguments)
+        CpuKernels(**arguments)
 
 
 def _replaced(name: str, value: Callable[[Case], torch.Tensor]) -> Callable[[Case], object]:
@@ -339,7 +339,7 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_written(name: 
     damage(case)
     before = case.kv.clone()
     with pytest.raises(ValueError, match=message):
-        CpuAttention(2).attend(*case.tensors)
+        CpuKernels(2).attend(*case.tensors)
     assert_same(case.kv, before)
 
 
@@ -349,13 +349,13 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_written(name: 
 )  # fmt: skip
 def test_options_without_meaning_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options)).replace("query_lens", "query tokens")):
-        CpuAttention(1).attend(*make_case([20, 40]).tensors, **options)
+        CpuKernels(1).attend(*make_case([20, 40]).tensors, **options)
 
 
 def test_a_missing_extension_says_how_to_get_it() -> None:
     program = (
-        "import sys; sys.modules['moe_lightning.kernels._cpu_attention'] = None\n"
-        "import moe_lightning.kernels.cpu_attention"
+        "import sys; sys.modules['moe_lightning.kernels._cpu_kernels'] = None\n"
+        "import moe_lightning.kernels.cpu_kernels"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "pip install ." in done.stderr.splitlines()[-1]

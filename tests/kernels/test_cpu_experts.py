@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_lightning.kernels import cpu_experts, reference
-from moe_lightning.kernels.cpu_attention import EMULATED_ISA, ISA_VARIABLE, CpuAttention, available_isas
+from moe_lightning.kernels.cpu_kernels import EMULATED_ISA, ISA_VARIABLE, CpuKernels, available_isas
 from moe_lightning.pipeline.shape import experts_in
 
 HIDDEN, ROWS = 48, 24
@@ -29,7 +29,7 @@ def kernels(request):
     """Of one and of three threads."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ISA_VARIABLE, request.param)
-        found = [CpuAttention(1), CpuAttention(3)]
+        found = [CpuKernels(1), CpuKernels(3)]
     assert found[0].isa == request.param
     return found
 

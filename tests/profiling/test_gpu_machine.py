@@ -25,9 +25,6 @@ def kernels(monkeypatch):
         def __init__(self, shape, dtype, effort):
             self.name = shape.name
 
-        def compile(self):
-            pass
-
         def measure(self, load):
             return PROFILE.gpu.experts[0]
 

@@ -92,9 +92,9 @@ def _page_locking() -> Finding:
 
 def attention_finding() -> Finding:
     """Which instructions the CPU's attention uses."""
-    from moe_lightning.kernels.cpu_attention import CpuAttention
+    from moe_lightning.kernels.cpu_kernels import CpuKernels
 
-    isa = CpuAttention(1).isa
+    isa = CpuKernels(1).isa
     advice = (
         "attention over the KV cache may be slower than memory; CPUs with AVX2 or AVX-512 keep up with it"
     )

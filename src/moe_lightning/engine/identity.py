@@ -14,7 +14,7 @@ from moe_lightning import kernels
 from moe_lightning.hardware.gpu_memory import driver_version
 from moe_lightning.hardware.host import cpu_name, total_memory
 from moe_lightning.hardware.machine import GpuIdentity, Machine
-from moe_lightning.kernels.cpu_attention import CpuAttention
+from moe_lightning.kernels.cpu_kernels import CpuKernels
 
 
 def this_machine() -> Machine:
@@ -23,7 +23,7 @@ def this_machine() -> Machine:
         cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
-        isa=CpuAttention(1).isa,
+        isa=CpuKernels(1).isa,
         host_memory_bytes=total_memory(),
         kernels=f"{_version('moe-lightning')}+{kernels_digest()}",
         torch=torch.__version__,

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from moe_lightning.engine.facts import pass_work
-from moe_lightning.kernels.cpu_attention import CpuAttention
+from moe_lightning.kernels.cpu_kernels import CpuKernels
 from moe_lightning.kernels.reference import inverse_frequencies
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.memory.weights import Weights
@@ -61,7 +61,7 @@ class Worker:
         self._buffers = PassBuffers.allocate(weights.spec, policy, weights.embed.dtype, device)
         inv_freq = inverse_frequencies(weights.spec.rope, weights.spec.attention.head_dim)
         self._inv_freq = inv_freq.to(device)
-        self._cpu_attention = CpuAttention(cpu_lane_threads(device))
+        self._cpu_kernels = CpuKernels(cpu_lane_threads(device))
         self._ring_offset = 0
         self._is_preloaded = False
         self.fullest: RecordedPass | None = None
@@ -102,7 +102,7 @@ class Worker:
             self._weights,
             self._kv,
             self._buffers,
-            self._cpu_attention,
+            self._cpu_kernels,
             self._inv_freq,
             batches,
             self._ring_offset,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_lightning.hardware.curve import RateCurve, TimeCurve
 from moe_lightning.hardware.profile import AttentionProfile
-from moe_lightning.kernels.cpu_attention import CpuAttention
+from moe_lightning.kernels.cpu_kernels import CpuKernels
 from moe_lightning.profiling.arena import fill
 from moe_lightning.profiling.effort import Effort
 from moe_lightning.profiling.link import Copies
@@ -49,7 +49,7 @@ class AttentionBench:
 
     def __init__(
         self,
-        kernel: CpuAttention,
+        kernel: CpuKernels,
         memory: Tensor,
         geometry: tuple[int, int, int],
         dtype: torch.dtype,

@@ -9,7 +9,7 @@ import torch
 from moe_lightning.engine.worker import cpu_lane_threads
 from moe_lightning.hardware.kernel_times import ExpertsProfile, ModelShape
 from moe_lightning.hardware.profile import AttentionProfile, HostProfile
-from moe_lightning.kernels.cpu_attention import CpuAttention
+from moe_lightning.kernels.cpu_kernels import CpuKernels
 from moe_lightning.profiling import host
 from moe_lightning.profiling.arena import HostMemory
 from moe_lightning.profiling.attention import AttentionBench
@@ -25,7 +25,7 @@ def measure_cpu_machine(shapes: Sequence[ModelShape], effort: Effort, report: Re
     steps.begin("host memory")
     memory = HostMemory(effort, has_gpu=False)
     memory.fill(_DTYPES[0])
-    kernel = CpuAttention(cpu_lane_threads(torch.device("cpu")))
+    kernel = CpuKernels(cpu_lane_threads(torch.device("cpu")))
     steps.begin("reading host memory")
     read = host.read_rate(kernel, memory.read, effort)
     steps.begin("CPU products")

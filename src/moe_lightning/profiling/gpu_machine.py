@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from statistics import fmean
@@ -16,7 +17,7 @@ from moe_lightning.engine.worker import cpu_lane_threads
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.kernel_times import ModelShape
 from moe_lightning.hardware.profile import GpuProfile, HostProfile, LaneProfile, LinkProfile
-from moe_lightning.kernels.cpu_attention import CpuAttention
+from moe_lightning.kernels.cpu_kernels import CpuKernels
 from moe_lightning.memory.mapped import device_view
 from moe_lightning.perf.memory import CPU_EXPERTS_AT_ONCE
 from moe_lightning.profiling import gpu, host
@@ -50,7 +51,7 @@ def measure_gpu_machine(
         DeviceError: the GPU does not answer.
     """
     dtype = require_gpu()
-    steps = Steps(9 + len(effort.geometries) + 8 * len(shapes), report)
+    steps = Steps(9 + len(effort.geometries) + 7 * len(shapes), report)
     with steps.named(), _within_budget(effort, gpu_memory) as effort:
         return _all(shapes, effort, dtype, steps)  # when it returns, what it had on the GPU is free
 
@@ -58,14 +59,23 @@ def measure_gpu_machine(
 def _all(
     shapes: Sequence[ModelShape], effort: Effort, dtype: torch.dtype, steps: Steps
 ) -> tuple[HostProfile, GpuProfile]:
-    steps.begin("host memory")
-    memory = HostMemory(effort, has_gpu=True)
-    memory.fill(dtype)
+    steps.begin("host memory, and compiling meanwhile")
+    with ThreadPoolExecutor(1, "compile") as background:
+        compiled = background.submit(_compile, shapes, effort, dtype)
+        memory = HostMemory(effort, has_gpu=True)
+        memory.fill(dtype)
+        compiled.result()
     found_host, link, loads = _host_and_link(memory, shapes, effort, dtype, steps)
     steps.begin("launching and handing over")
     lanes = LanesBench(effort).measure()
     torch.cuda.empty_cache()
     return found_host, _kernels(shapes, loads, effort, dtype, link, lanes, steps)
+
+
+def _compile(shapes: Sequence[ModelShape], effort: Effort, dtype: torch.dtype) -> None:
+    """All kernels of the shapes' experts; with one shape's memory at a time, as when they are measured."""
+    for shape in shapes:
+        gpu.ExpertsBench(shape, dtype, effort).compile()
 
 
 @contextmanager
@@ -100,7 +110,7 @@ def _host_and_link(
     memory: HostMemory, shapes: Sequence[ModelShape], effort: Effort, dtype: torch.dtype, steps: Steps
 ) -> tuple[HostProfile, LinkProfile, list[Load | None]]:
     """Both, and what goes on in that memory while a shape's kernels are measured."""
-    kernel = CpuAttention(cpu_lane_threads(torch.device("cuda")))
+    kernel = CpuKernels(cpu_lane_threads(torch.device("cuda")))
     link = Link(memory.copied, effort)
     steps.begin("copies to the GPU")
     h2d = link.to_gpu()
@@ -157,10 +167,8 @@ def _kernels(
     flops = {host.name_of(d): gpu.product_flops(d, effort) for d in dict.fromkeys((dtype, *_GPU_DTYPES))}
     experts, products, prompts, decoding, small, page_rates = [], [], [], [], [], []
     for shape, load in zip(shapes, loads, strict=True):
-        steps.begin(f"compiling experts of {shape.name}")
-        bench = gpu.ExpertsBench(shape, dtype, effort)
-        bench.compile()
         steps.begin(f"experts of {shape.name} beside copies and the CPU's attention")
+        bench = gpu.ExpertsBench(shape, dtype, effort)
         experts.append(bench.measure(load))
         steps.begin(f"pages beside sweeps of {shape.name} and the CPU's attention")
         if load and (rate := bench.page_rate(load)):

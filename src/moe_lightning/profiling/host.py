@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lightning.hardware.curve import TimeCurve
 from moe_lightning.hardware.kernel_times import ExpertsProfile, ModelShape
 from moe_lightning.kernels import cpu_experts
-from moe_lightning.kernels.cpu_attention import CpuAttention
+from moe_lightning.kernels.cpu_kernels import CpuKernels
 from moe_lightning.memory.arena import host_tensor
 from moe_lightning.profiling.arena import fill
 from moe_lightning.profiling.effort import Effort
@@ -31,7 +31,7 @@ def describe(geometry: tuple[int, int, int]) -> str:
 
 
 def read_rate(
-    kernel: CpuAttention, memory: Tensor, effort: Effort, before: Callable[[], object] = lambda: None
+    kernel: CpuKernels, memory: Tensor, effort: Effort, before: Callable[[], object] = lambda: None
 ) -> float:
     """Bytes/s of the attention's threads reading memory [bytes]."""
     size = max(1, min(effort.call_bytes, memory.nbytes // 3))
@@ -63,7 +63,7 @@ def experts(
     dtype: torch.dtype,
     effort: Effort,
     before: Callable[[], object] = lambda: None,
-    kernel: CpuAttention | None = None,
+    kernel: CpuKernels | None = None,
 ) -> ExpertsProfile:
     """Sweeps over a layer's experts, until larger batches would take too long.
 
@@ -93,7 +93,7 @@ def _expert_seconds(
     pool: Tensor,
     effort: Effort,
     before: Callable[[], object],
-    kernel: CpuAttention | None,
+    kernel: CpuKernels | None,
 ) -> float:
     """Of one expert, each turn another one of the pool."""
     x = torch.randn(rows, hidden_size).to(pool.dtype)

@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from moe_lightning.kernels import ops, reference
-from moe_lightning.kernels.cpu_attention import CpuAttention
+from moe_lightning.kernels.cpu_kernels import CpuKernels
 from moe_lightning.memory.kv_cache import KVCache
 from moe_lightning.memory.weights import Weights
 from moe_lightning.perf.memory import CPU_EXPERTS_AT_ONCE, HEAD_ROWS
@@ -42,7 +42,7 @@ class TaskRunner:
         weights: Weights,
         kv: KVCache,
         buffers: PassBuffers,
-        cpu_attention: CpuAttention,
+        cpu_kernels: CpuKernels,
         inv_freq: Tensor,
         micro_batches: Sequence[MicroBatch],
         ring_offset: int = 0,
@@ -52,7 +52,7 @@ class TaskRunner:
         self._spec = weights.spec
         self._kv = kv
         self._buffers = buffers
-        self._cpu_attention = cpu_attention
+        self._cpu_kernels = cpu_kernels
         self._batches = micro_batches
         self._ring_offset = ring_offset
         self._expert_parts = expert_parts
@@ -92,7 +92,7 @@ class TaskRunner:
         q, k, v = self._split(self._buffers.host_qkv[batch.host_rows])
         assert batch.block_tables is not None
         assert batch.context_lens is not None
-        self._cpu_attention.attend(
+        self._cpu_kernels.attend(
             self._buffers.host_out[batch.host_rows], q, k, v, kv, batch.block_tables, batch.context_lens,
             sliding_window=self._spec.attention.sliding_window,
         )  # fmt: skip
@@ -199,7 +199,7 @@ class TaskRunner:
         whole = (b.host_experts[rows], b.host_topk_ids[rows], b.host_topk_weights[rows])
         pieces = (tensor.split(CPU_EXPERTS_AT_ONCE) for tensor in whole)
         for x, topk_ids, topk_weights in zip(*pieces, strict=True):
-            self._cpu_attention.experts(x, x, topk_ids, topk_weights, weights, pages_per_expert)
+            self._cpu_kernels.experts(x, x, topk_ids, topk_weights, weights, pages_per_expert)
 
     def _add_outputs(self, task: Task) -> None:
         b, rows = self._buffers, self._rows(task)

@@ -10,7 +10,7 @@
 #include <unistd.h>
 #endif
 
-namespace moe::attention {
+namespace moe::cpu {
 namespace {
 
 constexpr const char* kNames[kNumIsas] = {"scalar", "avx2", "avx512", "avx512_bf16",
@@ -104,4 +104,4 @@ const Kernels& kernels_of(Isa isa) {
   return isa == Isa::amx_emulated ? kAmxEmulatedKernels : kScalarKernels;
 }
 
-}  // namespace moe::attention
+}  // namespace moe::cpu

@@ -1,6 +1,6 @@
 // The Python face of the CPU's kernels: addresses and strides in, nothing checked but what memory safety needs.
 //
-// moe_lightning.kernels.cpu_attention checks tensors; it passes addresses because that takes a tenth of the time that
+// moe_lightning.kernels.cpu_kernels checks tensors; it passes addresses because that takes a tenth of the time that
 // a tensor protocol does.
 
 #include <nanobind/nanobind.h>
@@ -10,10 +10,10 @@
 
 #include <tuple>
 
-#include "attention.h"
+#include "cpu.h"
 
 namespace nb = nanobind;
-using namespace moe::attention;
+using namespace moe::cpu;
 
 namespace {
 
@@ -32,7 +32,7 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void run(Attention& self, int dtype, Rows out, Rows q, Rows k, Rows v, Blocks cache, Tables tables, Lengths lengths,
+void run(Cpu& self, int dtype, Rows out, Rows q, Rows k, Rows v, Blocks cache, Tables tables, Lengths lengths,
          Geometry geometry, Options options) {
   Call call{};
   call.dtype = static_cast<DType>(dtype);
@@ -63,7 +63,7 @@ void run(Attention& self, int dtype, Rows out, Rows q, Rows k, Rows v, Blocks ca
   self.run(call);
 }
 
-void experts(Attention& self, int dtype, Rows out, Rows x, Routes routes, Pages pages, std::tuple<int, int> sizes) {
+void experts(Cpu& self, int dtype, Rows out, Rows x, Routes routes, Pages pages, std::tuple<int, int> sizes) {
   ExpertsCall call{};
   call.dtype = static_cast<DType>(dtype);
   call.out = pointer<void>(std::get<0>(out));
@@ -91,23 +91,23 @@ std::vector<std::string> isa_names() {
 
 }  // namespace
 
-NB_MODULE(_cpu_attention, m) {
+NB_MODULE(_cpu_kernels, m) {
   // A lane's thread may hold a kernel until the process ends, which is no leak.
   nb::set_leak_warnings(false);
   m.def("available_isas", &isa_names);
-  nb::class_<Attention>(m, "Attention")
+  nb::class_<Cpu>(m, "Cpu")
       .def("__init__",
-           [](Attention* self, int num_threads, std::vector<int> cpus, const std::string& isa) {
-             new (self) Attention(num_threads, std::move(cpus), isa_from_name(isa));
+           [](Cpu* self, int num_threads, std::vector<int> cpus, const std::string& isa) {
+             new (self) Cpu(num_threads, std::move(cpus), isa_from_name(isa));
            })
       .def("run", &run)
       .def("experts", &experts)
       .def("read",
-           [](Attention& self, uintptr_t from, int64_t bytes) {
+           [](Cpu& self, uintptr_t from, int64_t bytes) {
              nb::gil_scoped_release release;
              return self.read(pointer<const void>(from), bytes);
            })
-      .def_prop_ro("experts_bytes", &Attention::experts_bytes)
-      .def_prop_ro("num_threads", &Attention::num_threads)
-      .def_prop_ro("isa", [](const Attention& self) { return isa_name(self.isa()); });
+      .def_prop_ro("experts_bytes", &Cpu::experts_bytes)
+      .def_prop_ro("num_threads", &Cpu::num_threads)
+      .def_prop_ro("isa", [](const Cpu& self) { return isa_name(self.isa()); });
 }

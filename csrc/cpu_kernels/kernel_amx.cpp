@@ -9,7 +9,7 @@
 
 #define MOE_BF16
 
-namespace moe::attention {
+namespace moe::cpu {
 namespace {
 #include "number.inc"
 
@@ -26,4 +26,4 @@ namespace {
 
 const Kernels kAmxKernels = MOE_KERNELS(configure_tiles, release_tiles, attend_bf16, streams_out, lay_out_bf16, multiply_bf16);
 
-}  // namespace moe::attention
+}  // namespace moe::cpu

@@ -11,7 +11,7 @@
 #include <sched.h>
 #include <unistd.h>
 
-namespace moe::attention {
+namespace moe::cpu {
 namespace {
 
 // Layers of a pass follow each other within some hundred microseconds of other work, on the same cores where there is
@@ -201,4 +201,4 @@ void ThreadPool::run(Job job, void* context) {
   }
 }
 
-}  // namespace moe::attention
+}  // namespace moe::cpu

@@ -7,7 +7,7 @@
 
 #include "kernel.h"
 
-namespace moe::attention {
+namespace moe::cpu {
 
 // Floats on a cache line's boundary, without values.
 class FloatBuffer {
@@ -58,4 +58,4 @@ class Workspace {
   size_t rows_ = 0, acc_ = 0, queries_ = 0, scores_ = 0, thread_ = 0;
 };
 
-}  // namespace moe::attention
+}  // namespace moe::cpu

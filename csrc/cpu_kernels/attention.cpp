@@ -3,15 +3,12 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <utility>
 
-namespace moe::attention {
+namespace moe::cpu {
 namespace {
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kPiece = int64_t{1} << 20;  // bytes that a thread reads before it asks for more
 
 // Scores of a tile should leave room for keys and values in an L1 of 32 KiB.
 constexpr int kScoresPerTile = 4096;
@@ -68,40 +65,32 @@ void for_new_rows(const Call& call, const Item& item, F body) {
 
 struct Attention::Running {
   Attention& self;
+  const Kernels& kernels;
   const Call& call;
   Shape shape;
 };
 
-Attention::Attention(int num_threads, std::vector<int> cpus, Isa isa)
-    : pool_(num_threads, std::move(cpus)), isa_(isa), kernels_(kernels_of(isa)), plan_(num_threads) {}
-
-void Attention::run(const Call& call) {
-  const std::lock_guard<std::mutex> lock(turn_);
+void Attention::run(ThreadPool& pool, const Kernels& kernels, const Call& call) {
   plan_.make(call.batch, call.num_kv_heads, call.num_blocks);
   const int max_rows = plan_.max_queries() * (call.num_heads / call.num_kv_heads);
   if (max_rows == 0) return;
-  Running running{*this, call, shape_of(call, max_rows)};
-  workspace_.reserve(running.shape, max_rows, pool_.num_threads(), plan_.num_states());
-  pool_.run([](void* context, int thread) {
-    auto& r = *static_cast<Running*>(context);
+  Running running{*this, kernels, call, shape_of(call, max_rows)};
+  workspace_.reserve(running.shape, max_rows, pool.num_threads(), plan_.num_states());
+  pool.run([](void* context, int thread) {
+    const auto& r = *static_cast<const Running*>(context);
     r.self.serve(r, thread);
   }, &running);
 }
 
-void Attention::run(const ExpertsCall& call) {
-  const std::lock_guard<std::mutex> lock(turn_);
-  experts_.run(pool_, kernels_, call);
-}
-
-void Attention::serve(Running& running, int thread) {
-  kernels_.enter();
+void Attention::serve(const Running& running, int thread) {
+  running.kernels.enter();
   Plan::Share share;
   Item item{}, next{};
   while (plan_.take(thread, share, item, next)) attend(running, item, next, thread);
-  kernels_.leave();
+  running.kernels.leave();
 }
 
-void Attention::attend(Running& running, const Item& item, const Item& next, int thread) {
+void Attention::attend(const Running& running, const Item& item, const Item& next, int thread) {
   const Call& call = running.call;
   const Shape& shape = running.shape;
   append(call, item);
@@ -112,7 +101,7 @@ void Attention::attend(Running& running, const Item& item, const Item& next, int
   work.span = span_of(call, item);
   if (next.begin < next.end) {
     work.next = span_of(call, next);
-    expect(call, shape, next);
+    expect(running, next);
   }
   work.queries = at(call.q, item.first_token * call.q_stride + first_head * call.head_dim, call.dtype);
   work.num_queries = item.num_queries;
@@ -130,20 +119,22 @@ void Attention::attend(Running& running, const Item& item, const Item& next, int
   merge.sinks = call.sinks == nullptr ? nullptr : call.sinks + first_head;
   merge.out = at(call.out, item.first_token * call.out_stride + first_head * call.head_dim, call.dtype);
   work.ending = item.num_parts == 1 ? &merge : nullptr;
-  kernels_.attend[static_cast<int>(call.dtype)](work);
-  if (item.num_parts > 1 && plan_.is_last_part(item)) kernels_.finish[static_cast<int>(call.dtype)](merge);
+  running.kernels.attend[static_cast<int>(call.dtype)](work);
+  if (item.num_parts > 1 && plan_.is_last_part(item)) running.kernels.finish[static_cast<int>(call.dtype)](merge);
 }
 
 // Asks for the rows of an item that will soon be worked on. There are few of them, but each would be waited for, and
 // stores wait in line behind one that misses. (Slots of new tokens come with the blocks that hold them.)
-void Attention::expect(const Call& call, const Shape& shape, const Item& item) const {
+void Attention::expect(const Running& running, const Item& item) const {
+  const Call& call = running.call;
+  const Shape& shape = running.shape;
   const int64_t dims = call.head_dim, size = element_size(call.dtype), group = shape.group;
   const auto ask = [size](const void* base, int64_t from, int64_t count) {
     const char* row = static_cast<const char*>(base) + from * size;
     for (int64_t i = 0; i < count * size; i += kLine) __builtin_prefetch(row + i, 0, 2);
   };
   const bool streams = call.dtype == DType::bf16 && item.num_parts == 1 &&
-                       kernels_.streams_out(shape, item.num_queries * shape.group);
+                       running.kernels.streams_out(shape, item.num_queries * shape.group);
   for (int64_t i = item.first_token; i < item.first_token + item.num_queries; ++i) {
     ask(call.q, i * call.q_stride + item.head * group * dims, group * dims);
     if (!streams) ask(call.out, i * call.out_stride + item.head * group * dims, group * dims);
@@ -164,21 +155,4 @@ void Attention::append(const Call& call, const Item& item) const {
   });
 }
 
-uint64_t Attention::read(const void* from, int64_t bytes) {
-  const std::lock_guard<std::mutex> lock(turn_);
-  struct Reading {
-    const Kernels& kernels;
-    const char* from;
-    int64_t bytes;
-    std::atomic<int64_t> front{0};
-    std::atomic<uint64_t> sum{0};
-  } reading{kernels_, static_cast<const char*>(from), bytes, {}, {}};
-  pool_.run([](void* context, int) {
-    auto& r = *static_cast<Reading*>(context);
-    for (int64_t begin; (begin = r.front.fetch_add(kPiece, std::memory_order_relaxed)) < r.bytes;)
-      r.sum.fetch_add(r.kernels.read(r.from + begin, std::min(kPiece, r.bytes - begin)), std::memory_order_relaxed);
-  }, &reading);
-  return reading.sum.load();
-}
-
-}  // namespace moe::attention
+}  // namespace moe::cpu

@@ -1,4 +1,4 @@
-"""Decode attention by the CPU, where the KV cache lies: the C++ kernels behind checks of their tensors.
+"""What the CPU computes beside a GPU, where KV cache and experts lie: C++ kernels behind checks of their tensors.
 
 Shapes: N tokens, B sequences, D head dimension. `kernels.reference` defines what they compute.
 """
@@ -15,10 +15,10 @@ from torch import Tensor
 from moe_lightning.errors import ConfigError
 
 try:
-    from moe_lightning.kernels import _cpu_attention as core
+    from moe_lightning.kernels import _cpu_kernels as core
 except ImportError as error:
     raise ImportError(
-        f"the C++ attention kernels cannot be loaded ({error}); they are compiled when the package is installed: "
+        f"the C++ kernels cannot be loaded ({error}); they are compiled when the package is installed: "
         "install it again with this Python, `pip install .` in its directory, which needs a C++ compiler"
     ) from error
 
@@ -36,7 +36,7 @@ def available_isas() -> list[str]:
     return core.available_isas()
 
 
-class CpuAttention:
+class CpuKernels:
     """Kernels for this CPU and the threads that run them; calls from several threads take turns.
 
     The calling thread is one of `num_threads`. The others are started here and, between calls, sleep.
@@ -56,7 +56,7 @@ class CpuAttention:
             num_threads = len(os.sched_getaffinity(0)) if cpus is None else len(cpus)
         if cpus is not None and not cpus:
             raise ValueError("cpus is empty; name at least one, or None for any")
-        self._core = core.Attention(num_threads, list(cpus or ()), _isa())
+        self._core = core.Cpu(num_threads, list(cpus or ()), _isa())
         self._fitting: set[tuple[_Layout, ...]] = set()  # what need not be checked again, which takes 20 us
 
     @property

@@ -5,7 +5,7 @@
 
 #include "kernel.h"
 
-namespace moe::attention {
+namespace moe::cpu {
 namespace {
 #include "number.inc"
 
@@ -22,4 +22,4 @@ namespace {
 
 const Kernels kAmxEmulatedKernels = MOE_KERNELS(configure_tiles, release_tiles, attend_bf16, streams_out, lay_out_bf16, multiply_bf16);
 
-}  // namespace moe::attention
+}  // namespace moe::cpu

@@ -7,7 +7,7 @@
 
 #include "kernel.h"
 
-namespace moe::attention {
+namespace moe::cpu {
 namespace {
 #include "number.inc"
 
@@ -18,4 +18,4 @@ namespace {
 
 const Kernels kAvx2Kernels = MOE_KERNELS(do_nothing, do_nothing, attend<bf16>, streams_nothing, lay_out<bf16>, multiply<bf16>);
 
-}  // namespace moe::attention
+}  // namespace moe::cpu

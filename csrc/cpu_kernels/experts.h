@@ -8,7 +8,7 @@
 #include "thread_pool.h"
 #include "workspace.h"
 
-namespace moe::attention {
+namespace moe::cpu {
 
 // The arguments of one call. Strides count elements.
 //
@@ -57,4 +57,4 @@ class Experts {
   FloatBuffer x_, inner_, laid_out_inner_, outputs_, sums_;
 };
 
-}  // namespace moe::attention
+}  // namespace moe::cpu

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-namespace moe::attention {
+namespace moe::cpu {
 
 // A job is a function that any number of threads, the caller always among them, may run at the same time; it has to
 // share out its work itself. So a thread that wakes late misses nothing, and nobody waits for it.
@@ -46,4 +46,4 @@ class ThreadPool {
   std::unique_ptr<Crew> crew_;
 };
 
-}  // namespace moe::attention
+}  // namespace moe::cpu

@@ -2,16 +2,13 @@
 #pragma once
 
 #include <cstdint>
-#include <mutex>
-#include <vector>
 
-#include "experts.h"
-#include "isa.h"
+#include "kernel.h"
 #include "plan.h"
 #include "thread_pool.h"
 #include "workspace.h"
 
-namespace moe::attention {
+namespace moe::cpu {
 
 // The arguments of one call. Rows are tokens, sequence by sequence; strides count elements.
 //
@@ -34,37 +31,22 @@ struct Call {
 
 class Attention {
  public:
-  Attention(int num_threads, std::vector<int> cpus, Isa isa);
+  explicit Attention(int num_threads) : plan_(num_threads) {}
 
   // Appends k and v to the cache, then attends. Raises std::invalid_argument, before anything is written, if lengths
-  // or blocks do not fit each other or the cache. Calls from several threads take turns.
-  void run(const Call& call);
-
-  // A layer's experts by the same threads, which nothing else keeps busy then.
-  void run(const ExpertsCall& call);
-  size_t experts_bytes() const { return experts_.num_bytes(); }
-
-  // Reads memory as fast as its threads can, for comparison; returns a sum of its words.
-  uint64_t read(const void* from, int64_t bytes);
-
-  int num_threads() const { return pool_.num_threads(); }
-  Isa isa() const { return isa_; }
+  // or blocks do not fit each other or the cache.
+  void run(ThreadPool& pool, const Kernels& kernels, const Call& call);
 
  private:
   struct Running;
 
-  void serve(Running& running, int thread);
-  void attend(Running& running, const Item& item, const Item& next, int thread);
-  void expect(const Call& call, const Shape& shape, const Item& item) const;
+  void serve(const Running& running, int thread);
+  void attend(const Running& running, const Item& item, const Item& next, int thread);
+  void expect(const Running& running, const Item& item) const;
   void append(const Call& call, const Item& item) const;
 
-  std::mutex turn_;
-  ThreadPool pool_;
-  Isa isa_;
-  const Kernels& kernels_;
   Plan plan_;
   Workspace workspace_;
-  Experts experts_;
 };
 
-}  // namespace moe::attention
+}  // namespace moe::cpu

@@ -1,6 +1,6 @@
 // Random calls against a naive reference in double, by every instruction set of this CPU; made for sanitizers.
 //
-//     fuzz_cpu_attention SECONDS [FIRST_SEED]
+//     fuzz_cpu_kernels SECONDS [FIRST_SEED]
 //
 // Each buffer has exactly the size it must have, so that reading past its end is an error, and cache slots without a
 // token hold NaN, so that using one shows. On failure the seed is printed; it alone makes the call again.
@@ -17,9 +17,9 @@
 #include <thread>
 #include <vector>
 
-#include "attention.h"
+#include "cpu.h"
 
-using namespace moe::attention;
+using namespace moe::cpu;
 
 namespace {
 
@@ -100,21 +100,21 @@ class Trial {
   }
 
   // Whether the call gives what it must; says what it gave otherwise.
-  bool passes(Attention& attention) {
+  bool passes(Cpu& cpu) {
     std::vector<T>& cache = used_cache_;
     cache = cache_;
     const Output<T> out(call_, out_offset_);
     call_.cache = cache.data();
     call_.out = out.rows;
-    attention.run(call_);
+    cpu.run(call_);
     if (std::memcmp(cache.data(), wanted_cache_.data(), cache.size() * sizeof(T)) != 0)
-      return complain(attention, "cache", first_difference(cache), 0, 0);
-    if (!out.has_gaps_untouched()) return complain(attention, "the gap between outputs", 0, 0, 0);
+      return complain(cpu, "cache", first_difference(cache), 0, 0);
+    if (!out.has_gaps_untouched()) return complain(cpu, "the gap between outputs", 0, 0, 0);
     for (size_t i = 0; i < wanted_.size(); ++i) {
       const double found = widen(out.rows[i / out.width * out.stride + i % out.width]);
       // One rounding of the output; before it sums in float.
       const double allowed = std::abs(wanted_[i]) * kRounding[static_cast<int>(call_.dtype)] + 0x1p-17;
-      if (!(std::abs(found - wanted_[i]) <= allowed)) return complain(attention, "output", i, found, wanted_[i]);
+      if (!(std::abs(found - wanted_[i]) <= allowed)) return complain(cpu, "output", i, found, wanted_[i]);
     }
     return true;
   }
@@ -248,9 +248,9 @@ class Trial {
     return i;
   }
 
-  bool complain(const Attention& attention, const char* what, size_t i, double found, double wanted) const {
+  bool complain(const Cpu& cpu, const char* what, size_t i, double found, double wanted) const {
     std::printf("%s, %d threads: %s %zu is %.9g, not %.9g (%d/%d heads of %d, block %d, %d sequences)\n",
-                isa_name(attention.isa()), attention.num_threads(), what, i, found, wanted, call_.num_heads,
+                isa_name(cpu.isa()), cpu.num_threads(), what, i, found, wanted, call_.num_heads,
                 call_.num_kv_heads, call_.head_dim, call_.batch.block_size, static_cast<int>(call_.batch.num_seqs));
     return false;
   }
@@ -267,29 +267,29 @@ class Trial {
 #include "fuzz_experts.inc"
 
 template <template <class> class Trial, class T>
-bool try_all(uint64_t seed, DType dtype, const std::vector<std::unique_ptr<Attention>>& attentions) {
+bool try_all(uint64_t seed, DType dtype, const std::vector<std::unique_ptr<Cpu>>& cpus) {
   Trial<T> trial(seed, dtype);
-  for (const auto& attention : attentions) {
+  for (const auto& cpu : cpus) {
     // Its other types are those of scalar.
-    if (attention->isa() == Isa::amx_emulated && dtype != DType::bf16) continue;
-    if (!trial.passes(*attention)) return false;
+    if (cpu->isa() == Isa::amx_emulated && dtype != DType::bf16) continue;
+    if (!trial.passes(*cpu)) return false;
   }
   return true;
 }
 
 template <template <class> class Trial>
-bool try_type(uint64_t seed, int type, const std::vector<std::unique_ptr<Attention>>& attentions) {
+bool try_type(uint64_t seed, int type, const std::vector<std::unique_ptr<Cpu>>& cpus) {
   switch (type) {
-    case 0: return try_all<Trial, bf16>(seed, DType::bf16, attentions);
-    case 1: return try_all<Trial, f16>(seed, DType::f16, attentions);
-    default: return try_all<Trial, float>(seed, DType::f32, attentions);
+    case 0: return try_all<Trial, bf16>(seed, DType::bf16, cpus);
+    case 1: return try_all<Trial, f16>(seed, DType::f16, cpus);
+    default: return try_all<Trial, float>(seed, DType::f32, cpus);
   }
 }
 
-bool try_seed(uint64_t seed, const std::vector<std::unique_ptr<Attention>>& attentions) {
+bool try_seed(uint64_t seed, const std::vector<std::unique_ptr<Cpu>>& cpus) {
   const int type = static_cast<int>(seed % kNumDTypes);
-  return seed / kNumDTypes % 2 == 0 ? try_type<Trial>(seed, type, attentions)
-                                    : try_type<ExpertsTrial>(seed, type, attentions);
+  return seed / kNumDTypes % 2 == 0 ? try_type<Trial>(seed, type, cpus)
+                                    : try_type<ExpertsTrial>(seed, type, cpus);
 }
 
 }  // namespace
@@ -301,9 +301,9 @@ int main(int argc, char** argv) {
   }
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::atof(argv[1]));
   const uint64_t first = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
-  std::vector<std::unique_ptr<Attention>> attentions;
+  std::vector<std::unique_ptr<Cpu>> cpus;
   const auto add = [&](int threads, Isa isa) {
-    attentions.push_back(std::make_unique<Attention>(threads, std::vector<int>{}, isa));
+    cpus.push_back(std::make_unique<Cpu>(threads, std::vector<int>{}, isa));
   };
   for (const Isa isa : available_isas())
     for (const int threads : {1, 3}) add(threads, isa);
@@ -314,7 +314,7 @@ int main(int argc, char** argv) {
   const auto work = [&] {
     do {
       const uint64_t mine = seed++;
-      if (try_seed(mine, attentions)) continue;
+      if (try_seed(mine, cpus)) continue;
       std::printf("seed %llu failed\n", static_cast<unsigned long long>(mine));
       has_failed = true;
     } while (!has_failed && std::chrono::steady_clock::now() < end);
@@ -322,7 +322,7 @@ int main(int argc, char** argv) {
   std::thread other(work);
   work();
   other.join();
-  std::printf("%llu calls of %zu variants%s\n", static_cast<unsigned long long>(seed - first), attentions.size(),
+  std::printf("%llu calls of %zu variants%s\n", static_cast<unsigned long long>(seed - first), cpus.size(),
               has_failed ? ", and a failure" : ": all as the reference");
   return has_failed ? 1 : 0;
 }

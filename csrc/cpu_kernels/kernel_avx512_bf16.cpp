@@ -9,7 +9,7 @@
 
 #define MOE_BF16
 
-namespace moe::attention {
+namespace moe::cpu {
 namespace {
 #include "number.inc"
 
@@ -20,4 +20,4 @@ namespace {
 
 const Kernels kAvx512Bf16Kernels = MOE_KERNELS(do_nothing, do_nothing, attend<bf16>, streams_nothing, lay_out<bf16>, multiply<bf16>);
 
-}  // namespace moe::attention
+}  // namespace moe::cpu

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace moe::attention {
+namespace moe::cpu {
 namespace {
 
 // What starting an item costs, in positions: queries, output, the first misses.
@@ -198,4 +198,4 @@ bool Plan::is_last_part(const Item& item) {
   return num_left_[static_cast<size_t>(item.split)].fetch_sub(1, std::memory_order_acq_rel) == 1;
 }
 
-}  // namespace moe::attention
+}  // namespace moe::cpu

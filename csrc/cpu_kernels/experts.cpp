@@ -7,11 +7,13 @@
 #include <stdexcept>
 #include <string>
 
-namespace moe::attention {
+namespace moe::cpu {
 namespace {
 
-constexpr int kRows = 32;    // of weights that a thread takes at a time
-constexpr int kTokens = 16;  // of a group: what these bring along should stay in L2
+// Rows of weights that a thread takes at a time, and tokens that meet them together. Both should stay in L2: with many
+// groups of tokens, these come again for each item, and the more rows it has the less often.
+constexpr int kRows = 64;
+constexpr int kTokens = 16;
 constexpr int kStride = kRows + kScorePadding;
 
 int padded(int dims) { return (dims + kHeadDimUnit - 1) / kHeadDimUnit * kHeadDimUnit; }
@@ -136,7 +138,7 @@ void Experts::run(ThreadPool& pool, const Kernels& kernels, const ExpertsCall& c
   sums_.reserve(size_t{2} * kTokens * kStride * static_cast<size_t>(pool.num_threads()));
 
   // A step begins when all of the one before is there.
-  const auto share_out = [&](int64_t count, const auto& body) { attention::share_out(pool, kernels, count, body); };
+  const auto share_out = [&](int64_t count, const auto& body) { cpu::share_out(pool, kernels, count, body); };
   const auto num_groups = static_cast<int64_t>(groups_.size()), num_met = static_cast<int64_t>(met_.size());
   const int of_page = blocks(call.rows), of_expert = of_page * call.pages_per_expert, of_down = blocks(call.hidden);
   share_out(num_groups, [&](int64_t item, int) { running.lay_out_x(groups_[static_cast<size_t>(item)]); });
@@ -191,4 +193,4 @@ void Experts::sort(const ExpertsCall& call) {
   }
 }
 
-}  // namespace moe::attention
+}  // namespace moe::cpu

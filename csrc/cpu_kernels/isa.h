@@ -6,7 +6,7 @@
 
 #include "kernel.h"
 
-namespace moe::attention {
+namespace moe::cpu {
 
 // Instruction sets with kernels that this CPU runs, slowest first; scalar is always one of them.
 std::vector<Isa> available_isas();
@@ -18,4 +18,4 @@ Isa isa_from_name(const std::string& name);
 
 const Kernels& kernels_of(Isa isa);
 
-}  // namespace moe::attention
+}  // namespace moe::cpu

@@ -5,7 +5,7 @@
 
 #include "kernel.h"
 
-namespace moe::attention {
+namespace moe::cpu {
 namespace {
 #include "number.inc"
 
@@ -16,4 +16,4 @@ namespace {
 
 const Kernels kScalarKernels = MOE_KERNELS(do_nothing, do_nothing, attend<bf16>, streams_nothing, lay_out<bf16>, multiply<bf16>);
 
-}  // namespace moe::attention
+}  // namespace moe::cpu

@@ -2,7 +2,7 @@ from collections.abc import Sequence
 
 def available_isas() -> list[str]: ...
 
-class Attention:
+class Cpu:
     def __init__(self, num_threads: int, cpus: Sequence[int], isa: str, /) -> None: ...
     def run(
         self,

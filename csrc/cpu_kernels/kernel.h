@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace moe::attention {
+namespace moe::cpu {
 
 enum class DType : int { bf16, f16, f32 };
 constexpr int kNumDTypes = 3;
@@ -136,4 +136,4 @@ extern const Kernels kAvx512Bf16Kernels;
 extern const Kernels kAmxKernels;
 #endif
 
-}  // namespace moe::attention
+}  // namespace moe::cpu

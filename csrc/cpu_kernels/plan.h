@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-namespace moe::attention {
+namespace moe::cpu {
 
 // The sequences of a call. The last query_lens[i] of a sequence's context_lens[i] tokens are new.
 struct Batch {
@@ -100,4 +100,4 @@ class Plan {
   int max_queries_ = 0;
 };
 
-}  // namespace moe::attention
+}  // namespace moe::cpu
