@@ -10,10 +10,10 @@
 namespace moe::cpu {
 namespace {
 
-// Rows of weights that a thread takes at a time, and tokens that meet them together. Both should stay in L2: with many
-// groups of tokens, these come again for each item, and the more rows it has the less often.
-constexpr int kRows = 64;
-constexpr int kTokens = 16;
+// Rows of weights that a thread takes at a time, and tokens of a group, which meet them together: with those of gate and
+// up both should stay in half of an L2, as cores may have two threads.
+constexpr int kRows = 32;
+constexpr int kTokens = 32;
 constexpr int kStride = kRows + kScorePadding;
 
 int padded(int dims) { return (dims + kHeadDimUnit - 1) / kHeadDimUnit * kHeadDimUnit; }
@@ -70,11 +70,6 @@ struct Experts::Running {
     return static_cast<const char*>(call.pages[int64_t{met.expert} * call.pages_per_expert + page]);
   }
 
-  template <class F>
-  void for_groups(const Met& met, F body) const {
-    for (size_t i = met.first; i < met.end; ++i) body(self.groups_[i]);
-  }
-
   void lay_out_x(const Group& group) const {
     kernels.lay_out[type]({call.x, call.x_stride, &self.tokens_[static_cast<size_t>(group.first)], group.count,
                            call.hidden, hidden, x(group.first)});
@@ -84,17 +79,18 @@ struct Experts::Running {
   void enter(const Met& met, int page, int block, float* gates) const {
     const int first = block * kRows, count = std::min(kRows, call.rows - first);
     float* ups = gates + kTokens * kStride;
-    for_groups(met, [&](const Group& group) {
+    for (size_t at = met.first; at < met.end; ++at) {
+      const Group& group = self.groups_[at];
       const auto multiply = [&](int64_t row, float* sums) {
-        kernels.multiply[type]({gate(met, page, row), count, call.hidden, hidden, x(group.first), group.count, sums,
-                                kStride});
+        kernels.multiply[type]({gate(met, page, row), count, call.hidden, hidden, x(group.first), group.count,
+                                at == met.first, sums, kStride});
       };
       multiply(first, gates);
       multiply(int64_t{call.rows} + first, ups);
       for (int i = 0; i < group.count; ++i)
         kernels.activate[type](gates + i * kStride, ups + i * kStride, count,
                                inner(page, group.first + i) + first * element);
-    });
+    }
   }
 
   void lay_out_inner(int page, const Group& group) const {
@@ -105,17 +101,18 @@ struct Experts::Running {
   // Some dimensions: down times what all pages gave.
   void leave(const Met& met, int block, float* sums) const {
     const int first = block * kRows, count = std::min(kRows, call.hidden - first);
-    for_groups(met, [&](const Group& group) {
+    for (size_t at = met.first; at < met.end; ++at) {
+      const Group& group = self.groups_[at];
       for (int page = 0; page < call.pages_per_expert; ++page) {
         kernels.multiply[type]({down(met, page, first), count, call.rows, rows, laid_out_inner(page, group.first),
-                                group.count, sums, kStride});
+                                group.count, at == met.first, sums, kStride});
         for (int i = 0; i < group.count; ++i) {
           const float* from = sums + i * kStride;
           float* to = output(group.first + i) + first;
           for (int d = 0; d < count; ++d) to[d] = page == 0 ? from[d] : to[d] + from[d];
         }
       }
-    });
+    }
   }
 
   void add_up(int64_t token) const {

@@ -96,6 +96,7 @@ struct Product {
   int padded_depth;
   const float* x;
   int tokens;
+  bool is_first;  // these rows are read for the first time: from memory
   float* sums;
   int64_t stride;
 };
