@@ -10,7 +10,7 @@
 namespace moe::cpu {
 namespace {
 
-// Rows of weights that a thread takes at a time, and tokens of a group, which meet them together: with those of gate and
+// Rows of weights that a thread takes at a time, and tokens of a group, which meet them together: with rows of gate and
 // up both should stay in half of an L2, as cores may have two threads.
 constexpr int kRows = 32;
 constexpr int kTokens = 32;
@@ -162,8 +162,9 @@ void Experts::sort(const ExpertsCall& call) {
   for (size_t pair = 0; pair < num_pairs; ++pair) {
     const int64_t id = call.ids[pair];
     if (id < 0 || id >= call.num_experts)
-      throw std::invalid_argument("token " + std::to_string(static_cast<int64_t>(pair) / call.top_k) + " goes to expert " +
-                                  std::to_string(id) + "; there are " + std::to_string(call.num_experts));
+      throw std::invalid_argument("token " + std::to_string(static_cast<int64_t>(pair) / call.top_k) +
+                                  " goes to expert " + std::to_string(id) + "; there are " +
+                                  std::to_string(call.num_experts));
     ++front[static_cast<size_t>(id)];
   }
   met_.clear();
@@ -180,7 +181,8 @@ void Experts::sort(const ExpertsCall& call) {
       const int64_t begin = count * turn / turns, end = count * (turn + 1) / turns;
       groups_.push_back({first + begin, static_cast<int>(end - begin)});
     }
-    if (count > 0) met_.push_back({static_cast<int>(expert), groups_.size() - static_cast<size_t>(turns), groups_.size()});
+    const size_t end = groups_.size();
+    if (count > 0) met_.push_back({static_cast<int>(expert), end - static_cast<size_t>(turns), end});
     first += count;
   }
   for (size_t pair = 0; pair < num_pairs; ++pair) {

@@ -34,7 +34,7 @@ class Experts {
   // Raises std::invalid_argument, before anything is written, if a token goes to an expert that is not there.
   void run(ThreadPool& pool, const Kernels& kernels, const ExpertsCall& call);
 
-  // What is kept of slots, which only grows.
+  // Of what is kept of slots' rows, which only grows.
   size_t num_bytes() const;
 
  private:

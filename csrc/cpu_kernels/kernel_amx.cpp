@@ -24,6 +24,7 @@ namespace {
 #include "experts_tiles.inc"
 }  // namespace
 
-const Kernels kAmxKernels = MOE_KERNELS(configure_tiles, release_tiles, attend_bf16, streams_out, lay_out_bf16, multiply_bf16);
+const Kernels kAmxKernels =
+    MOE_KERNELS(configure_tiles, release_tiles, attend_bf16, streams_out, lay_out_bf16, multiply_bf16);
 
 }  // namespace moe::cpu

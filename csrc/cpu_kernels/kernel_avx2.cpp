@@ -16,6 +16,7 @@ namespace {
 #include "kernel.inc"
 }  // namespace
 
-const Kernels kAvx2Kernels = MOE_KERNELS(do_nothing, do_nothing, attend<bf16>, streams_nothing, lay_out<bf16>, multiply<bf16>);
+const Kernels kAvx2Kernels =
+    MOE_KERNELS(do_nothing, do_nothing, attend<bf16>, streams_nothing, lay_out<bf16>, multiply<bf16>);
 
 }  // namespace moe::cpu

@@ -14,7 +14,8 @@ class FloatBuffer {
  public:
   void reserve(size_t count) {
     if (count <= capacity_) return;
-    data_.reset();  // before asking for more
+    data_.reset();  // before asking for more, which may be refused
+    capacity_ = 0;
     data_.reset(static_cast<float*>(::operator new(count * sizeof(float), kLine)));
     capacity_ = count;
   }

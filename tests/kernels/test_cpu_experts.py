@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -133,21 +135,64 @@ def test_a_token_may_not_go_to_an_expert_that_is_not_there(kernels, expert):
         kernels[1].experts(torch.empty_like(x), x, ids, weights, pages, 1)
 
 
+def strided(tensor):
+    """The same values, each row's elements apart."""
+    return tensor.repeat_interleave(2, dim=1)[:, ::2]
+
+
+def apart(tensor):
+    """The same values, rows apart."""
+    return torch.cat([tensor, tensor], dim=1)[:, : tensor.shape[1]]
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("out", lambda x: x[:, :40]), ("out", lambda x: x.float()), ("x", lambda x: x.double()),
-        ("x", lambda x: x.t()),
-        ("topk_ids", lambda ids: ids.int()), ("topk_ids", lambda ids: ids[:2]), ("topk_ids", lambda ids: ids.t()),
-        ("topk_weights", lambda w: w.double()), ("topk_weights", lambda w: w[:, :1]),
+        ("out", lambda x: x[:, :40]), ("out", lambda x: x.float()), ("out", lambda x: x[:1].expand(4, 48)),
+        ("out", strided), ("x", lambda x: x.double()), ("x", strided), ("x", lambda x: x[0]),
+        ("topk_ids", lambda ids: ids.int()), ("topk_ids", lambda ids: ids[:2]), ("topk_ids", strided),
+        ("topk_ids", apart), ("topk_ids", lambda ids: ids[:, 0]),
+        ("topk_weights", lambda w: w.double()), ("topk_weights", lambda w: w[:, :1]), ("topk_weights", apart),
         ("pages", lambda pages: pages[:3]), ("pages", lambda pages: [pages[0][:-1], *pages[1:]]),
         ("pages", lambda pages: [*pages[:3], pages[3].float()]), ("pages", lambda pages: [p[:10] for p in pages]),
-        ("pages", lambda pages: [*pages[:3], pages[3].repeat(2)[::2]]),
+        ("pages", lambda pages: [*pages[:3], pages[3].repeat(2)[::2]]), ("pages", lambda pages: []),
+        ("pages", lambda pages: [*pages[:3], pages[3].to("meta")]), ("pages", lambda pages: [p[:0] for p in pages]),
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fit_are_refused(kernels, name, change):
     x, ids, weights, pages = made(4, 2, 2, 2, torch.bfloat16)
     given = {"out": torch.empty_like(x), "x": x, "topk_ids": ids, "topk_weights": weights, "pages": pages}
+    kernels[0].experts(**given, pages_per_expert=2)
     given[name] = change(given[name])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=f"^{name} "):
         kernels[0].experts(**given, pages_per_expert=2)
+
+
+@pytest.mark.parametrize("pages_per_expert", [-1, 0, 3])
+def test_experts_have_whole_numbers_of_pages(kernels, pages_per_expert):
+    x, ids, weights, pages = made(4, 2, 2, 2, torch.bfloat16)
+    with pytest.raises(ValueError, match=f"pages are 4, {pages_per_expert} of each expert"):
+        kernels[0].experts(torch.empty_like(x), x, ids, weights, pages, pages_per_expert)
+
+
+def test_memory_that_is_refused_leaves_kernels_that_work():
+    """In a process of its own, as its limit is the process's."""
+    script = """
+import resource, torch
+from moe_lightning.kernels.cpu_kernels import CpuKernels
+kernel, pages = CpuKernels(1), [torch.ones(3 * 64 * 2048)]
+def run(tokens):
+    x, ids = torch.ones(tokens, 64), torch.zeros(tokens, 1, dtype=torch.int64)
+    kernel.experts(torch.empty_like(x), x, ids, torch.ones(tokens, 1), pages, 1)
+run(100)
+some = kernel.experts_bytes
+pages_now = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages_now * resource.getpagesize() + 2**27, -1))
+try:
+    run(30_000)
+except MemoryError:
+    run(100)
+    print("works with", kernel.experts_bytes - some)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert found.stdout.startswith("works with"), found.stderr

@@ -9,6 +9,7 @@ import pytest
 import torch
 from efforts import SHAPE, TINY
 
+from moe_lightning.errors import ConfigError
 from moe_lightning.profiling import gpu_machine
 from moe_lightning.profiling.steps import Steps
 from profiles import LANES, LINK, PROFILE
@@ -69,3 +70,54 @@ def test_the_number_of_steps_is_known_before(kernels, monkeypatch):
     of_kernels = kernels(None, None)[1]
     # Host memory, three kinds of copies, reads, the CPU's products, each geometry, each model's experts, the lanes.
     assert totals == [1 + 3 + 1 + 1 + len(TINY.geometries) + len(shapes) + 1 + of_kernels]
+
+
+def test_where_host_memory_is_refused_nobody_waits_for_kernels(monkeypatch):
+    compiled = []
+
+    class Bench:
+        def __init__(self, shape, dtype, effort):
+            self.name = shape.name
+
+        def compile(self, stopped):
+            compiled.append((self.name, stopped.wait(30)))
+
+    def refuse(effort, has_gpu):
+        raise ConfigError("too little host memory")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu_machine.gpu, "ExpertsBench", Bench)
+    monkeypatch.setattr(gpu_machine, "HostMemory", refuse)
+    with pytest.raises(ConfigError, match="too little"):
+        gpu_machine._all([SHAPE, OTHER], TINY, torch.bfloat16, Steps(99, lambda *_: None))
+    assert compiled in ([("tiny", True)], []), "stopped, before it began perhaps"
+
+
+def test_all_kernels_are_compiled_before_anything_is_measured(monkeypatch):
+    compiled, order = [], []
+
+    class Bench:
+        def __init__(self, shape, dtype, effort):
+            self.name = shape.name
+
+        def compile(self, stopped):
+            compiled.append(self.name)
+
+    class Memory:
+        def __init__(self, effort, has_gpu):
+            pass
+
+        def fill(self, dtype):
+            pass
+
+    def host_and_link(*_):
+        order.append(list(compiled))
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu_machine.gpu, "ExpertsBench", Bench)
+    monkeypatch.setattr(gpu_machine, "HostMemory", Memory)
+    monkeypatch.setattr(gpu_machine, "_host_and_link", host_and_link)
+    with pytest.raises(InterruptedError):
+        gpu_machine._all([SHAPE, OTHER], TINY, torch.bfloat16, Steps(99, lambda *_: None))
+    assert order == [["tiny", "other"]]

@@ -106,6 +106,31 @@ def test_experts_count_as_often_as_they_are_met(monkeypatch):
     assert found.times.seconds == pytest.approx((2 * 0.25, 4 * 0.25), rel=1e-4)
 
 
+class Recording:
+    """In place of the CPU's kernels."""
+
+    def __init__(self):
+        self.calls = []
+
+    def experts(self, out, x, ids, weights, pages, pages_per_expert):
+        addresses = [page.data_ptr() for page in pages]
+        self.calls.append((len(x), len(ids.unique()), len(set(addresses)), pages_per_expert, pages[0].numel()))
+
+
+def test_beside_a_gpu_the_kernel_has_as_many_experts_as_are_met_and_there_is_memory_for(monkeypatch):
+    monkeypatch.setattr(host, "median_seconds", lambda work, *_: (work(0), work(1), 0.25)[2])
+    shape, size = replace(SHAPE, pages_per_expert=2), 3 * SHAPE.hidden_size * SHAPE.intermediate_size
+    for room, one, sixteen in ((8, 2, 4), (3, 2, 3), (1, 1, 1)):
+        kernel = Recording()
+        effort = replace(TINY, cpu_experts_s=10.0, pool_bytes=4 * size * room)
+        found = host.experts(shape, torch.float32, effort, kernel=kernel)
+        assert kernel.calls == [(one, one, 2 * one, 2, size // 2)] * 2 + [
+            (8 * sixteen, sixteen, 2 * sixteen, 2, size // 2)
+        ] * 2
+        assert found.times.seconds == pytest.approx((2 / one * 0.25, 4 / sixteen * 0.25), rel=1e-4)
+        assert found.shape == replace(shape, pages_per_expert=1)
+
+
 def test_batches_that_would_take_too_long_are_left_out():
     slow = replace(TINY, cpu_experts_s=1e-9)
     assert host.experts(SHAPE, torch.float32, slow).times.sizes == (1,)

@@ -30,6 +30,7 @@ from moe_lightning.perf.predict import pass_work
 from moe_lightning.perf.rates import DatasheetRates, LighterPages, MeasuredRates
 from moe_lightning.perf.refit import Refitted
 from moe_lightning.perf.sizing import ROOM, Choice, largest_policy, sized
+from moe_lightning.perf.trials import Planned, Trials
 from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.pipeline import cgopipe
 from moe_lightning.pipeline.baselines import SCHEDULES
@@ -290,6 +291,16 @@ def test_a_search_near_a_plan_is_no_slower_than_the_plan_and_about_as_fast_as_a_
     whole = search(MIXTRAL, "bfloat16", memory, rates, WORK)
     assert near.tokens_per_s >= planned(16, 110).tokens_per_s
     assert near.tokens_per_s >= 0.97 * whole.tokens_per_s
+
+
+def test_a_plan_with_all_experts_on_the_cpu_is_tried_with_plain_ones():
+    memory, rates = Memory(120 * GIB, 24 * GIB), DatasheetRates(H100)
+    problem = replace(problem_of(MIXTRAL, "bfloat16", memory, WORK), packed=True)
+    choice = replace(planned().choice, cpu_every=1, kv_every=0)
+    policy = largest_policy(problem, choice)
+    trials = Trials(problem, rates)
+    trials.try_plan(Planned(policy, problem.outlook(policy, rates).prediction, choice))
+    assert trials.best.policy == policy and not policy.packed
 
 
 def test_half_the_bytes_of_experts_leave_twice_as_many_resident_and_take_half_the_time():

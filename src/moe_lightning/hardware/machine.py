@@ -27,7 +27,7 @@ class Machine:
         cpu: name of the model.
         cores: that the process may use.
         threads: that torch computes with on the CPU.
-        isa: instruction set of the CPU's attention kernels.
+        isa: instruction set of the CPU's kernels.
         host_memory_bytes: of the system or the container, used or not.
         kernels: version of this package and what its kernels' files are.
         torch: its version.

@@ -1,4 +1,4 @@
-"""What the CPU computes beside a GPU, where KV cache and experts lie: C++ kernels behind checks of their tensors.
+"""Attention and experts on the CPU, where KV cache and weights lie: C++ kernels behind checks of their tensors.
 
 Shapes: N tokens, B sequences, D head dimension. `kernels.reference` defines what they compute.
 """
@@ -160,26 +160,7 @@ class CpuKernels:
         """
         if not len(x):
             return
-        hidden_size, rows = x.shape[1], pages[0].numel() // (3 * x.shape[1])
-        _expect(out, "out", tuple(x.shape), x.dtype)
-        _rows(x, "x", 2)
-        for tensor, name, dtype in (
-            (topk_ids, "topk_ids", torch.int64),
-            (topk_weights, "topk_weights", torch.float32),
-        ):
-            _expect(tensor, name, (len(x), topk_ids.shape[1]), dtype)
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
-        size = 3 * rows * hidden_size
-        if x.dtype not in _DTYPES or len(pages) % pages_per_expert or not rows:
-            raise ValueError(
-                f"x is {x.dtype} {list(x.shape)} with {len(pages)} pages, {pages_per_expert} an expert; it must be "
-                "bfloat16, float16 or float32, with whole experts of whole rows"
-            )
-        if any(p.dtype != x.dtype or p.numel() != size or not p.is_contiguous() or p.is_cuda for p in pages):
-            raise ValueError(
-                f"pages must be contiguous {x.dtype} of {size} elements, 3 x {rows} x {hidden_size}"
-            )
+        hidden_size, rows = _check_experts(out, x, topk_ids, topk_weights, pages, pages_per_expert)
         self._core.experts(
             _DTYPES[x.dtype],
             (out.data_ptr(), out.stride(0)),
@@ -262,6 +243,39 @@ def _check(
         )
     if block_tables.dtype != torch.int64:
         raise ValueError(f"block_tables is {block_tables.dtype}; it must be int64")
+
+
+def _check_experts(
+    out: Tensor,
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    pages: Sequence[Tensor],
+    pages_per_expert: int,
+) -> tuple[int, int]:
+    """Elements of x's rows and rows of a page's gate; raises if they do not fit each other."""
+    num_tokens, hidden_size = _rows(x, "x", 2)
+    _, top_k = _rows(topk_ids, "topk_ids", 2)
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x is {x.dtype}; it must be bfloat16, float16 or float32")
+    _expect(out, "out", (num_tokens, hidden_size), x.dtype)
+    _expect(topk_ids, "topk_ids", (num_tokens, top_k), torch.int64)
+    _expect(topk_weights, "topk_weights", (num_tokens, top_k), torch.float32)
+    for tensor, name in ((topk_ids, "topk_ids"), (topk_weights, "topk_weights")):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+    if num_tokens > 1 and out.stride(0) < hidden_size:
+        raise ValueError(f"out has strides {out.stride()}; its rows may not overlap")
+    if pages_per_expert < 1 or not pages or len(pages) % pages_per_expert:
+        raise ValueError(
+            f"pages are {len(pages)}, {pages_per_expert} of each expert; they must be whole experts"
+        )
+    size = pages[0].numel()
+    if size % (3 * hidden_size) or not size:
+        raise ValueError(f"pages have {size} elements; they must be whole rows of 3 x {hidden_size}")
+    if any(p.dtype != x.dtype or p.numel() != size or not p.is_contiguous() or not p.is_cpu for p in pages):
+        raise ValueError(f"pages must each be {size} contiguous elements of {x.dtype} on the CPU")
+    return hidden_size, size // (3 * hidden_size)
 
 
 def _rows(tensor: Tensor, name: str, num_dims: int) -> tuple[int, ...]:

@@ -115,7 +115,8 @@ class MemoryUse:
         device: held where the dense work is done.
         host: held beside that.
         during_pass: what passes take of the device for a while.
-        cpu_sweep: bytes that they take of the host for a while, where the CPU computes experts; no more than this.
+        cpu_sweep: bytes of the host that the CPU's kernels keep from the first largest pass on, where they compute
+            experts.
         has_gpu: the dense work is done on one.
     """
 

@@ -103,6 +103,10 @@ class Problem:
         """What the workload should reach under a policy."""
         return Outlook(self.spec, self.dtype, policy, rates, self.workload)
 
+    def packs(self, cpu_every: int) -> bool:
+        """Whether a policy's experts are packed: what the CPU computes with is not, and that may be all."""
+        return self.packed and cpu_every != 1
+
     def page_bytes(self, pages: int) -> int:
         """Bytes of a page where experts are cut into so many."""
         rows = self.spec.experts.intermediate_size // pages
@@ -196,7 +200,7 @@ def _draft(problem: Problem, choice: Choice, num_seqs: int) -> Policy:
         pages_per_expert=choice.pages, resident_pages=(0,) * problem.spec.num_layers, num_frames=0, num_blocks=0,
         block_size=BLOCK_SIZE, expert_parts=choice.parts, kv_every=choice.kv_every,
         cpu_every=choice.cpu_every,
-        packed=problem.packed and choice.cpu_every != 1,  # what the CPU computes with is not, and that is all then
+        packed=problem.packs(choice.cpu_every),
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class Trials:
 
     def try_plan(self, plan: Planned) -> None:
         """Take a plan for another machine as it is, if it fits."""
-        policy = replace(plan.policy, packed=self._problem.packed and plan.policy.cpu_every != 1)
+        policy = replace(plan.policy, packed=self._problem.packs(plan.policy.cpu_every))
         use, memory = self._problem.use(policy), self._problem.memory
         assert memory.gpu is not None
         if use.gpu_bytes <= memory.gpu and use.host_bytes <= memory.host:

@@ -49,7 +49,7 @@ class Effort:
 
     point_s: float = 0.2
     gpu_point_s: float = 0.08
-    attention_s: float = 22.0
+    attention_s: float = 30.0
     host_bytes: int = 24 * GIB
     gpu_bytes: int = 4 * GIB
     call_bytes: int = 256 * MIB
@@ -79,7 +79,7 @@ class Effort:
     def paced(self, elapsed_s: float, done: int) -> Effort:
         """For the next geometry of attention, after so many: shorter where what came before took long.
 
-        What follows attention takes as long as it takes: kernels have to be compiled.
+        What follows attention takes as long as it takes.
         """
         planned_s = self.point_s * (len(self.num_seqs) + _RUNS_OF_CONTEXT * len(self.contexts))
         left_s = (self.attention_s - elapsed_s) / (len(self.geometries) - done) - _MAKING_S

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -78,15 +79,14 @@ class ExpertsBench:
         part_tokens = tuple(count for count in effort.part_tokens if count <= tokens[-1])
         self._sweeps = {1: tokens} | {n: part_tokens for n in numbers if part_tokens}
 
-    def compile(self) -> None:
+    def compile(self, stopped: threading.Event) -> None:
         """Compile all kernels of the sweeps, several at once: one by one takes most of a first profile."""
         s = self._shape
         ops.compile_experts(
             self._frames, self._table, s.pages_per_expert, s.hidden_size, s.top_k, self._sweeps,
-            num_threads=min(_COMPILERS, os.cpu_count() or 1),
+            num_threads=min(_COMPILERS, os.cpu_count() or 1), stopped=stopped,
         )  # fmt: skip
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
 
     def measure(self, load: Load | None) -> ExpertsProfile:
         """Seconds by tokens, of sweeps that begin when their pages are there, while the load goes on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -60,10 +61,15 @@ def _all(
     shapes: Sequence[ModelShape], effort: Effort, dtype: torch.dtype, steps: Steps
 ) -> tuple[HostProfile, GpuProfile]:
     steps.begin("host memory, and compiling meanwhile")
+    stopped = threading.Event()
     with ThreadPoolExecutor(1, "compile") as background:
-        compiled = background.submit(_compile, shapes, effort, dtype)
-        memory = HostMemory(effort, has_gpu=True)
-        memory.fill(dtype)
+        compiled = background.submit(_compile, shapes, effort, dtype, stopped)
+        try:
+            memory = HostMemory(effort, has_gpu=True)
+            memory.fill(dtype)
+        except BaseException:
+            stopped.set()  # nobody waits for kernels after that
+            raise
         compiled.result()
     found_host, link, loads = _host_and_link(memory, shapes, effort, dtype, steps)
     steps.begin("launching and handing over")
@@ -72,10 +78,15 @@ def _all(
     return found_host, _kernels(shapes, loads, effort, dtype, link, lanes, steps)
 
 
-def _compile(shapes: Sequence[ModelShape], effort: Effort, dtype: torch.dtype) -> None:
+def _compile(
+    shapes: Sequence[ModelShape], effort: Effort, dtype: torch.dtype, stopped: threading.Event
+) -> None:
     """All kernels of the shapes' experts; with one shape's memory at a time, as when they are measured."""
     for shape in shapes:
-        gpu.ExpertsBench(shape, dtype, effort).compile()
+        if stopped.is_set():
+            return
+        gpu.ExpertsBench(shape, dtype, effort).compile(stopped)
+        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -67,11 +67,10 @@ def experts(
 ) -> ExpertsProfile:
     """Sweeps over a layer's experts, until larger batches would take too long.
 
-    A CPU computes the experts one after the other. So one is measured, with as many rows as it has on average, and
-    counts as often as the tokens are expected to meet one. `before` is called before each turn; beside a GPU it is
-    `kernel` that computes.
+    Some experts are measured, with as many rows as they have on average, and count as often as the tokens are
+    expected to meet as many: one by itself where a library computes them one after the other; beside a GPU, where
+    `kernel` shares all of them out, as many as there is memory for. `before` is called before each turn.
     """
-    shape = replace(shape, pages_per_expert=1)
     elements = 3 * shape.hidden_size * shape.intermediate_size
     pool = host_tensor((max(1, effort.pool_bytes // (elements * dtype.itemsize)), elements), dtype)
     fill(pool.flatten(), shape.hidden_size**-0.5)
@@ -80,31 +79,37 @@ def experts(
     for num_tokens in effort.cpu_tokens:
         met = shape.experts_met(num_tokens)
         rows = max(1, round(num_tokens * shape.top_k / met))
-        turn_s = _expert_seconds(rows, shape.hidden_size, pool, effort, before, kernel)
-        points[num_tokens] = met * turn_s
+        if kernel is None:
+            count, work = 1, _one_by_the_library(rows, shape, pool)
+        else:
+            count = min(len(pool), round(met))
+            work = _some_by_the_kernel(rows, count, shape, pool, kernel)
+        turn_s = median_seconds(work, effort.point_s, before)
+        points[num_tokens] = met / count * turn_s
         if time.perf_counter() - begin + 4 * turn_s > effort.cpu_experts_s:
             break
-    return ExpertsProfile(shape, name_of(dtype), TimeCurve(tuple(points), tuple(points.values())))
+    times = TimeCurve(tuple(points), tuple(points.values()))
+    return ExpertsProfile(replace(shape, pages_per_expert=1), name_of(dtype), times)
 
 
-def _expert_seconds(
-    rows: int,
-    hidden_size: int,
-    pool: Tensor,
-    effort: Effort,
-    before: Callable[[], object],
-    kernel: CpuKernels | None,
-) -> float:
-    """Of one expert, each turn another one of the pool."""
-    x = torch.randn(rows, hidden_size).to(pool.dtype)
-    out = torch.empty_like(x)
+def _one_by_the_library(rows: int, shape: ModelShape, pool: Tensor) -> Callable[[int], object]:
+    """A turn with another expert of the pool."""
+    x = torch.randn(rows, shape.hidden_size).to(pool.dtype)
     ids, weights = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1)
+    return lambda turn: cpu_experts.experts(x, ids, weights, [pool[turn % len(pool)]], 1)
+
+
+def _some_by_the_kernel(
+    rows: int, count: int, shape: ModelShape, pool: Tensor, kernel: CpuKernels
+) -> Callable[[int], object]:
+    """A turn with the next experts of the pool, in pages as the model has them."""
+    x = torch.randn(rows * count, shape.hidden_size).to(pool.dtype)
+    out, weights = torch.empty_like(x), torch.ones(len(x), 1)
+    ids = torch.arange(len(x))[:, None] % count
 
     def work(turn: int) -> None:
-        page = [pool[turn % len(pool)]]
-        if kernel is None:
-            cpu_experts.experts(x, ids, weights, page, 1)
-        else:
-            kernel.experts(out, x, ids, weights, page, 1)
+        some = (pool[(turn * count + i) % len(pool)] for i in range(count))
+        pages = [page for expert in some for page in expert.chunk(shape.pages_per_expert)]
+        kernel.experts(out, x, ids, weights, pages, shape.pages_per_expert)
 
-    return median_seconds(work, effort.point_s, before)
+    return work
