@@ -11,7 +11,6 @@ from checkpoints import greedy, load, prompts_of
 from fake_machine import RATES
 from moe_lightning import SamplingParams
 from moe_lightning.engine.plan import Plan
-from moe_lightning.engine.worker import cpu_lane_threads
 from moe_lightning.errors import ScheduleError
 from moe_lightning.perf.workload import Workload
 from moe_lightning.pipeline.task import Lane, Schedule, TaskKind
@@ -53,7 +52,6 @@ def test_no_policy_changes_a_token(number, mixtral, prompts, answers):
 
 def test_no_expert_on_the_gpu_changes_no_token(mixtral, prompts, answers):
     llm = cuda(mixtral, cpu_every=1, resident_pages=(0, 0, 0), num_frames=0)
-    assert torch.get_num_threads() == cpu_lane_threads(torch.device("cuda")), "one core is the launcher's"
     assert tokens_of(llm, prompts) == answers
     assert tokens_of(llm, prompts[::-1]) == answers[::-1]
 

@@ -114,7 +114,9 @@ class Recording:
 
     def experts(self, out, x, ids, weights, pages, pages_per_expert):
         addresses = [page.data_ptr() for page in pages]
-        self.calls.append((len(x), len(ids.unique()), len(set(addresses)), pages_per_expert, pages[0].numel()))
+        self.calls.append(
+            (len(x), len(ids.unique()), len(set(addresses)), pages_per_expert, pages[0].numel())
+        )
 
 
 def test_beside_a_gpu_the_kernel_has_as_many_experts_as_are_met_and_there_is_memory_for(monkeypatch):
@@ -124,9 +126,11 @@ def test_beside_a_gpu_the_kernel_has_as_many_experts_as_are_met_and_there_is_mem
         kernel = Recording()
         effort = replace(TINY, cpu_experts_s=10.0, pool_bytes=4 * size * room)
         found = host.experts(shape, torch.float32, effort, kernel=kernel)
-        assert kernel.calls == [(one, one, 2 * one, 2, size // 2)] * 2 + [
-            (8 * sixteen, sixteen, 2 * sixteen, 2, size // 2)
-        ] * 2
+        assert (
+            kernel.calls
+            == [(one, one, 2 * one, 2, size // 2)] * 2
+            + [(8 * sixteen, sixteen, 2 * sixteen, 2, size // 2)] * 2
+        )
         assert found.times.seconds == pytest.approx((2 / one * 0.25, 4 / sixteen * 0.25), rel=1e-4)
         assert found.shape == replace(shape, pages_per_expert=1)
 
