@@ -58,7 +58,9 @@ class EngineConfig:
         parse=parse_count,
     )  # fmt: skip
     max_num_seqs: int | None = setting(
-        None, "sequences that decode at once, if memory holds them; default: 256", parse=parse_count
+        None,
+        "sequences that decode at once, if memory holds them; default: as planned; on a CPU alone 256",
+        parse=parse_count,
     )
     gpu_memory: int | None = setting(
         None,

@@ -303,6 +303,18 @@ def test_a_plan_with_all_experts_on_the_cpu_is_tried_with_plain_ones():
     assert trials.best.policy == policy and not policy.packed
 
 
+@pytest.mark.parametrize(("num_requests", "gen_len", "host"), [(3, 64, 120), (10, 32, 120), (70, 32, 160)])
+def test_a_small_job_is_no_slower_than_with_less_memory(num_requests, gen_len, host):
+    """By a profile of C++ kernels: with experts of some layers on the CPU much depends on other choices."""
+    rates = MeasuredRates(load_profile(RESULTS / "small_jobs_fc6bac0" / "profile.json"))
+    work, gpu = Workload((77,), gen_len, num_requests), 23 * GIB
+    plan = search(MIXTRAL, "bfloat16", Memory(host * GIB, gpu), rates, work)
+    assert plan.policy.cpu_every
+    for less in (Memory((host - 32) * GIB, gpu), Memory(host * GIB, gpu - 2 * GIB)):
+        other = search(MIXTRAL, "bfloat16", less, rates, work, near=plan)
+        assert other.tokens_per_s < 1.012 * plan.tokens_per_s
+
+
 def test_half_the_bytes_of_experts_leave_twice_as_many_resident_and_take_half_the_time():
     rates = LighterPages(DatasheetRates(H100), 0.5)
     work = pass_work(MIXTRAL, PassShape(32, 0, 1, 1, 0, (112,) * 32, 112), (8,), 100, pages_per_expert=14)

@@ -124,9 +124,13 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
         raise no_feasible_policy(problem, tuple(some))
     if not is_near:
         found.vary(found.best.choice)
-    _look_elsewhere(found, bridging, rates, is_near=is_near, is_job=problem.workload.num_requests is not None)
+    is_job = problem.workload.num_requests is not None
+    _look_elsewhere(found, bridging, rates, is_near=is_near, is_job=is_job)
+    most = found
     found, problem = _of_fewer_sequences(found, problem, rates, is_near=is_near)
     assert found.best is not None
+    if found is not most and not is_near:  # fewer leave other room
+        _look_elsewhere(found, bridging, rates, is_near=is_near, is_job=is_job)
     plan = with_slack(problem, found.best, rates)
     if not is_near:
         found.vary_for_others(plan)
@@ -150,8 +154,12 @@ def _look_elsewhere(found: Trials, bridging: Choice, rates: Rates, *, is_near: b
         if not (is_near or is_job):
             found.vary(found.best.choice)
     if rates.knows_cpu_experts and _waits_for_pages(found.best):
-        for start in found.likeliest([found.best.choice, bridging], "cpu_every")[:1]:
+        for start in found.likeliest([found.best.choice, whole, bridging], "cpu_every")[
+            : 1 if is_near else 3
+        ]:
             found.vary(start)
+        if found.best.choice.cpu_every and not is_near:
+            found.vary(found.best.choice)
 
 
 def _of_fewer_sequences(

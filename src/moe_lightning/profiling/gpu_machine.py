@@ -67,10 +67,10 @@ def _all(
         try:
             memory = HostMemory(effort, has_gpu=True)
             memory.fill(dtype)
+            compiled.result()
         except BaseException:
             stopped.set()  # nobody waits for kernels after that
             raise
-        compiled.result()
     found_host, link, loads = _host_and_link(memory, shapes, effort, dtype, steps)
     steps.begin("launching and handing over")
     lanes = LanesBench(effort).measure()
