@@ -183,7 +183,7 @@ def main() -> int:
     predicted = predictor(spec_of(args.model), rates)
     curves = [(curve, line(curve, middle, predicted), dots(curve, middle, found)) for curve in CURVES]
     title = (
-        f"{args.model}, MTBench lengths; unless varied {args.gpu_memory / GIB:g} GiB of GPU memory, "
+        f"{args.model}, MTBench lengths\nunless varied {args.gpu_memory / GIB:g} GiB of GPU memory, "
         f"{args.host_memory / GIB:g} GiB of host memory, {args.gen_len} tokens an answer"
     )
     draw(curves, title, args.svg)
