@@ -13,7 +13,7 @@ from moe_lightning.perf.workload import Workload
 from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.verify import Verification
 
-_FULL = 0.97  # of the sequences that fill KV memory: a pass of a job that counts as one of its steady state
+_FULL = 0.97  # of the most sequences of a job: with them, its memory is full for the first time
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,18 @@ class Measured:
         """Generated, prompts included."""
         return _rate(self.passes)
 
-    @property
-    def full_tokens_per_s(self) -> float:
-        """While as many sequences run as fill memory, or as ever: of a job, what its steady state should reach."""
-        most = min(self.num_seqs, max(p.num_running for p in self.passes))
-        return _rate(tuple(p for p in self.passes if p.num_running >= _FULL * most))
+    def turnover_tokens_per_s(self, gen_len: int) -> float:
+        """Of a job, while KV memory, once full, changes hands once: what its steady state should reach.
+
+        A job's sequences begin together. So passes with many prompts follow passes with none, and no single one is
+        like the steady state; but in as many passes as an answer has tokens, each sequence makes room for another.
+
+        Args:
+            gen_len: tokens of an answer, on average.
+        """
+        most = max(p.num_running for p in self.passes)
+        first = next(number for number, p in enumerate(self.passes) if p.num_running >= _FULL * most)
+        return _rate(self.passes[first : first + gen_len])
 
 
 @dataclass(frozen=True)
@@ -99,11 +106,15 @@ class Cell:
 
     @property
     def agreement(self) -> float | None:
-        """The job's rate while memory is full, over the steady state's; None unless both were measured."""
+        """The job's rate while memory is full, over the steady state's.
+
+        None unless both were measured, of as many requests as fill memory twice.
+        """
         found = {m.kind: m for m in self.measured}
-        if len(found) < 2:
+        if len(found) < 2 or self.workload.num_requests is not None:
             return None
-        return found["job"].full_tokens_per_s / found["steady state"].tokens_per_s
+        turnover = found["job"].turnover_tokens_per_s(self.workload.gen_len)
+        return turnover / found["steady state"].tokens_per_s
 
 
 def _rate(passes: tuple[PassRecord, ...]) -> float:

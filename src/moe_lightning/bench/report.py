@@ -35,7 +35,6 @@ def _measured(cell: Cell, m: Measured) -> dict[str, Any]:
     lanes = m.lanes
     return {
         "kind": m.kind, "num_seqs": m.num_seqs, "tokens_per_s": m.tokens_per_s,
-        "full_tokens_per_s": m.full_tokens_per_s,
         "predicted_tokens_per_s": m.predicted_tokens_per_s,
         "share_of_limit": m.tokens_per_s / cell.limit.tokens_per_s if cell.limit else None,
         "lanes": asdict(lanes) if lanes else None, "share_of_plain_copy": page_share(cell, m),
@@ -73,7 +72,9 @@ def to_text(cell: Cell) -> str:
     """A page for people."""
     lines = [line for m in cell.measured for line in (*_lines(cell, m), "")]
     if cell.agreement is not None:
-        lines.append(f"the job while memory is full, over the steady state: {cell.agreement:.1%}")
+        lines.append(
+            f"the job while full memory changes hands once, over the steady state: {cell.agreement:.1%}"
+        )
     peaks = cell.peaks
     if peaks.gpu is not None:
         allowed = f" of {peaks.gpu_allowed / GIB:.2f} allowed" if peaks.gpu_allowed else ""
