@@ -22,7 +22,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moe_lightning.kernels import experts
-from moe_lightning.kernels.launching import Kernel
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) ")
 
@@ -83,7 +82,6 @@ def main(which: str, *archs: str) -> None:
     experts.capability = lambda device: divmod(cards.arch, 10)
     compiler = Compiler(cards)
     JITFunction.run = lambda kernel, *args, **options: compiler(kernel, *args, **options)
-    Kernel.__getitem__ = lambda kernel, grid: kernel.jit[grid]  # each launch as if it were the first
     for arch in map(int, archs):
         cards.arch = arch
         for case, launch in getattr(launches, which)(arch):
