@@ -16,8 +16,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_lightning.kernels.launching import Kernel
-
 
 @triton.jit
 def _tile(pid, num_blocks, num_n, GROUP_M: tl.constexpr):
@@ -39,7 +37,6 @@ def _rows(ptr, start, size: tl.constexpr, end, stride, cols, num_cols, EVEN: tl.
     return tl.load(pointers, mask=(rows < end)[:, None] & (cols < num_cols)[None, :], other=0.0)
 
 
-@Kernel
 @triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["page_table_ptr"])
 def gate_up_kernel(
     x,  # [T * K, H] descriptor of the sorted rows, or with GATHER a pointer to the tokens [T, H]
@@ -112,7 +109,6 @@ def gate_up_kernel(
     )
 
 
-@Kernel
 @triton.jit(
     do_not_specialize=["num_blocks", "num_slots"],
     do_not_specialize_on_alignment=["page_table_ptr", "weights_ptr"],
@@ -183,7 +179,6 @@ def down_kernel(
     )
 
 
-@Kernel
 @triton.jit
 def gather_kernel(
     x_ptr, sorted_slots_ptr, blocks_ptr, out_ptr, hidden_size, TOP_K: tl.constexpr, BLOCK: tl.constexpr
@@ -198,7 +193,6 @@ def gather_kernel(
     tl.store(out_ptr + row * hidden_size + cols, values, mask=cols < hidden_size)
 
 
-@Kernel
 @triton.jit(
     do_not_specialize=["num_slots", "first_expert", "num_experts"], do_not_specialize_on_alignment=["ids_ptr"]
 )

@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_lightning.kernels.launching import Kernel
-
 CHUNK = 1024  # slots that one program places
 _STEP = 64  # slots looked at together: a [64, experts] table of who goes where
 
@@ -46,7 +44,6 @@ def _count(
     return counts
 
 
-@Kernel
 @triton.jit(
     do_not_specialize=["num_slots", "first_expert", "num_experts"], do_not_specialize_on_alignment=["ids_ptr"]
 )
@@ -67,7 +64,6 @@ def _count_kernel(
 
 # Numbers that change from pass to pass are nowhere specialized, nor is where rows begin: jobs would stop to compile
 # as one of them is 1 or a multiple of 16 for the first time.
-@Kernel
 @triton.jit(
     do_not_specialize=["num_slots", "num_chunks", "num_blocks", "first_expert", "num_experts"],
     do_not_specialize_on_alignment=["ids_ptr"],

@@ -11,13 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_lightning.kernels.launching import Kernel
-
 _BLOCK = 2048  # words of a program: 8 KiB
 _PROGRAMS = 64  # together they ask for half a MiB, more than the link has under way
 
 
-@Kernel
 @triton.jit
 def _load_kernel(host_ptr, out_ptr, num_words, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -46,7 +43,6 @@ def load_host_rows(host: Tensor, out: Tensor) -> None:
     _load_kernel[(programs,)](words, into, len(words), BLOCK=_BLOCK, num_warps=4)
 
 
-@Kernel
 @triton.jit(do_not_specialize=["num_blocks"])
 def _gather_kernel(host_ptr, blocks_ptr, out_ptr, num_blocks, block_words, BLOCK: tl.constexpr):
     pieces = tl.cdiv(block_words, BLOCK)

@@ -6,10 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_lightning.kernels.launching import Kernel
 
-
-@Kernel
 @triton.jit
 def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, out_stride, size, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)

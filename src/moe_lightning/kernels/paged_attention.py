@@ -8,10 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_lightning.kernels.launching import Kernel
 
-
-@Kernel
 @triton.jit
 def _attention_kernel(
     q_ptr, kv_ptr, tables_ptr, first_ptr, lens_ptr, out_ptr, q_stride, out_stride, window, scale,

@@ -6,10 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_lightning.kernels.launching import Kernel
 
-
-@Kernel
 @triton.jit
 def _rotate_kernel(
     qkv_ptr, cos_ptr, sin_ptr, row_stride, num_heads, head_dim,

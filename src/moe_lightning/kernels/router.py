@@ -6,13 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_lightning.kernels.launching import Kernel
 from moe_lightning.models.spec import RouterSpec
 
 _ROWS = 4  # tokens of one program
 
 
-@Kernel
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["ids_ptr", "weights_ptr"])
 def _route_kernel(
     logits_ptr, ids_ptr, weights_ptr, num_tokens, num_experts,

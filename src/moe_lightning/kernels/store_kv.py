@@ -10,12 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_lightning.kernels.launching import Kernel
-
 _PROGRAMS = 128
 
 
-@Kernel
 @triton.jit(do_not_specialize=["num_tokens"])
 def _store_kernel(
     k_ptr, v_ptr, slots_ptr, kv_ptr, num_tokens, row_stride, num_heads,

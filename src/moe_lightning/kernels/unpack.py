@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_lightning.kernels.launching import Kernel
 from moe_lightning.perf.page_size import TILE, segment_parts
 
 
@@ -20,7 +19,6 @@ def _with_exponents(low, exponents):
 
 
 # Where in a layer pages begin changes from call to call.
-@Kernel
 @triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["table_ptr"])
 def _unpack_kernel(
     bytes_ptr,

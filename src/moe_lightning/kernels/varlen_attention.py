@@ -8,11 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_lightning.kernels.launching import Kernel
 from moe_lightning.kernels.prefill_plan import BLOCK_Q
 
 
-@Kernel
 @triton.jit(do_not_specialize=["first_out"])
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, row_stride, out_stride, first_out, window, scale, group,
