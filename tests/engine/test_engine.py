@@ -9,6 +9,8 @@ import torch
 from checkpoints import MAX_POSITION, greedy, load, prompts_of, reference_logprobs
 from moe_lightning import SamplingParams
 from moe_lightning.errors import RequestError
+from moe_lightning.runtime import runner, sampling_batch
+from moe_lightning.runtime.runner import TaskRunner
 
 LENGTHS = (1, 5, 16, 17, 33, 9)
 NEW_TOKENS = 12
@@ -112,6 +114,40 @@ class TestSampling:
         params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (1, 5, 2, 12, 3, 4)]
         expected = [answer[: p.max_tokens] for answer, p in zip(answers, params, strict=True)]
         assert tokens_of(llm.generate(prompts, params)) == expected
+
+    @pytest.mark.parametrize("micro_batch_size", [4, 6])
+    def test_micro_batches_of_more_rows_than_have_logits_at_once(
+        self, micro_batch_size, mixtral, prompts, monkeypatch
+    ):
+        """Greedy rows, draws, and scores that only rows of one part ask for."""
+        wanted = (None, 3, None, None, 0, None)
+        params = [
+            SamplingParams(temperature=i % 2, seed=i, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=k)
+            for i, k in enumerate(wanted)
+        ]
+        expected = load(mixtral, micro_batch_size=2).generate(prompts, params)
+        rows, logits = [], TaskRunner._logits
+
+        def noted(self, hidden):
+            rows.append(len(hidden))
+            return logits(self, hidden)
+
+        monkeypatch.setattr(TaskRunner, "_logits", noted)
+        for module in (runner, sampling_batch):
+            monkeypatch.setattr(module, "HEAD_ROWS", 4)
+        found = load(mixtral, micro_batch_size=micro_batch_size, chunk_tokens=100).generate(prompts, params)
+        assert max(rows) == 4
+        assert tokens_of(found) == tokens_of(expected)
+        for output, other, k in zip(found, expected, wanted, strict=True):
+            scores, others = output.outputs[0].logprobs, other.outputs[0].logprobs
+            if k is None:
+                assert scores is others is None
+                continue
+            for entries, same in zip(scores, others, strict=True):
+                assert list(entries) == list(same)
+                assert [e.logprob for e in entries.values()] == pytest.approx(
+                    [e.logprob for e in same.values()], abs=1e-4
+                )
 
 
 class TestLengthAndStops:

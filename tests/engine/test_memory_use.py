@@ -209,6 +209,7 @@ class Rows(NamedTuple):
     """A micro-batch of which only its rows matter."""
 
     rows: slice
+    host_rows: slice = slice(0, 0)
 
 
 class Peak(TorchDispatchMode):

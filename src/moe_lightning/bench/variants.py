@@ -8,7 +8,6 @@ from math import ceil, floor
 from moe_lightning.errors import NoFeasiblePolicyError
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.default_policy import pages_per_expert
-from moe_lightning.perf.memory import HEAD_ROWS
 from moe_lightning.perf.paper_model import PaperMachine, PaperPlan, PaperWorkload, plan_paper
 from moe_lightning.perf.sizing import BLOCK_SIZE, CHUNK_TOKENS, MOST_PREFILL, Problem
 from moe_lightning.perf.workload import Workload
@@ -103,7 +102,6 @@ class _Sizes:
         """The paper's plan in pages and blocks; what does not fit beside the engine's buffers is left out."""
         spec, work = self.problem.spec, self.problem.workload
         pages = pages_per_expert(spec, self.problem.dtype_bytes)
-        size = min(HEAD_ROWS, paper.ubs)
         # In a batch all are long at once; where others take the place of those that end, more have room.
         grows = 1.0 if self.in_batches else (work.mean_prompt + work.gen_len) / work.mean_context
         num_seqs = round(paper.ubs * paper.n_ub * grows)
@@ -111,7 +109,7 @@ class _Sizes:
         prompts = num_seqs * work.mean_prompt * (1 if self.in_batches else 2 / work.gen_len)
         prefill = max(work.longest, min(MOST_PREFILL, ceil(prompts)))
         policy = Policy(
-            max_num_seqs=num_seqs, micro_batch_size=size, group_size=1, look_ahead=_LOOK_AHEAD,
+            max_num_seqs=num_seqs, micro_batch_size=paper.ubs, group_size=1, look_ahead=_LOOK_AHEAD,
             prefill_tokens=prefill, chunk_tokens=min(CHUNK_TOKENS, prefill), pages_per_expert=pages,
             resident_pages=(0,) * spec.num_layers, num_frames=0, num_blocks=1, block_size=BLOCK_SIZE,
             schedule=schedule,

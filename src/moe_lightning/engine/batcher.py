@@ -13,7 +13,6 @@ from moe_lightning.engine.sequence import Sequence
 from moe_lightning.engine.waiting import Turns, Waiting
 from moe_lightning.memory.blocks import BlockAllocator, num_blocks_for
 from moe_lightning.perf.filling import CHEAP, KNOWN
-from moe_lightning.perf.memory import HEAD_ROWS
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step
 
@@ -318,7 +317,7 @@ class Batcher:
                 chunk.append((sequence, self._piece(sequence, start, end)))
                 room -= end - start
                 start = end
-                if room == 0 or len(chunk) == HEAD_ROWS:  # each may end a prompt, and then has logits
+                if room == 0:
                     yield chunk
                     chunk, room = [], self._policy.chunk_tokens
         if chunk:

@@ -99,6 +99,7 @@ class ExpertsShape:
         return self.capability >= (9, 0) and self.itemsize == 2 and aligned
 
 
+@lru_cache(maxsize=1024)
 def select(shape: ExpertsShape) -> ExpertsConfig:
     """The configuration for a call: of the measured ones that with the nearest number of tokens per expert."""
     measured = _table().get(shape.key)

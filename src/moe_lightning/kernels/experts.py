@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -109,6 +110,7 @@ def experts_(
         call.combine(hidden[part], *call.down(num_blocks))
 
 
+@cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; (0, 0) for a CPU, where Triton interprets."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +27,22 @@ class LayerWeights:
     o: Tensor  # [H, q_size]
     post_norm: Tensor  # [H]
     router: Tensor | None  # [num_experts, H]
+
+    # As products take them; each turn would cost a launcher microseconds in every task.
+    @cached_property
+    def qkv_turned(self) -> Tensor:
+        """[H, q_size + 2 kv_size], the same memory."""
+        return self.qkv.t()
+
+    @cached_property
+    def o_turned(self) -> Tensor:
+        """[q_size, H], the same memory."""
+        return self.o.t()
+
+    @cached_property
+    def router_turned(self) -> Tensor | None:
+        """[H, num_experts], the same memory."""
+        return None if self.router is None else self.router.t()
 
 
 @dataclass(frozen=True)

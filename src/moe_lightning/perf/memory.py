@@ -219,7 +219,7 @@ def _workspace_bytes(spec: ModelSpec, dtype_bytes: int, rows: int) -> int:
 
 def _pass_use(spec: ModelSpec, dtype_bytes: int, policy: Policy, rows: int) -> PassUse:
     a, largest = spec.attention, max(policy.chunk_tokens, policy.micro_batch_size)
-    sampled = min(max(HEAD_ROWS, policy.micro_batch_size), rows)
+    sampled = min(HEAD_ROWS, rows)
     logits = sampled * spec.vocab_size
     at_once = min(logits, max(SORTED_AT_ONCE, spec.vocab_size))
     attention = policy.chunk_tokens * (a.q_size * dtype_bytes + a.num_heads * _FLOAT32)

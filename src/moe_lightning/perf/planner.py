@@ -27,7 +27,6 @@ from moe_lightning.perf.trials import Planned, Trials
 from moe_lightning.perf.workload import Workload
 
 _WORTH_PACKING = 0.995  # where plain experts reach this share, they are left as they are
-_MUCH = 3  # one layer in so many keeps its KV on the GPU: then each sequence takes much room of experts
 # Requests over sequences, in sixteenths: the more, the less is lost by the last ones.
 _WAVES = *range(16, 36), *range(36, 64, 2)
 _FEWEST = 0.3  # of the sequences that fit
@@ -131,6 +130,9 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
     assert found.best is not None
     if found is not most and not is_near:  # fewer leave other room
         _look_elsewhere(found, bridging, rates, is_near=is_near, is_job=is_job)
+    if found.best.choice.kv_every and not is_near:  # the order of bounds is not that of plans there
+        found.vary_both(found.best.choice, "micro_batches", "groups")
+        found.vary(found.best.choice, few=None)
     plan = with_slack(problem, found.best, rates)
     if not is_near:
         found.vary_for_others(plan)
@@ -184,6 +186,10 @@ def _of_fewer_sequences(
                 break
             trials = Trials(some, rates)
             trials.vary(choice)
+            if trials.best and not is_near and not choice.kv_every:  # each takes less room there
+                bases = [trials.best.choice, replace(trials.best.choice, ring=2.0, groups=2)]
+                for start in trials.likeliest(bases, "kv_every", least=trials.tokens_per_s)[:1]:
+                    trials.vary(start)
             if trials.best and trials.tokens_per_s > _WORTH * result[0].tokens_per_s:
                 result, choices = (trials, some), [trials.best.choice]
         if not choices:
@@ -228,8 +234,8 @@ def _with_fewer(problem: Problem, best: Choice, most: int) -> list[Problem]:
     With KV on the GPU each takes room of experts. Jobs of a few times as many requests end in passes nearly empty.
     """
     counts = set()
-    if 1 <= best.kv_every <= _MUCH:
-        counts |= {round(2 ** (step / 4)) for step in range(4 * 20)}
+    if best.kv_every:
+        counts |= {round(2 ** (step / 8)) for step in range(8 * 20)}
     if requests := problem.workload.num_requests:
         counts |= {ceil(requests * 16 / wave) for wave in _WAVES}
     return [replace(problem, enough=count) for count in sorted(counts) if _FEWEST * most <= count < most]

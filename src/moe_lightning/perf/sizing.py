@@ -10,7 +10,7 @@ from math import ceil, floor
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.cost import DTYPE_BYTES
 from moe_lightning.perf.default_policy import Memory
-from moe_lightning.perf.memory import HEAD_ROWS, MemoryUse, memory_use
+from moe_lightning.perf.memory import MemoryUse, memory_use
 from moe_lightning.perf.outlook import Outlook
 from moe_lightning.perf.page_size import page_bytes
 from moe_lightning.perf.rates import Rates
@@ -189,7 +189,7 @@ def _with_more_blocks(problem: Problem, placed: Policy) -> Policy:
 def _draft(problem: Problem, choice: Choice, num_seqs: int) -> Policy:
     """The policy without places for experts and KV."""
     work = problem.workload
-    size = min(HEAD_ROWS, ceil(num_seqs / choice.micro_batches))
+    size = ceil(num_seqs / choice.micro_batches)
     count = ceil(num_seqs / size)
     steady = num_seqs * work.mean_prompt / work.mean_answer
     prefill = max(problem.length, min(ceil(choice.prefill * steady), MOST_PREFILL))

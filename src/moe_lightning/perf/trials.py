@@ -57,10 +57,11 @@ class Trials:
         if use.gpu_bytes <= memory.gpu and use.host_bytes <= memory.host:
             self._simulate(policy, plan.choice)
 
-    def vary(self, start: Choice) -> None:
+    def vary(self, start: Choice, few: int | None = _FEW) -> None:
         """Vary one choice after the other from `start`; nothing where that is far behind.
 
-        KV is left in host memory alone where the start has it there, and experts to the GPU.
+        KV is left in host memory alone where the start has it there, and experts to the GPU. Passes with KV on the
+        GPU are simulated to more layers, so only a `few` shares of it are tried; None for all.
         """
         base = self._try([start]) or start
         policy = self._policy(start)
@@ -70,8 +71,12 @@ class Trials:
             if name in ("kv_every", "cpu_every") and not getattr(start, name):
                 continue  # whether that is best is looked at in the end
             some = self.most_promising(base, name)
-            # Passes with KV on the GPU are simulated to more layers, so fewer of them.
-            base = self._try(some[:_FEW] if name == "kv_every" else some) or base
+            base = self._try(some[:few] if name == "kv_every" else some) or base
+
+    def vary_both(self, start: Choice, one: str, other: str) -> None:
+        """Try all pairs of values of two choices that hang together."""
+        pairs = ((value, with_it) for value in self._values[one] for with_it in self._values[other])
+        self._try(changed(changed(start, one, value), other, with_it) for value, with_it in pairs)
 
     def most_promising(self, choice: Choice, name: str) -> list[Choice]:
         """The choice with other values, those of the highest bound first."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_lightning.kernels.prefill_plan import PrefillPlan
 from moe_lightning.kernels.reference import Segment
 from moe_lightning.runtime.kv_staging import PlacedBlocks, StagedBlocks, in_turns
-from moe_lightning.runtime.sampling_batch import RowSampling, SamplingBatch, build_sampling_batch
+from moe_lightning.runtime.sampling_batch import RowSampling, SamplingBatch, build_sampling_batches
 from moe_lightning.runtime.upload import Uploader
 
 
@@ -67,7 +67,8 @@ class MicroBatch:
         token_ids: [B] int64.
         positions: [B] int64.
         slots: [B] int64, KV slots of the new tokens; on the host for decode, where the CPU attends.
-        sample_rows: rows to sample after, relative to its first; their parameters are `sampling`.
+        sample_rows: rows to sample after, relative to its first.
+        sampling: their parameters, of as many rows at a time as may have logits.
         score_rows: rows whose next prompt token is scored, `score_ids` [S] that token.
         prefill: prefill only: its prompts, as attention reads them.
         host_rows: decode only: its rows in the host buffers.
@@ -83,7 +84,7 @@ class MicroBatch:
     positions: Tensor
     slots: Tensor
     sample_rows: Tensor
-    sampling: SamplingBatch | None
+    sampling: tuple[SamplingBatch, ...]
     score_rows: Tensor
     score_ids: Tensor
     num_prompt_logprobs: int
@@ -160,7 +161,7 @@ def _prefill(
         positions=uploader.put(positions, torch.int64),
         slots=uploader.put(slots, torch.int64),
         sample_rows=uploader.put(sample_rows, torch.int64),
-        sampling=build_sampling_batch(samplings, vocab_size, uploader) if samplings else None,
+        sampling=build_sampling_batches(samplings, vocab_size, uploader),
         score_rows=uploader.put(score_rows, torch.int64),
         score_ids=uploader.put(score_ids, torch.int64),
         num_prompt_logprobs=max((p.num_prompt_logprobs or 0 for p in pieces), default=0),
@@ -190,7 +191,7 @@ def _decode(
         positions=uploader.put(positions, torch.int64),
         slots=uploader.put(slots, torch.int64) if staging_blocks else torch.from_numpy(slots),
         sample_rows=uploader.put(range(len(rows)), torch.int64),
-        sampling=build_sampling_batch([r.sampling for r in rows], vocab_size, uploader),
+        sampling=build_sampling_batches([r.sampling for r in rows], vocab_size, uploader),
         score_rows=none,
         score_ids=none,
         num_prompt_logprobs=0,

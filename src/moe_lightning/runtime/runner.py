@@ -19,7 +19,7 @@ from moe_lightning.pipeline.task import BufferKind, Task
 from moe_lightning.runtime.buffers import PassBuffers
 from moe_lightning.runtime.kv_staging import PlacedBlocks, stage
 from moe_lightning.runtime.micro_batch import MicroBatch
-from moe_lightning.runtime.sampler import SampleOutput, prompt_logprobs, sample
+from moe_lightning.runtime.sampler import SampleOutput, joined, prompt_logprobs, sample
 
 
 class MicroBatchOutput(NamedTuple):
@@ -27,6 +27,29 @@ class MicroBatchOutput(NamedTuple):
 
     sampled: SampleOutput | None
     scored: list[SampleOutput]
+
+
+class _Rows(NamedTuple):
+    """A micro-batch's rows of the pass's buffers, cut once: it takes microseconds, and every layer needs them."""
+
+    hidden: Tensor
+    qkv: Tensor
+    attention_out: Tensor
+    experts_in: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    router_logits: Tensor
+    host_qkv: Tensor
+    host_out: Tensor
+
+    @classmethod
+    def of(cls, buffers: PassBuffers, batch: MicroBatch) -> _Rows:
+        b, rows, host_rows = buffers, batch.rows, batch.host_rows
+        return cls(
+            b.hidden[rows], b.qkv[rows], b.attention_out[rows], b.experts_in[rows],
+            b.topk_ids[rows], b.topk_weights[rows], b.router_logits[rows],
+            b.host_qkv[host_rows], b.host_out[host_rows],
+        )  # fmt: skip
 
 
 class TaskRunner:
@@ -54,6 +77,7 @@ class TaskRunner:
         self._buffers = buffers
         self._cpu_kernels = cpu_kernels
         self._batches = micro_batches
+        self._cut = [_Rows.of(buffers, batch) for batch in micro_batches]
         self._ring_offset = ring_offset
         self._expert_parts = expert_parts
         self._inv_freq = inv_freq
@@ -69,48 +93,52 @@ class TaskRunner:
     def _batch(self, task: Task) -> MicroBatch:
         return self._batches[task.micro_batches[0]]
 
+    def _rows_of(self, task: Task) -> _Rows:
+        return self._cut[task.micro_batches[0]]
+
     def _embed(self, task: Task) -> None:
         batch = self._batch(task)
         weights, dtype = self._weights.embed, self._buffers.hidden.dtype
-        torch.index_select(weights, 0, batch.token_ids, out=self._buffers.hidden[batch.rows])
+        torch.index_select(weights, 0, batch.token_ids, out=self._rows_of(task).hidden)
         self._rotary[task.micro_batches[0]] = reference.rotary(batch.positions, self._inv_freq, dtype)
 
     def _pre_attention(self, task: Task) -> None:
-        batch, layer, a = self._batch(task), self._weights.layers[task.layer], self._spec.attention
+        rows, layer, a = self._rows_of(task), self._weights.layers[task.layer], self._spec.attention
         # The experts' input is not in use yet: `_post_attention` fills it.
-        normed, qkv = self._buffers.experts_in[batch.rows], self._buffers.qkv[batch.rows]
-        ops.rms_norm(self._buffers.hidden[batch.rows], layer.input_norm, self._spec.norm_eps, out=normed)
-        torch.mm(normed, layer.qkv.t(), out=qkv)
-        ops.rotate_(qkv, *self._rotary[task.micro_batches[0]], a.num_heads + a.num_kv_heads)
+        ops.rms_norm(rows.hidden, layer.input_norm, self._spec.norm_eps, out=rows.experts_in)
+        torch.mm(rows.experts_in, layer.qkv_turned, out=rows.qkv)
+        ops.rotate_(rows.qkv, *self._rotary[task.micro_batches[0]], a.num_heads + a.num_kv_heads)
 
     def _offload_qkv(self, task: Task) -> None:
-        batch = self._batch(task)
-        self._buffers.host_qkv[batch.host_rows].copy_(self._buffers.qkv[batch.rows], non_blocking=True)
+        rows = self._rows_of(task)
+        rows.host_qkv.copy_(rows.qkv, non_blocking=True)
 
     def _attention(self, task: Task) -> None:
-        batch, kv = self._batch(task), self._kv.layer(task.layer)
-        q, k, v = self._split(self._buffers.host_qkv[batch.host_rows])
+        batch, rows, kv = self._batch(task), self._rows_of(task), self._kv.layer(task.layer)
+        q, k, v = self._split(rows.host_qkv)
         assert batch.block_tables is not None
         assert batch.context_lens is not None
         self._cpu_kernels.attend(
-            self._buffers.host_out[batch.host_rows], q, k, v, kv, batch.block_tables, batch.context_lens,
+            rows.host_out, q, k, v, kv, batch.block_tables, batch.context_lens,
             sliding_window=self._spec.attention.sliding_window,
         )  # fmt: skip
 
     def _load_hidden(self, task: Task) -> None:
-        batch, b = self._batch(task), self._buffers
-        _bring(b.host_out, b.host_out_on_device, batch.host_rows, b.attention_out[batch.rows])
+        b = self._buffers
+        _bring(
+            b.host_out, b.host_out_on_device, self._batch(task).host_rows, self._rows_of(task).attention_out
+        )
 
     def _prefill_attention(self, task: Task) -> None:
         batch = self._batch(task)
         assert batch.prefill is not None
         q, k, v = self._split(self._buffers.qkv)
-        window, out = self._spec.attention.sliding_window, self._buffers.attention_out[batch.rows]
+        window, out = self._spec.attention.sliding_window, self._rows_of(task).attention_out
         ops.prefill_attention(q, k, v, batch.prefill, window, out)
 
     def _store_kv(self, task: Task) -> None:
         batch = self._batch(task)
-        _, k, v = self._split(self._buffers.qkv[batch.rows])
+        _, k, v = self._split(self._rows_of(task).qkv)
         if k.is_cuda and not self._kv.arena.is_pinned:  # then kernels cannot reach it, and the launcher waits
             reference.store_kv(self._kv.layer(task.layer), k.cpu(), v.cpu(), batch.slots.cpu())
             return
@@ -143,21 +171,20 @@ class TaskRunner:
 
     def _keep_kv(self, task: Task) -> None:
         batch = self._batch(task)
-        _, k, v = self._split(self._buffers.qkv[batch.rows])
+        _, k, v = self._split(self._rows_of(task).qkv)
         ops.store_kv(self._kv.kept(task.layer), k, v, batch.slots)
 
     def _post_attention(self, task: Task) -> None:
-        batch, layer, b = self._batch(task), self._weights.layers[task.layer], self._buffers
-        hidden = b.hidden[batch.rows]
-        hidden.addmm_(b.attention_out[batch.rows], layer.o.t())
-        normed = ops.rms_norm(hidden, layer.post_norm, self._spec.norm_eps, out=b.experts_in[batch.rows])
+        rows, layer = self._rows_of(task), self._weights.layers[task.layer]
+        rows.hidden.addmm_(rows.attention_out, layer.o_turned)
+        ops.rms_norm(rows.hidden, layer.post_norm, self._spec.norm_eps, out=rows.experts_in)
         router = self._spec.experts.router
-        if router is None or layer.router is None:
-            b.topk_ids[batch.rows].zero_()
-            b.topk_weights[batch.rows].fill_(1.0)
+        if router is None or layer.router_turned is None:
+            rows.topk_ids.zero_()
+            rows.topk_weights.fill_(1.0)
             return
-        logits = torch.mm(normed, layer.router.t(), out=b.router_logits[batch.rows])
-        ops.route(logits, router, b.topk_ids[batch.rows], b.topk_weights[batch.rows])
+        torch.mm(rows.experts_in, layer.router_turned, out=rows.router_logits)
+        ops.route(rows.router_logits, router, rows.topk_ids, rows.topk_weights)
 
     def _load_page(self, task: Task) -> None:
         placement = self._weights.pages.placement
@@ -209,7 +236,7 @@ class TaskRunner:
 
     def _sample(self, task: Task) -> None:
         batch = self._batch(task)
-        hidden = self._buffers.hidden[batch.rows]
+        hidden = self._rows_of(task).hidden
         scored = [
             prompt_logprobs(self._logits(hidden[rows]), ids, batch.num_prompt_logprobs)
             for rows, ids in zip(
@@ -219,10 +246,13 @@ class TaskRunner:
             )
             if len(rows)
         ]
-        sampled = None
-        if batch.sampling is not None:
-            sampled = sample(self._logits(hidden[batch.sample_rows]), batch.sampling)
-        self.outputs[task.micro_batches[0]] = MicroBatchOutput(sampled, scored)
+        sampled = [
+            sample(self._logits(hidden[rows]), sampling)
+            for rows, sampling in zip(  # no rows are one part too
+                torch.split(batch.sample_rows, HEAD_ROWS), batch.sampling, strict=False
+            )
+        ]
+        self.outputs[task.micro_batches[0]] = MicroBatchOutput(joined(sampled) if sampled else None, scored)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         normed = ops.rms_norm(hidden, self._weights.final_norm, self._spec.norm_eps)

@@ -7,6 +7,7 @@ order in which a device adds floating-point numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,7 +109,7 @@ def score(logits: Tensor, token_ids: Tensor, k: int) -> SampleOutput:
     at_once = max(1, _SORTED_AT_ONCE // logits.shape[1])
     if len(logits) > at_once:
         parts = zip(logits.split(at_once), token_ids.split(at_once), strict=True)
-        return _joined([score(some, ids, k) for some, ids in parts])
+        return joined([score(some, ids, k) for some, ids in parts])
     logits = logits.float()
     log_sums = logits.logsumexp(dim=-1)
     log_sums = torch.where(
@@ -125,7 +126,11 @@ def score(logits: Tensor, token_ids: Tensor, k: int) -> SampleOutput:
     return SampleOutput(token_ids, logprobs, ranks, top_ids, top_logprobs)
 
 
-def _joined(parts: list[SampleOutput]) -> SampleOutput:
+def joined(parts: Sequence[SampleOutput]) -> SampleOutput:
+    """The rows of all parts, which give the same; at least one."""
+    if len(parts) == 1:
+        return parts[0]
+
     def join(name: str) -> Tensor | None:
         tensors = [getattr(part, name) for part in parts]
         return None if tensors[0] is None else torch.cat(tensors)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moe_lightning.perf.memory import HEAD_ROWS
 from moe_lightning.runtime.upload import Uploader
 
 _ON_CPU = Uploader(torch.device("cpu"))
@@ -109,6 +110,17 @@ class SamplingBatch:
     formed_rows: Tensor | None = None
     allowed: Tensor | None = None
     num_logprobs: int | None = None
+
+
+def build_sampling_batches(
+    rows: Sequence[RowSampling], vocab_size: int, uploader: Uploader
+) -> tuple[SamplingBatch, ...]:
+    """The parameters of the rows, `HEAD_ROWS` at a time; all give as many log-probabilities, or none."""
+    parts = [rows[start : start + HEAD_ROWS] for start in range(0, len(rows), HEAD_ROWS)]
+    most = max((row.num_logprobs for row in rows if row.num_logprobs is not None), default=None)
+    return tuple(
+        replace(build_sampling_batch(part, vocab_size, uploader), num_logprobs=most) for part in parts
+    )
 
 
 def build_sampling_batch(
