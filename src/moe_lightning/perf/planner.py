@@ -33,6 +33,8 @@ _FEWEST = 0.3  # of the sequences that fit
 # So many are estimated, and so many varied that should reach such a share of what is reached: from the best plan,
 # and then from the next, whose other choices are for fewer sequences already.
 _LIKELY, _OF_EACH, _STARTS, _PROMISING = 12, 3, 2, (0.97, 0.97)
+_NEAR = 0.05  # numbers of sequences
+_ROUNDS = 3  # at most, from places for experts and KV to numbers of sequences and back
 _WORTH = 1.002  # a smaller gain is not looked for
 _SPARE, _ENOUGH = 8, 0.985  # so many times the sequences with which this share is reached are enough
 
@@ -123,16 +125,19 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
         raise no_feasible_policy(problem, tuple(some))
     if not is_near:
         found.vary(found.best.choice)
-    is_job = problem.workload.num_requests is not None
-    _look_elsewhere(found, bridging, rates, is_near=is_near, is_job=is_job)
-    most = found
-    found, problem = _of_fewer_sequences(found, problem, rates, is_near=is_near)
-    assert found.best is not None
-    if found is not most and not is_near:  # fewer leave other room
+    is_job, most = problem.workload.num_requests is not None, problem
+    for _ in range(1 if is_near else _ROUNDS):
+        reached = found.tokens_per_s
         _look_elsewhere(found, bridging, rates, is_near=is_near, is_job=is_job)
-    if found.best.choice.kv_every and not is_near:  # the order of bounds is not that of plans there
-        found.vary_both(found.best.choice, "micro_batches", "groups")
-        found.vary(found.best.choice, few=None)
+        assert found.best is not None
+        if found.best.choice.kv_every and not is_near:  # the order of bounds is not that of plans there
+            for other in ("groups", "prefill"):
+                found.vary_both(found.best.choice, "micro_batches", other)
+            found.vary(found.best.choice, few=None)
+        before = found
+        found, problem = _of_fewer_sequences(found, problem, most, rates, is_near=is_near)
+        if found is before and found.tokens_per_s <= _WORTH * reached:
+            break
     plan = with_slack(problem, found.best, rates)
     if not is_near:
         found.vary_for_others(plan)
@@ -165,7 +170,7 @@ def _look_elsewhere(found: Trials, bridging: Choice, rates: Rates, *, is_near: b
 
 
 def _of_fewer_sequences(
-    found: Trials, problem: Problem, rates: Rates, *, is_near: bool
+    found: Trials, problem: Problem, most: Problem, rates: Rates, *, is_near: bool
 ) -> tuple[Trials, Problem]:
     """Trials with fewer sequences than fit, where these may be too many.
 
@@ -177,11 +182,11 @@ def _of_fewer_sequences(
     shares = {best.kv_every, 1} if best.kv_every else set()
     others = [replace(best, kv_every=0), *(replace(bridging, kv_every=every) for every in {0, *shares})]
     choices = list(dict.fromkeys([best, *others]))
-    result, fewer = (found, problem), _with_fewer(problem, best, found.best.prediction.num_seqs)
+    result, fewer = (found, problem), _with_fewer(most, problem, best)
     for promising in _PROMISING[:1] if is_near else _PROMISING:
         reached = result[0].tokens_per_s
         likely, choices = _likely(fewer, choices, rates, reached), []
-        for estimate, some, choice in likely[:_STARTS]:
+        for estimate, some, choice in _apart(likely)[:_STARTS]:
             if estimate < promising * reached:
                 break
             trials = Trials(some, rates)
@@ -195,6 +200,15 @@ def _of_fewer_sequences(
         if not choices:
             break
     return result
+
+
+def _apart(likely: list[tuple[float, Problem, Choice]]) -> list[tuple[float, Problem, Choice]]:
+    """Those whose numbers of sequences are not nearly that of one before: from there the way leads to the same."""
+    found: list[tuple[float, Problem, Choice]] = []
+    for entry in likely:
+        if all(abs(entry[1].enough / other.enough - 1) > _NEAR for _, other, _ in found):
+            found.append(entry)
+    return found
 
 
 def _likely(
@@ -218,7 +232,9 @@ def _likely(
         found = outlook(problem, choice)
         return found.estimate if found else 0.0
 
-    most = sorted(problems, key=lambda problem: -bound(problem, choices[0]))[:_LIKELY]
+    # With KV on the GPU bounds are not in the order of what is reached.
+    value = estimate if choices[0].kv_every else bound
+    most = sorted(problems, key=lambda problem: -value(problem, choices[0]))[:_LIKELY]
     likely = list[tuple[Problem, Choice]]()
     for choice in choices:  # some of each: how near estimates come to bounds differs from choice to choice
         pairs = [(problem, choice) for problem in most if bound(problem, choice) > reached]
@@ -228,7 +244,7 @@ def _likely(
     return sorted(best.values(), key=lambda entry: -entry[0])
 
 
-def _with_fewer(problem: Problem, best: Choice, most: int) -> list[Problem]:
+def _with_fewer(problem: Problem, now: Problem, best: Choice) -> list[Problem]:
     """The problem with KV memory for fewer sequences than fit, where that may be faster.
 
     With KV on the GPU each takes room of experts. Jobs of a few times as many requests end in passes nearly empty.
@@ -238,7 +254,9 @@ def _with_fewer(problem: Problem, best: Choice, most: int) -> list[Problem]:
         counts |= {round(2 ** (step / 8)) for step in range(8 * 20)}
     if requests := problem.workload.num_requests:
         counts |= {ceil(requests * 16 / wave) for wave in _WAVES}
-    return [replace(problem, enough=count) for count in sorted(counts) if _FEWEST * most <= count < most]
+    most = most_sequences(problem, best)
+    others = (count for count in sorted(counts) if _FEWEST * most <= count < most and count != now.enough)
+    return [replace(problem, enough=count) for count in others]
 
 
 def _waits_for_pages(plan: Planned) -> bool:

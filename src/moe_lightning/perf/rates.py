@@ -135,6 +135,9 @@ _ATTENDING = 0.4  # of the same, for attention over KV in it
 # Pages in passes take so much longer than profiles' beside the same lanes, in the middle of 119 recorded steady
 # states: a profile's second meets fewer slow moments.
 _IN_PASSES = 1.09
+# What comes back from attention begins behind pages that are under way, and then takes so much longer beside them;
+# in the middle of 120 recorded steady states with 2 to 13 MB at a time.
+_BACK_S, _BACK_BESIDE = 45e-6, 0.45
 # Kernels of a task beside products, and beside those that were measured one behind the other.
 _EMBED_KERNELS, _PREFILL_KERNELS, _SAMPLE_KERNELS = 8, 2, 8
 
@@ -170,7 +173,7 @@ class _Measured:
         self._d2h_slowed = self._slowed * link.to_host.rate_at(link.d2h.sizes[-1]) / link.d2h_beside_h2d
 
     def _together(self) -> tuple[float, float]:
-        """How many times as long pages take as alone, and what comes back from attention as without pages.
+        """How many times as long pages take as alone, and in what share of the time they come.
 
         Beside attention, its copies and what the GPU computes pages come as slowly as was measured; in the rest of
         a pass as if alone. How long that is, is what is left when the slower of both never waits; where nobody says
@@ -178,7 +181,7 @@ class _Measured:
         """
         work = self._work
         if work.streamed_pages is None or work.num_prefill is None:
-            return _IN_PASSES * self._slowed, 2.0
+            return _IN_PASSES * self._slowed, 1.0
         first = work.num_prefill
         decode = Counter(zip(work.tokens[first:], work.context_tokens[first:], strict=True))
         of_layer = sum(count * self._attends(*size) for size, count in decode.items())
@@ -189,10 +192,10 @@ class _Measured:
         pages_s = work.streamed_pages * page_s
         longer = max(attention_s, pages_s)
         if not longer:
-            return _IN_PASSES * self._slowed, 1.0
+            return _IN_PASSES * self._slowed, 0.0
         # Bytes come at one rate in this share of the time, and at the other in the rest.
         attends = attention_s / longer
-        return _IN_PASSES / (attends / self._slowed + 1 - attends), 1 + pages_s / longer
+        return _IN_PASSES / (attends / self._slowed + 1 - attends), pages_s / longer
 
     def _attends(self, tokens: int, context: int) -> float:
         a = self._work.spec.attention
@@ -228,8 +231,10 @@ class _Measured:
         seconds = link.to_gpu.seconds_at(size)
         if task.kind is TaskKind.LOAD_PAGE:
             return max(seconds * self._page_slowed, self._gpu.lanes.h2d_gap_s)
-        # Beside pages each has half of the link. What that takes from pages is in their rate.
-        return seconds * self._slowed * (self._beside_pages if task.lane is Lane.BACK else 1.0)
+        seconds *= self._slowed
+        if task.lane is Lane.BACK:  # what it takes from pages is in their rate
+            return seconds + self._beside_pages * (_BACK_S + _BACK_BESIDE * seconds)
+        return seconds
 
     def _on_gpu(self, task: Task, tokens: int) -> float:
         work, lanes = self._work, self._gpu.lanes
