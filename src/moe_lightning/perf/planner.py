@@ -8,7 +8,7 @@ from math import ceil, floor
 
 from moe_lightning.errors import ConfigError
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.choices import starts, values_of
+from moe_lightning.perf.choices import changed, starts, values_of
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.outlook import Outlook
 from moe_lightning.perf.rates import Rates
@@ -34,7 +34,7 @@ _FEWEST = 0.3  # of the sequences that fit
 # and then from the next, whose other choices are for fewer sequences already.
 _LIKELY, _OF_EACH, _STARTS, _PROMISING = 12, 3, 2, (0.97, 0.97)
 _NEAR = 0.05  # numbers of sequences
-_ROUNDS = 3  # at most, from places for experts and KV to numbers of sequences and back
+_ROUNDS = 2  # at most, from places for experts and KV to numbers of sequences and back
 _WORTH = 1.002  # a smaller gain is not looked for
 _SPARE, _ENOUGH = 8, 0.985  # so many times the sequences with which this share is reached are enough
 
@@ -125,23 +125,35 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
         raise no_feasible_policy(problem, tuple(some))
     if not is_near:
         found.vary(found.best.choice)
-    is_job, most = problem.workload.num_requests is not None, problem
-    for _ in range(1 if is_near else _ROUNDS):
-        reached = found.tokens_per_s
-        _look_elsewhere(found, bridging, rates, is_near=is_near, is_job=is_job)
-        assert found.best is not None
-        if found.best.choice.kv_every and not is_near:  # the order of bounds is not that of plans there
-            for other in ("groups", "prefill"):
-                found.vary_both(found.best.choice, "micro_batches", other)
-            found.vary(found.best.choice, few=None)
-        before = found
-        found, problem = _of_fewer_sequences(found, problem, most, rates, is_near=is_near)
-        if found is before and found.tokens_per_s <= _WORTH * reached:
-            break
+    found, problem = _settled(found, problem, bridging, rates, is_near=is_near)
+    assert found.best is not None
     plan = with_slack(problem, found.best, rates)
     if not is_near:
         found.vary_for_others(plan)
     return found.with_others(plan)
+
+
+def _settled(
+    found: Trials, most: Problem, bridging: Choice, rates: Rates, *, is_near: bool
+) -> tuple[Trials, Problem]:
+    """Trials after places for experts and KV, then numbers of sequences, have been varied: each changes the other.
+
+    With KV on the GPU bounds are not in the order of what is reached: all shares of it are tried, and in pairs what
+    hangs together.
+    """
+    problem = most
+    for _ in range(1 if is_near else _ROUNDS):
+        before, reached = found, found.tokens_per_s
+        is_job = problem.workload.num_requests is not None
+        _look_elsewhere(found, bridging, rates, is_near=is_near, is_job=is_job)
+        if found.best and found.best.choice.kv_every and not is_near:
+            for other in ("groups", "prefill"):
+                found.vary_both(found.best.choice, "micro_batches", other)
+            found.vary(found.best.choice, few=None)
+        found, problem = _of_fewer_sequences(found, problem, most, rates, is_near=is_near)
+        if found is before and found.tokens_per_s <= _WORTH * reached:
+            break
+    return found, problem
 
 
 def _look_elsewhere(found: Trials, bridging: Choice, rates: Rates, *, is_near: bool, is_job: bool) -> None:
@@ -172,7 +184,7 @@ def _look_elsewhere(found: Trials, bridging: Choice, rates: Rates, *, is_near: b
 def _of_fewer_sequences(
     found: Trials, problem: Problem, most: Problem, rates: Rates, *, is_near: bool
 ) -> tuple[Trials, Problem]:
-    """Trials with fewer sequences than fit, where these may be too many.
+    """Trials with other numbers of sequences than now, up to those that fit `most`, where these may be faster.
 
     The numbers that are tried are the same whatever memory is, as far as they fit: so with more of it a plan is
     seldom slower, and little.
@@ -196,7 +208,9 @@ def _of_fewer_sequences(
                 for start in trials.likeliest(bases, "kv_every", least=trials.tokens_per_s)[:1]:
                     trials.vary(start)
             if trials.best and trials.tokens_per_s > _WORTH * result[0].tokens_per_s:
-                result, choices = (trials, some), [trials.best.choice]
+                best = trials.best.choice
+                prefills = dict.fromkeys((best.prefill, *values_of(some)["prefill"]))
+                result, choices = (trials, some), [changed(best, "prefill", value) for value in prefills]
         if not choices:
             break
     return result
@@ -244,7 +258,7 @@ def _likely(
     return sorted(best.values(), key=lambda entry: -entry[0])
 
 
-def _with_fewer(problem: Problem, now: Problem, best: Choice) -> list[Problem]:
+def _with_fewer(most: Problem, now: Problem, best: Choice) -> list[Problem]:
     """The problem with KV memory for fewer sequences than fit, where that may be faster.
 
     With KV on the GPU each takes room of experts. Jobs of a few times as many requests end in passes nearly empty.
@@ -252,11 +266,13 @@ def _with_fewer(problem: Problem, now: Problem, best: Choice) -> list[Problem]:
     counts = set()
     if best.kv_every:
         counts |= {round(2 ** (step / 8)) for step in range(8 * 20)}
-    if requests := problem.workload.num_requests:
+    if requests := most.workload.num_requests:
         counts |= {ceil(requests * 16 / wave) for wave in _WAVES}
-    most = most_sequences(problem, best)
-    others = (count for count in sorted(counts) if _FEWEST * most <= count < most and count != now.enough)
-    return [replace(problem, enough=count) for count in others]
+    fitting = most_sequences(most, best)
+    others = (
+        count for count in sorted(counts) if _FEWEST * fitting <= count < fitting and count != now.enough
+    )
+    return [replace(most, enough=count) for count in others]
 
 
 def _waits_for_pages(plan: Planned) -> bool:
