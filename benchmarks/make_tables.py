@@ -4,7 +4,7 @@
     python benchmarks/make_tables.py --results benchmarks/results/table --write README.md
 
 In a document the tables stand between two lines, ``<!-- tables: NAME -->`` and ``<!-- end -->``, for each NAME of
-throughput, peers, schedules, accuracy and neighbours; what is between them is replaced.
+throughput, agreement, peers, schedules, accuracy and neighbours; what is between them is replaced.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from accuracy_tables import accuracy, beside
 
+from moe_lightning.bench.cell import turnover
+from moe_lightning.bench.passes import PassRecord
 from moe_lightning.bench.report import RATE_TOLERANCE
 from moe_lightning.units import GIB
 
@@ -56,6 +58,27 @@ def throughput(results: Iterable[Values]) -> str:
             f"{_share(_median(_h2d(m) for m in found))} | "
             f"{_share(_median(m['share_of_plain_copy'] for m in found))} | "
             f"{_peak(cells)} | {_checked(found)} |"
+        )
+    return "\n".join(rows)
+
+
+def agreement(results: Iterable[Values]) -> str:
+    """A row for each run of both kinds: the job, while full memory changes hands once, beside its steady state."""
+    rows = [
+        "| model | GPU memory | answers | steady state, tokens/s | job, memory full | of it | whole job |",
+        "| --- " * 7 + "|",
+    ]
+    both = [
+        cell for cell in results
+        if len(cell.get("measured", ())) == 2 and cell["workload"].get("num_requests") is None
+    ]  # fmt: skip
+    for cell in sorted(both, key=lambda cell: (_model(cell), cell["gpu_memory"], cell["file"])):
+        kinds, gen_len = {m["kind"]: m for m in cell["measured"]}, cell["workload"]["gen_len"]
+        steady, job = kinds["steady state"]["tokens_per_s"], kinds["job"]
+        full = turnover([PassRecord(**p) for p in job["passes"]], gen_len)
+        rows.append(
+            f"| {_model(cell)} | {cell['gpu_memory'] / GIB:g} GiB | {gen_len} | {steady:,.0f} | {full:,.0f} | "
+            f"{_share(full / steady)} | {job['tokens_per_s']:,.0f} |"
         )
     return "\n".join(rows)
 
@@ -118,6 +141,7 @@ def schedules(results: Iterable[Values]) -> str:
 
 TABLES = {
     "throughput": throughput,
+    "agreement": agreement,
     "peers": peers,
     "schedules": schedules,
     "accuracy": accuracy,
@@ -174,8 +198,8 @@ def _peak(cells: Iterable[Values]) -> str:
     if any(m["gpu"] is None for m in memory):
         return ""
     worst = max(memory, key=lambda m: m["gpu"])
-    over = "" if all(m["is_gpu_within"] for m in memory) else ", over"
-    host = "" if all(m["is_host_within"] for m in memory) else ", host over its plan"
+    over = _some_of([not m["is_gpu_within"] for m in memory], "over")
+    host = _some_of([not m["is_host_within"] for m in memory], "host over its plan")
     return f"{worst['gpu'] / GIB:.2f} GiB{over}{host}"
 
 
@@ -184,7 +208,14 @@ def _checked(found: Iterable[Values]) -> str:
     if not checks:
         return ""
     tokens = sum(check["num_tokens"] for check in checks)
-    return f"{tokens} tokens" if all(check["is_equal"] for check in checks) else "NOT EQUAL"
+    return f"{tokens} tokens{_some_of([not check['is_equal'] for check in checks], 'NOT EQUAL')}"
+
+
+def _some_of(are: Sequence[bool], what: str) -> str:
+    """In how many runs of a cell something is so; nothing where it is in none."""
+    if not any(are):
+        return ""
+    return f", {what}" + ("" if all(are) else f" in {sum(are)} of {len(are)}")
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ import pytest
 from checkpoints import tiny_policy
 from moe_lightning.bench import report, throughput
 from moe_lightning.bench import session as sessions
-from moe_lightning.bench.cell import Effort
+from moe_lightning.bench.cell import Effort, turnover
 from moe_lightning.bench.passes import PassRecord, Source, begin_midway, run_passes
 from moe_lightning.bench.peaks import Peaks
 from moe_lightning.bench.session import Session
@@ -95,7 +95,7 @@ def test_one_command_measures_steady_state_and_job_and_checks_answers_of_both(se
     assert (steady.kind, job.kind) == ("steady state", "job")
     assert len(steady.passes) == 5 and sum(p.generated for p in job.passes) == 12 * 6
     assert all(m.check.is_equal and len(m.check.checks) == 2 for m in cell.measured)
-    assert cell.agreement == job.turnover_tokens_per_s(WORK.gen_len) / steady.tokens_per_s
+    assert cell.agreement == turnover(job.passes, WORK.gen_len) / steady.tokens_per_s
     assert (steady.predicted_tokens_per_s, job.predicted_tokens_per_s) == (6.0, 5.0)
     values = json.loads(json.dumps(report.to_json(cell, session.config)))
     assert [m["kind"] for m in values["measured"]] == ["steady state", "job"]
@@ -137,11 +137,9 @@ def test_where_more_may_run_than_fill_memory_a_steady_state_is_of_those_that_do(
 
 def test_of_a_job_counts_the_time_in_which_full_memory_changes_hands_once(session):
     """From the first pass with all but 3 % of the most sequences, as many passes as an answer has tokens."""
+    passes = [PassRecord(s, n, n, 0) for s, n in ((9, 90), (2, 98), (1, 100), (1, 50), (4, 10), (9, 9))]
+    assert turnover(passes, 4) == (98 + 100 + 50 + 10) / 8
     cell = measured(session, steady_passes=5)
-    job = cell.measured[1]
-    passes = tuple(PassRecord(s, n, n, 0) for s, n in ((9, 90), (2, 98), (1, 100), (1, 50), (4, 10), (9, 9)))
-    job = replace(job, passes=passes)
-    assert job.turnover_tokens_per_s(4) == (98 + 100 + 50 + 10) / 8
     fixed = replace(cell.workload, num_requests=12)
     assert replace(cell, workload=fixed).agreement is None, "they may not fill memory, or not twice"
 

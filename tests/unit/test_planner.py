@@ -318,8 +318,8 @@ def test_a_small_job_is_no_slower_than_with_less_memory(num_requests, gen_len, h
 @pytest.mark.parametrize(
     ("heads", "sizes", "gpu", "hosts", "gen_len"),
     [
-        # 128 experts of 768 rows in 48 layers, 32 of 2,880 in 24: with twice the host memory these were 2 to 3 %
-        # slower, as KV on the GPU was tried for other numbers of sequences only.
+        # 128 experts of 768 rows in 48 layers, 32 of 2,880 in 24: with twice the host memory these were 1 and 3 %
+        # slower while KV on the GPU was tried for other numbers of sequences only.
         (AttentionSpec(32, 4, 128), (48, 2048, 768, 128, 8), 16, (128, 256), 128),
         (AttentionSpec(64, 8, 64), (24, 2880, 2880, 32, 4), 24, (64, 128), 128),
     ],

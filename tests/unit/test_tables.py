@@ -142,7 +142,21 @@ def test_what_is_off_over_or_wrong_is_said():
     bad["memory"] |= {"is_gpu_within": False, "is_host_within": False}
     bad["measured"][0]["check"]["is_equal"] = False
     row = make_tables.throughput([bad]).splitlines()[-1]
-    assert "2,100 (-29%, off)" in row and row.endswith("23.50 GiB, over, host over its plan | NOT EQUAL |")
+    assert "2,100 (-29%, off)" in row
+    assert row.endswith("23.50 GiB, over, host over its plan | 40 tokens, NOT EQUAL |")
+    row = make_tables.throughput([bad, result()]).splitlines()[-1]
+    assert row.endswith("over in 1 of 2, host over its plan in 1 of 2 | 80 tokens, NOT EQUAL in 1 of 2 |")
+
+
+def test_a_run_of_both_kinds_says_how_the_job_is_beside_its_steady_state():
+    """Two passes fill memory; in the next four, as an answer has tokens, it changes hands once."""
+    both = result(gen_len=4)
+    both["workload"]["num_requests"] = None
+    counts = (50, 100, 99, 80, 80, 40, 10)
+    passes = [{"seconds": 0.1, "generated": n, "num_running": n, "prompt_tokens": 0} for n in counts]
+    both["measured"].append({"kind": "job", "tokens_per_s": 700.0, "passes": passes})
+    *_, row = make_tables.agreement([both | {"file": "a.json"}, result()]).splitlines()
+    assert row == "| mixtral-8x7b | 24 GiB | 4 | 2,000 | 898 | 45% | 700 |"
 
 
 def test_peers_are_shown_with_their_best_batch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_lightning.bench.lanes import Lanes
@@ -64,19 +65,6 @@ class Measured:
         """Generated, prompts included."""
         return _rate(self.passes)
 
-    def turnover_tokens_per_s(self, gen_len: int) -> float:
-        """Of a job, while KV memory, once full, changes hands once: what its steady state should reach.
-
-        A job's sequences begin together. So passes with many prompts follow passes with none, and no single one is
-        like the steady state; but in as many passes as an answer has tokens, each sequence makes room for another.
-
-        Args:
-            gen_len: tokens of an answer, on average.
-        """
-        most = max(p.num_running for p in self.passes)
-        first = next(number for number, p in enumerate(self.passes) if p.num_running >= _FULL * most)
-        return _rate(self.passes[first : first + gen_len])
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -113,9 +101,23 @@ class Cell:
         found = {m.kind: m for m in self.measured}
         if len(found) < 2 or self.workload.num_requests is not None:
             return None
-        turnover = found["job"].turnover_tokens_per_s(self.workload.gen_len)
-        return turnover / found["steady state"].tokens_per_s
+        return turnover(found["job"].passes, self.workload.gen_len) / found["steady state"].tokens_per_s
 
 
-def _rate(passes: tuple[PassRecord, ...]) -> float:
+def turnover(passes: Sequence[PassRecord], gen_len: int) -> float:
+    """Tokens/s of a job while KV memory, once full, changes hands once: what its steady state should reach.
+
+    A job's sequences begin together. So passes with many prompts follow passes with none, and no single one is like
+    the steady state; but in as many passes as an answer has tokens, each sequence makes room for another.
+
+    Args:
+        passes: of a job, all.
+        gen_len: tokens of an answer, on average.
+    """
+    most = max(p.num_running for p in passes)
+    first = next(number for number, p in enumerate(passes) if p.num_running >= _FULL * most)
+    return _rate(passes[first : first + gen_len])
+
+
+def _rate(passes: Sequence[PassRecord]) -> float:
     return sum(p.generated for p in passes) / sum(p.seconds for p in passes)

@@ -155,7 +155,7 @@ def _job(loaded: Loaded, workload: Workload, effort: Effort, show: Show) -> tupl
     prediction = plan.prediction
     measured = Measured(
         "job", tuple(passes), n, prediction.job_tokens_per_s if prediction else None,
-        summarize(typical, page_bytes(loaded), prediction.lane_s if prediction else None),
+        summarize(typical, page_bytes(loaded), None),  # what is predicted is a pass of the steady state
         engine.num_preemptions, started, timelines=tuple(one.timeline() for one in typical),
     )  # fmt: skip
     return measured, source
