@@ -469,6 +469,22 @@ def test_few_large_micro_batches_are_found_where_kv_on_the_gpu_pays_with_these_a
     assert search(spec, "bfloat16", memory, rates, work).tokens_per_s > 0.99 * known_rate
 
 
+@pytest.mark.parametrize(("gen_len", "num_seqs"), [(32, 664), (512, 166)])
+def test_so_few_sequences_are_found_that_all_experts_stay_beside_their_kv(gen_len, num_seqs):
+    """A quarter more, and pages come that take as long as all else: as many as fit are up to 40 % slower."""
+    spec, memory = registry.resolve("llama-3.1-8b"), Memory(64 * GIB, 24 * GIB)
+    rates = MeasuredRates(load_profile(RESULTS / "small_jobs_fc6bac0" / "profile.json"))
+    work = Workload(MTBENCH.prompt_lens, gen_len)
+    choice = Choice(
+        ring=2.0, micro_batches=1, prefill=1.25, groups=1, ahead=2.0, pages=14, parts=1, kv_every=1
+    )
+    problem = replace(problem_of(spec, "bfloat16", memory, work), packed=True, enough=num_seqs)
+    known = sized(problem, choice, num_seqs)
+    assert not known.num_frames, "all experts stay"
+    known_rate = problem.outlook(known, rates).prediction.job_tokens_per_s
+    assert search(spec, "bfloat16", memory, rates, work).tokens_per_s > 0.99 * known_rate
+
+
 def test_no_other_share_of_kv_on_the_gpu_is_faster_than_the_plans():
     plan = planned(64)
     assert plan.policy.kv_every

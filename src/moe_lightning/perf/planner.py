@@ -25,6 +25,7 @@ from moe_lightning.perf.sizing import (
 from moe_lightning.perf.slack import with_slack
 from moe_lightning.perf.trials import Planned, Trials
 from moe_lightning.perf.workload import Workload
+from moe_lightning.pipeline.task import Lane
 
 _WORTH_PACKING = 0.995  # where plain experts reach this share, they are left as they are
 # Requests over sequences, in sixteenths: the more, the less is lost by the last ones.
@@ -33,6 +34,7 @@ _FEWEST = 0.3  # of the sequences that fit
 # So many are estimated, and so many varied that should reach such a share of what is reached: from the best plan,
 # and then from the next, whose other choices are for fewer sequences already.
 _LIKELY, _OF_EACH, _STARTS, _PROMISING = 12, 3, 2, (0.97, 0.97)
+_ABOUT = (0.9, 0.95, 1.0, 1.05, 1.1)  # of the sequences with which pages are not the bound
 _NEAR = 0.05  # numbers of sequences
 _ROUNDS = 2  # at most, from places for experts and KV to numbers of sequences and back
 _WORTH = 1.002  # a smaller gain is not looked for
@@ -151,6 +153,7 @@ def _settled(
                 found.vary_both(found.best.choice, "micro_batches", other)
             found.vary(found.best.choice, few=None)
         found, problem = _of_fewer_sequences(found, problem, most, rates, is_near=is_near)
+        found, problem = _of_balanced(found, problem, most, rates)
         if found is before and found.tokens_per_s <= _WORTH * reached:
             break
     return found, problem
@@ -273,6 +276,48 @@ def _with_fewer(most: Problem, now: Problem, best: Choice) -> list[Problem]:
         count for count in sorted(counts) if _FEWEST * fitting <= count < fitting and count != now.enough
     )
     return [replace(most, enough=count) for count in others]
+
+
+def _of_balanced(found: Trials, problem: Problem, most: Problem, rates: Rates) -> tuple[Trials, Problem]:
+    """Trials with so few sequences that pages are not the bound, where these may be faster.
+
+    Where nearly all experts fit on the GPU beside KV, a few sequences more make a pass twice as long.
+    """
+    assert found.best is not None
+    best, likely = found.best.choice, list[tuple[float, Problem, Choice]]()
+    for choice in (replace(best, kv_every=1), replace(best, kv_every=1, micro_batches=1, groups=1)):
+        count = _balanced(most, choice, rates)
+        for num_seqs in {ceil(count * share) for share in _ABOUT if count}:
+            some = replace(most, enough=num_seqs)
+            policy = sized(some, choice, num_seqs)
+            if policy:
+                likely.append((some.outlook(policy, rates).estimate, some, choice))
+    estimate, some, choice = max(likely, key=lambda entry: entry[0], default=(0.0, most, best))
+    if estimate < _PROMISING[0] * found.tokens_per_s:
+        return found, problem
+    trials = Trials(some, rates)
+    trials.vary(choice)
+    is_better = trials.tokens_per_s > _WORTH * found.tokens_per_s
+    return (trials, some) if is_better else (found, problem)
+
+
+def _balanced(problem: Problem, choice: Choice, rates: Rates) -> int:
+    """The most sequences with which pages come in less time than any other lane works; 0 for none."""
+
+    def waits(num_seqs: int) -> bool:
+        some = replace(problem, enough=num_seqs)
+        policy = sized(some, choice, num_seqs)
+        if policy is None:
+            return True
+        outlook = some.outlook(policy, rates)
+        lanes = outlook.passes.lane_seconds(outlook.num_seqs, outlook.steady_prompts)
+        return lanes.pop(Lane.H2D) > max(lanes.values())
+
+    least, most = 0, most_sequences(problem, choice)
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (least, middle - 1) if waits(middle) else (middle, most)
+    return least
 
 
 def _waits_for_pages(plan: Planned) -> bool:
