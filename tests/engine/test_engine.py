@@ -9,7 +9,7 @@ import torch
 from checkpoints import MAX_POSITION, greedy, load, prompts_of, reference_logprobs
 from moe_lightning import SamplingParams
 from moe_lightning.errors import RequestError
-from moe_lightning.runtime import runner, sampling_batch
+from moe_lightning.runtime import sampling_batch
 from moe_lightning.runtime.runner import TaskRunner
 
 LENGTHS = (1, 5, 16, 17, 33, 9)
@@ -133,8 +133,7 @@ class TestSampling:
             return logits(self, hidden)
 
         monkeypatch.setattr(TaskRunner, "_logits", noted)
-        for module in (runner, sampling_batch):
-            monkeypatch.setattr(module, "HEAD_ROWS", 4)
+        monkeypatch.setattr(sampling_batch, "HEAD_ROWS", 4)
         found = load(mixtral, micro_batch_size=micro_batch_size, chunk_tokens=100).generate(prompts, params)
         assert max(rows) == 4
         assert tokens_of(found) == tokens_of(expected)

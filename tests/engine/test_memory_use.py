@@ -19,7 +19,7 @@ from moe_lightning.kernels.cpu_kernels import CpuKernels
 from moe_lightning.kernels.experts import Workspace
 from moe_lightning.models import registry
 from moe_lightning.models.hf_config import HFConfig
-from moe_lightning.perf.memory import CPU_EXPERTS_AT_ONCE, EXPERTS_AT_ONCE, memory_use
+from moe_lightning.perf.memory import CPU_EXPERTS_AT_ONCE, EXPERTS_AT_ONCE, HEAD_ROWS, memory_use
 from moe_lightning.pipeline.task import Lane, Task, TaskKind
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step, build_micro_batches
@@ -271,6 +271,23 @@ def test_sampling_takes_no_more_than_is_set_aside_and_much_of_it(rows, dtype):
     with Peak() as peak:
         prompt_logprobs(torch.nn.functional.linear(hidden, head), ids, 5)
     assert peak.most <= allowed
+
+
+@pytest.mark.parametrize("rows", [HEAD_ROWS, 2 * HEAD_ROWS + 76])
+def test_of_a_large_micro_batch_some_rows_have_logits_at_a_time(rows):
+    spec = spec_of("MixtralForCausalLM", vocab_size=8000)
+    policy = policy_of(spec, (2, (0, 0, 0), 12, rows, 0, rows, 16), micro_batch_size=rows)
+    worker = build_worker(spec, policy, torch.float32, torch.device("cpu"), tensors=None, executor="serial")
+    decode = tuple(DecodeRow(5, 0, [block], EVERYTHING) for block in range(rows))
+    batches = build_micro_batches(Step(decode=(decode,)), 16, spec.vocab_size, Uploader(torch.device("cpu")))
+    worker._buffers.hidden.normal_()
+    runner = TaskRunner(worker._weights, worker._kv, worker._buffers, None, worker._inv_freq, batches)
+    with Peak() as peak:
+        runner.run(Task(TaskKind.SAMPLE, Lane.GPU, -1, (0,), (), ()))
+    assert len(runner.outputs[0].sampled.token_ids) == rows
+    allowed = memory_use(spec, 4, policy).during_pass.logits
+    assert allowed / 2 < peak.most <= allowed
+    assert allowed == memory_use(spec, 4, replace(policy, micro_batch_size=HEAD_ROWS)).during_pass.logits
 
 
 @pytest.mark.parametrize("kv_every", [0, 3])

@@ -318,19 +318,22 @@ def test_a_small_job_is_no_slower_than_with_less_memory(num_requests, gen_len, h
 @pytest.mark.parametrize(
     ("heads", "sizes", "gpu", "hosts", "gen_len"),
     [
-        # 128 experts of 768 rows in 48 layers, 32 of 2,880 in 24: with twice the host memory these were 1 and 3 %
-        # slower while KV on the GPU was tried for other numbers of sequences only.
-        (AttentionSpec(32, 4, 128), (48, 2048, 768, 128, 8), 16, (128, 256), 128),
-        (AttentionSpec(64, 8, 64), (24, 2880, 2880, 32, 4), 24, (64, 128), 128),
+        # 128 experts of 768 rows in 48 layers, 64 of 1,408 in 27: with twice the host memory these were 1 and 3 %
+        # slower while KV on the GPU was tried for other numbers of sequences only, and while micro-batches and
+        # groups were not varied together.
+        (AttentionSpec(32, 4, 128), (48, 2048, 768, 128, 8, 151936), 16, (128, 256), 128),
+        (AttentionSpec(16, 2, 128), (27, 2048, 1408, 64, 6, 102400), 16, (128, 256), 512),
     ],
 )
 def test_a_job_is_no_slower_with_more_host_memory(heads, sizes, gpu, hosts, gen_len):
-    layers, hidden, inner, experts, top_k = sizes
+    layers, hidden, inner, experts, top_k, vocab = sizes
     moe = replace(
         MIXTRAL.experts, num_experts=experts, intermediate_size=inner,
         router=replace(MIXTRAL.experts.router, top_k=top_k),
     )  # fmt: skip
-    spec = replace(MIXTRAL, num_layers=layers, hidden_size=hidden, attention=heads, experts=moe)
+    spec = replace(
+        MIXTRAL, num_layers=layers, hidden_size=hidden, vocab_size=vocab, attention=heads, experts=moe
+    )
     rates = MeasuredRates(load_profile(RESULTS / "small_jobs_fc6bac0" / "profile.json"))
     work = Workload(MTBENCH.prompt_lens, gen_len, 10_000)
     less, more = (
@@ -483,6 +486,22 @@ def test_so_few_sequences_are_found_that_all_experts_stay_beside_their_kv(gen_le
     assert not known.num_frames, "all experts stay"
     known_rate = problem.outlook(known, rates).prediction.job_tokens_per_s
     assert search(spec, "bfloat16", memory, rates, work).tokens_per_s > 0.99 * known_rate
+
+
+def test_where_all_experts_stay_some_may_stream_for_kv_on_the_gpu():
+    """The estimate of such a plan is 3 % below what it reaches: from there choices are varied nevertheless."""
+    spec, memory, rates = (
+        registry.resolve("llama-3.1-8b"),
+        Memory(64 * GIB, 22 * GIB),
+        DatasheetRates(PRESETS["l4"]),
+    )
+    choice = Choice(
+        ring=2.0, micro_batches=4, prefill=1.25, groups=4, ahead=2.0, pages=14, parts=1, kv_every=4
+    )
+    problem = replace(problem_of(spec, "bfloat16", memory, MTBENCH), packed=True)
+    known = largest_policy(problem, choice)
+    known_rate = problem.outlook(known, rates).prediction.job_tokens_per_s
+    assert search(spec, "bfloat16", memory, rates, MTBENCH).tokens_per_s > 0.99 * known_rate
 
 
 def test_no_other_share_of_kv_on_the_gpu_is_faster_than_the_plans():

@@ -96,4 +96,8 @@ def test_a_policy_that_did_not_fit_is_made_finer_first_and_then_smaller_until_no
 
 def test_what_ran_counts_where_it_was_less_than_might_have_run():
     assert smaller(PLANNED, 10, 0).micro_batch_size == 5
+    # Of larger ones as many rows have logits at once as of this one.
+    assert (
+        smaller(replace(PLANNED, max_num_seqs=4000, micro_batch_size=2000), 4000, 0).micro_batch_size == 256
+    )
     assert smaller(PLANNED, 10, 1).max_num_seqs == 5

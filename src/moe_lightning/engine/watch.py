@@ -87,7 +87,7 @@ class Watch:
         begin: Begin = at_once,
     ) -> None:  # fmt: skip
         self._spec, self._dtype, self._workload = spec, dtype, workload
-        # Memory is set aside for this many rows of logits, whatever the plan.
+        # Memory is set aside for this many rows of logits whatever the plan, and rows take little else.
         size = max(policy.micro_batch_size, min(HEAD_ROWS, policy.max_num_seqs))
         self._bounds = Bounds(replace(policy, micro_batch_size=size), max_model_len)
         self._policy, self._num_seqs = policy, num_decoding(policy, workload)

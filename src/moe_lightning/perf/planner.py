@@ -148,7 +148,8 @@ def _settled(
         before, reached = found, found.tokens_per_s
         is_job = problem.workload.num_requests is not None
         _look_elsewhere(found, bridging, rates, is_near=is_near, is_job=is_job)
-        if found.best and found.best.choice.kv_every and not is_near:
+        assert found.best is not None
+        if found.best.choice.kv_every and not is_near:
             for other in ("groups", "prefill"):
                 found.vary_both(found.best.choice, "micro_batches", other)
             found.vary(found.best.choice, few=None)
@@ -166,9 +167,9 @@ def _look_elsewhere(found: Trials, bridging: Choice, rates: Rates, *, is_near: b
     """
     assert found.best is not None
     whole = replace(found.best.choice, micro_batches=1, groups=1)  # nothing is to be hidden behind attention
-    likely = [found.best.choice, whole, bridging, replace(bridging, micro_batches=2, groups=4)]
+    likely = [found.best.choice, whole, bridging, replace(bridging, micro_batches=4, groups=4)]
     if _waits_for_pages(found.best) and not found.best.choice.kv_every:
-        for start in found.likeliest(likely[:2], "kv_every", least=found.tokens_per_s)[:1]:
+        for start in found.likeliest(likely, "kv_every", least=_PROMISING[0] * found.tokens_per_s)[:1]:
             found.vary(start)
     else:
         for start in found.likeliest(likely[:2] if is_near else likely, "kv_every")[: 1 if is_job else 2]:

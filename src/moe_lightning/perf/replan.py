@@ -8,6 +8,7 @@ from functools import cache
 from math import ceil
 
 from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.memory import HEAD_ROWS
 from moe_lightning.perf.outlook import Outlook, Prediction
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload, num_decoding
@@ -44,9 +45,9 @@ def only_limits_differ(policy: Policy, other: Policy) -> bool:
 def smaller(policy: Policy, num_seqs: int, num_failures: int) -> Policy | None:
     """The largest policy that promises to fit where a pass of this one did not; None if there is none.
 
-    What a pass takes beside its buffers goes with micro-batches and chunks, so these are halved first, which costs
-    little. If that was not it, nobody knows what is missing, and each further failure makes the engine compute anew
-    all that ran: then everything is halved.
+    What a pass takes beside its buffers goes with chunks and with the rows that have logits at once, so these are
+    halved first, which costs little. If that was not it, nobody knows what is missing, and each further failure
+    makes the engine compute anew all that ran: then everything is halved.
 
     Args:
         policy: that was too large.
@@ -54,7 +55,7 @@ def smaller(policy: Policy, num_seqs: int, num_failures: int) -> Policy | None:
         num_failures: of larger policies before.
     """
     n = min(policy.max_num_seqs, num_seqs or policy.max_num_seqs)
-    size, chunk = min(policy.micro_batch_size, n), policy.chunk_tokens
+    size, chunk = min(policy.micro_batch_size, n, HEAD_ROWS), policy.chunk_tokens
     finer = replace(policy, micro_batch_size=max(1, size // 2), chunk_tokens=max(1, chunk // 2))
     if num_failures == 0 and finer != policy:
         return finer

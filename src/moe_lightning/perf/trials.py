@@ -14,6 +14,7 @@ from moe_lightning.policy import Policy
 _RUNNERS_UP = 3
 _TELLING = ("groups", "parts", "micro_batches", "pages")  # choices that differ enough to be compared with
 _WORTH = 1.002  # a smaller gain is not looked for: where the link is the bound, all plans are about as fast
+_STARTS = 0.95  # the same of where choices are varied from: estimates are a few percent off, mostly too low
 _BEHIND = 0.85  # of the best that is known: one choice after the other seldom makes up for more
 _FEW = 3  # shares of KV on the GPU that are simulated at a time
 _APART = 2e-3  # runners-up that differ by less are one
@@ -63,7 +64,7 @@ class Trials:
         KV is left in host memory alone where the start has it there, and experts to the GPU. Passes with KV on the
         GPU are simulated to more layers, so only a `few` shares of it are tried; None for all.
         """
-        base = self._try([start]) or start
+        base = self._try([start], _STARTS) or start
         policy = self._policy(start)
         if policy and self._value(policy) < _BEHIND * self.tokens_per_s:
             return
@@ -114,8 +115,11 @@ class Trials:
                 others.append(plan)
         return replace(best, runners_up=tuple(others))
 
-    def _try(self, choices: Iterable[Choice]) -> Choice | None:
-        """Simulate those that may be faster than the best, most promising first; the choice to go on from."""
+    def _try(self, choices: Iterable[Choice], least: float = _WORTH) -> Choice | None:
+        """Simulate those that may be faster than the best, most promising first; the choice to go on from.
+
+        They may be if their bound is higher, and their estimate at least such a share of what is reached.
+        """
         policies = [(self._policy(choice), choice) for choice in choices]
         promising = [(self._outlook(policy).at_best, policy, choice) for policy, choice in policies if policy]
         estimated = [
@@ -124,7 +128,7 @@ class Trials:
             if bound > self.tokens_per_s * _WORTH
         ]
         for policy, choice in sorted(estimated, key=lambda entry: -self._outlook(entry[0]).estimate):
-            if self._outlook(policy).estimate > self.tokens_per_s * _WORTH:
+            if self._outlook(policy).estimate > self.tokens_per_s * least:
                 self._simulate(policy, choice)
         return max(estimated, key=lambda entry: self._value(entry[0]))[1] if estimated else None
 

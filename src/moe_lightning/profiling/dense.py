@@ -10,12 +10,12 @@ from torch import Tensor
 from moe_lightning.bench.timing import seconds_of
 from moe_lightning.hardware.curve import TimeCurve
 from moe_lightning.hardware.kernel_times import DenseProfile, ModelShape
+from moe_lightning.perf.memory import HEAD_ROWS
 from moe_lightning.profiling.effort import Effort
 from moe_lightning.profiling.host import name_of
 from moe_lightning.units import MIB
 
 _COLD_BYTES = 256 * MIB  # more than any cache: matrices are rotated over as much
-_HEAD_ROWS = 512  # rows of logits that exist at once
 
 
 def dense(shape: ModelShape, dtype: torch.dtype, effort: Effort) -> list[DenseProfile]:
@@ -40,7 +40,7 @@ def _product_times(name: str, inputs: int, outputs: int, dtype: torch.dtype, eff
         torch.empty(outputs, inputs, device="cuda", dtype=dtype).normal_(std=inputs**-0.5)
         for _ in range(number)
     ]
-    counts = tuple(rows for rows in effort.rows if name != "head" or rows <= _HEAD_ROWS)
+    counts = tuple(rows for rows in effort.rows if name != "head" or rows <= HEAD_ROWS)
     seconds = []
     for rows in counts:
         x = torch.randn(rows, inputs, device="cuda", dtype=dtype)

@@ -248,8 +248,10 @@ class TaskRunner:
         ]
         sampled = [
             sample(self._logits(hidden[rows]), sampling)
-            for rows, sampling in zip(  # no rows are one part too
-                torch.split(batch.sample_rows, HEAD_ROWS), batch.sampling, strict=False
+            for rows, sampling in zip(
+                batch.sample_rows.split([part.num_rows for part in batch.sampling]),
+                batch.sampling,
+                strict=True,
             )
         ]
         self.outputs[task.micro_batches[0]] = MicroBatchOutput(joined(sampled) if sampled else None, scored)
