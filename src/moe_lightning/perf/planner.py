@@ -168,11 +168,12 @@ def _look_elsewhere(found: Trials, bridging: Choice, rates: Rates, *, is_near: b
     assert found.best is not None
     whole = replace(found.best.choice, micro_batches=1, groups=1)  # nothing is to be hidden behind attention
     likely = [found.best.choice, whole, bridging, replace(bridging, micro_batches=4, groups=4)]
+    likely = likely[:2] if is_near else likely
     if _waits_for_pages(found.best) and not found.best.choice.kv_every:
         for start in found.likeliest(likely, "kv_every", least=_PROMISING[0] * found.tokens_per_s)[:1]:
             found.vary(start)
     else:
-        for start in found.likeliest(likely[:2] if is_near else likely, "kv_every")[: 1 if is_job else 2]:
+        for start in found.likeliest(likely, "kv_every")[: 1 if is_job else 2]:
             found.vary(start)
         if not (is_near or is_job):
             found.vary(found.best.choice)
