@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from math import ceil, floor
 
 from moe_lightning.errors import ConfigError
@@ -34,7 +35,9 @@ _FEWEST = 0.3  # of the sequences that fit
 # So many are estimated, and so many varied that should reach such a share of what is reached: from the best plan,
 # and then from the next, whose other choices are for fewer sequences already.
 _LIKELY, _OF_EACH, _STARTS, _PROMISING = 12, 3, 2, (0.97, 0.97)
-_ABOUT = (0.9, 0.95, 1.0, 1.05, 1.1)  # of the sequences with which pages are not the bound
+# Of the sequences with which pages take such shares of another lane's time; with these prompts, as a multiple of a
+# steady pass's.
+_ABOUT, _PAGES, _PREFILLS = (0.9, 0.95, 1.0, 1.05, 1.1), (1.0, 0.0), (1.25, 2.0)
 _NEAR = 0.05  # numbers of sequences
 _ROUNDS = 2  # at most, from places for experts and KV to numbers of sequences and back
 _WORTH = 1.002  # a smaller gain is not looked for
@@ -99,14 +102,16 @@ def _is_packable(problem: Problem) -> bool:
 def _as_fast_as_they_are(problem: Problem, packed: Planned, rates: Rates) -> Planned | None:
     """A plan with experts as they are that is about as fast as one with packed ones; None where there is none.
 
-    Looked for where one that the search begins with is, or the packed plan's own choice.
+    Looked for where one that the search begins with is, or the packed plan's own choice, as large as fits or, with
+    KV on the GPU, with so few sequences that pages are not the bound.
     """
     least = _WORTH_PACKING * packed.tokens_per_s
     some = (largest_policy(problem, choice) for choice in (packed.choice, *starts(problem)))
-    if all(policy is None or problem.outlook(policy, rates).estimate < least for policy in some):
-        return None
-    plain = _searched(problem, rates, packed)
-    return plain if plain.tokens_per_s >= least else None
+    is_likely = any(policy and problem.outlook(policy, rates).estimate >= least for policy in some)
+    if not is_likely and packed.choice.kv_every:
+        is_likely = any(_balanced(problem, packed.choice, rates, share)[0] >= least for share in _PAGES)
+    plain = _searched(problem, rates, packed) if is_likely else None
+    return plain if plain and plain.tokens_per_s >= least else None
 
 
 def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
@@ -281,44 +286,60 @@ def _with_fewer(most: Problem, now: Problem, best: Choice) -> list[Problem]:
 
 
 def _of_balanced(found: Trials, problem: Problem, most: Problem, rates: Rates) -> tuple[Trials, Problem]:
-    """Trials with so few sequences that pages are not the bound, where these may be faster.
-
-    Where nearly all experts fit on the GPU beside KV, a few sequences more make a pass twice as long.
-    """
+    """Trials with so few sequences that pages are not the bound, or none streams, where these may be faster."""
     assert found.best is not None
-    best, likely = found.best.choice, list[tuple[float, Problem, Choice]]()
-    for choice in (replace(best, kv_every=1), replace(best, kv_every=1, micro_batches=1, groups=1)):
-        count = _balanced(most, choice, rates)
-        for num_seqs in {ceil(count * share) for share in _ABOUT if count}:
-            some = replace(most, enough=num_seqs)
-            policy = sized(some, choice, num_seqs)
-            if policy:
-                likely.append((some.outlook(policy, rates).estimate, some, choice))
-    estimate, some, choice = max(likely, key=lambda entry: entry[0], default=(0.0, most, best))
-    if estimate < _PROMISING[0] * found.tokens_per_s:
-        return found, problem
-    trials = Trials(some, rates)
-    trials.vary(choice)
-    is_better = trials.tokens_per_s > _WORTH * found.tokens_per_s
-    return (trials, some) if is_better else (found, problem)
+    result = found, problem
+    for share in _PAGES:
+        estimate, some, choice = _balanced(most, found.best.choice, rates, share)
+        if estimate < _PROMISING[0] * found.tokens_per_s:
+            continue
+        trials = Trials(some, rates)
+        trials.vary(choice)
+        if trials.tokens_per_s > _WORTH * result[0].tokens_per_s:
+            result = trials, some
+    return result
 
 
-def _balanced(problem: Problem, choice: Choice, rates: Rates) -> int:
-    """The most sequences with which pages come in less time than any other lane works; 0 for none."""
+def _balanced(problem: Problem, start: Choice, rates: Rates, share: float) -> tuple[float, Problem, Choice]:
+    """The fastest, by estimate, with KV on the GPU and about the most sequences with which pages are not the bound.
 
-    def waits(num_seqs: int) -> bool:
+    Where nearly all experts fit on the GPU beside KV, a few sequences more make a pass twice as long. The estimate
+    is 0 where there is no such number.
+
+    Args:
+        problem: with all memory.
+        start: the choice but for places for prompts, pages, and one micro-batch.
+        rates: of the machine.
+        share: of the time of another lane, that pages take at most.
+    """
+    whole = replace(start, kv_every=1, micro_batches=1, groups=1)
+    found = [(0.0, problem, whole)]
+    for prefill, pages in product(_PREFILLS, values_of(problem)["pages"]):
+        choice = replace(whole, prefill=prefill, pages=int(pages))
+        count = _most_balanced(problem, choice, rates, share)
+        for num_seqs in {ceil(count * about) for about in _ABOUT if count}:
+            some = replace(problem, enough=num_seqs)
+            if policy := sized(some, choice, num_seqs):
+                found.append((some.outlook(policy, rates).estimate, some, choice))
+    return max(found, key=lambda entry: entry[0])
+
+
+def _most_balanced(problem: Problem, choice: Choice, rates: Rates, share: float) -> int:
+    """The most sequences with which pages take no more than such a share of another lane's time; 0 for none."""
+
+    def is_more(num_seqs: int) -> bool:
         some = replace(problem, enough=num_seqs)
         policy = sized(some, choice, num_seqs)
         if policy is None:
             return True
         outlook = some.outlook(policy, rates)
         lanes = outlook.passes.lane_seconds(outlook.num_seqs, outlook.steady_prompts)
-        return lanes.pop(Lane.H2D) > max(lanes.values())
+        return lanes.pop(Lane.H2D) > share * max(lanes.values())
 
     least, most = 0, most_sequences(problem, choice)
     while least < most:
         middle = (least + most + 1) // 2
-        least, most = (least, middle - 1) if waits(middle) else (middle, most)
+        least, most = (least, middle - 1) if is_more(middle) else (middle, most)
     return least
 
 
