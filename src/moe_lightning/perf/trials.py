@@ -13,8 +13,11 @@ from moe_lightning.policy import Policy
 
 _RUNNERS_UP = 3
 _TELLING = ("groups", "parts", "micro_batches", "pages")  # choices that differ enough to be compared with
-_WORTH = 1.002  # a smaller gain is not looked for: where the link is the bound, all plans are about as fast
+WORTH = 1.002  # a smaller gain is not looked for: where the link is the bound, all plans are about as fast
 _STARTS = 0.95  # the same of where choices are varied from: estimates are a few percent off, mostly too low
+PROMISING = (
+    0.97  # what is estimated to reach such a share may reach more: other choices are varied from there
+)
 _BEHIND = 0.85  # of the best that is known: one choice after the other seldom makes up for more
 _FEW = 3  # shares of KV on the GPU that are simulated at a time
 _APART = 2e-3  # runners-up that differ by less are one
@@ -115,7 +118,7 @@ class Trials:
                 others.append(plan)
         return replace(best, runners_up=tuple(others))
 
-    def _try(self, choices: Iterable[Choice], least: float = _WORTH) -> Choice | None:
+    def _try(self, choices: Iterable[Choice], least: float = WORTH) -> Choice | None:
         """Simulate those that may be faster than the best, most promising first; the choice to go on from.
 
         They may be if their bound is higher, and their estimate at least such a share of what is reached.
@@ -125,7 +128,7 @@ class Trials:
         estimated = [
             (policy, choice)
             for bound, policy, choice in sorted(promising, key=lambda entry: -entry[0])
-            if bound > self.tokens_per_s * _WORTH
+            if bound > self.tokens_per_s * WORTH
         ]
         for policy, choice in sorted(estimated, key=lambda entry: -self._outlook(entry[0]).estimate):
             if self._outlook(policy).estimate > self.tokens_per_s * least:
