@@ -17,7 +17,7 @@ def clock(monkeypatch):
 
 
 def measured(clock, budget, *seconds):
-    """Two works, the first of which takes these seconds in its turns; what was called, and the means."""
+    """Two works, the first of which takes these seconds in its turns; what was called and found."""
     turns, called = iter(seconds), []
 
     def first():
@@ -39,10 +39,17 @@ def measured(clock, budget, *seconds):
     return called, timing.seconds_in_turn([first, second], budget, before, after)
 
 
-def test_works_take_turns_and_the_mean_leaves_the_first_round_and_what_comes_before_and_after_out(clock):
+def test_works_take_turns_and_the_first_round_and_what_comes_before_and_after_do_not_count(clock):
     called, found = measured(clock, 5.0, 9.0, 2.0, 3.0, 4.0)
     assert found == [3.0, 1.0]
     assert called == [0, "first", "after", 1, "second", "after"] * 4
+
+
+def test_a_slow_turn_makes_all_works_slower_alike(clock):
+    _, found = measured(clock, 5.0, 9.0, 2.0, 2.0, 8.0)
+    assert found == pytest.approx([2.0 * 5 / 3, 1.0 * 5 / 3]), (
+        "a mean of 4 and of 1, beside medians of 2 and 1"
+    )
 
 
 def test_rounds_go_on_until_the_budget_of_all_is_spent(clock):

@@ -8,7 +8,7 @@ from moe_lightning.units import GIB, KIB, MIB
 
 _RUNS_OF_CONTEXT = 4  # alone, and three times as long beside copies
 _MAKING_S = 0.5  # what calls of attention read is made before it is measured
-_LEAST_SHARE = 0.25  # of the time that measurements should have: what they then say is rough, but is said
+_LEAST_SHARE = 0.5  # of the time that measurements should have: what they then say is rough, but is said
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Effort:
     gpu_product: int = 8192
     cpu_products: tuple[int, ...] = (512, 1024, 2048, 4096)
     cpu_experts_s: float = 3.0
-    cpu_experts_beside_s: float = 2.0
+    cpu_experts_beside_s: float = 1.2
     chain: int = 40
 
     def paced(self, elapsed_s: float, done: int) -> Effort:

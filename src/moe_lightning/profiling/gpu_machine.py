@@ -145,7 +145,9 @@ def _host_and_link(
         attention.append(AttentionBench(kernel, memory.read, geometry, dtype, paced).measure(copies))
     experts = []
     few = tuple(count for count in effort.cpu_tokens if count <= CPU_EXPERTS_AT_ONCE)
-    brief = replace(effort, cpu_experts_s=effort.cpu_experts_beside_s, cpu_tokens=few)
+    brief = replace(
+        effort, point_s=effort.point_s / 2, cpu_experts_s=effort.cpu_experts_beside_s, cpu_tokens=few
+    )
     for shape in shapes:
         steps.begin(f"experts of {shape.name} on the CPU beside copies")
         with copies or nullcontext():

@@ -42,9 +42,10 @@ def seconds_in_turn(
     before: Callable[[int], object],
     after: Callable[[], object] = lambda: None,
 ) -> list[float]:
-    """Seconds of each work on average, slow turns too, after a round that does not count.
+    """Seconds of each work, after a round that does not count: the median, times what slow turns add for all.
 
-    All works have a turn before the first has its next, so that none alone has a slow time of the machine.
+    All works have a turn before the first has its next, and what their turns take beyond medians counts for all
+    alike: so none alone has a slow time of the machine, which in few turns would be most of its mean.
 
     Args:
         works: to be measured.
@@ -66,4 +67,6 @@ def seconds_in_turn(
         took = time.perf_counter() - begin
         if turn >= (_MIN_TURNS if took < _PATIENCE * budget_s else 1) and took > budget_s:
             break
-    return [fmean(seconds) for seconds in found]
+    medians = [median(seconds) for seconds in found]
+    slower = sum(map(fmean, found)) / sum(medians)  # as many turns of each
+    return [slower * seconds for seconds in medians]
