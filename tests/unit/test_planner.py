@@ -282,7 +282,8 @@ def test_a_plan_runs_on_better_hardware_at_least_as_fast(better, factor):
     use = memory_use(MIXTRAL, 2, before.policy)
     assert use.gpu_bytes <= memory.gpu and use.host_bytes <= memory.host
     after = Outlook(MIXTRAL, "bfloat16", before.policy, rates, WORK).prediction
-    assert after.job_tokens_per_s >= before.tokens_per_s * (1 - 1e-9)
+    # A few parts in a million: layers that are not simulated take what the last of those that are took.
+    assert after.job_tokens_per_s >= before.tokens_per_s * (1 - 1e-5)
 
 
 def test_a_search_near_a_plan_is_no_slower_than_the_plan_and_about_as_fast_as_a_whole_one():

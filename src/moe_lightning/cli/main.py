@@ -56,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoELightningError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as e:
+        if e.name != "torch":  # which `plan` alone does without
+            raise
+        print("error: PyTorch is missing; install it: pip install 'torch>=2.9'", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as e:
         print("interrupted", file=sys.stderr)
         return run_batch.interrupt_status(e)

@@ -129,7 +129,7 @@ def _check_together(args: Namespace) -> None:
     for one, other, why in _APART:
         if getattr(args, one) and getattr(args, other):
             raise ConfigError(f"{_flag(other)} with {_flag(one)}: {why}; leave one of them out")
-    if args.hardware == "this" and args.cpu_mem_bdw:
+    if (args.hardware or "").lower() == "this" and args.cpu_mem_bdw:
         raise ConfigError("--cpu-mem-bdw with --hardware this: that rate was measured; leave one of them out")
     for name in _NOT_PAPERS:
         if args.cost_model == "paper" and getattr(args, name):
@@ -147,7 +147,7 @@ def _profile(args: Namespace) -> Profile | None:
     """What was measured, where that is to count."""
     if args.profile:
         return load_profile(args.profile)
-    if args.hardware != "this":
+    if args.hardware.lower() != "this":
         return None
     try:
         profile = load_profile(cache_path())
@@ -189,9 +189,11 @@ def _plan_ours(
         hardware.gpu.memory_bytes,
         args.host_memory or int(_HOST_SHARE * hardware.cpu.memory_bytes),
     )
-    job = job_of(args, args.max_model_len or spec.max_position)
+    job, dtype = job_of(args, args.max_model_len or spec.max_position), _dtype(spec, hardware)
+    if dtype != spec.dtype:
+        notes += (f"{hardware.gpu.name} has no rate for {spec.dtype}, so this plan is in {dtype}",)
     notes += job.notes
-    report = plan(spec, _dtype(spec, hardware), found, job.workload, job.longest)
+    report = plan(spec, dtype, found, job.workload, job.longest)
     columns = shutil.get_terminal_size((100, 0)).columns if sys.stdout.isatty() else 100
     text = to_text(report, notes, is_terminal=sys.stdout.isatty(), width=columns)
     return Answer(

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 
 from moe_lightning.errors import ConfigError, JobError
 from moe_lightning.jobs import open_input, survey_input
+from moe_lightning.jobs.lengths import EXPECTED
 from moe_lightning.perf.workload import Workload
+from moe_lightning.units import counted
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,17 @@ def job_of(args: Namespace, limit: int) -> Job:
             f"none of the {bad:,} lines of {args.input} is a request: each must be a JSON object with custom_id, "
             "method, url and body, as docs/batch.md has them"
         )
-    job = _fitting(lengths.workload(None), min(lengths.longest, limit), limit)
-    if not bad:
-        return job
-    note = f"{bad:,} of {survey.num_lines:,} lines of {args.input} are no requests and are not counted"
-    return replace(job, notes=(note, *job.notes))
+    job, notes = _fitting(lengths.workload(None), min(lengths.longest, limit), limit), list[str]()
+    if bad:
+        notes.append(
+            f"{bad:,} of {survey.num_lines:,} lines of {args.input} are no requests and are not counted"
+        )
+    if longer := lengths.num_longer:
+        notes.append(
+            f"{counted(longer, 'answer')} may have more than {EXPECTED:,} tokens; that many are expected, so a job "
+            "whose answers go to such limits takes longer"
+        )
+    return replace(job, notes=(*notes, *job.notes))
 
 
 def _fitting(workload: Workload, longest: int | None, limit: int) -> Job:

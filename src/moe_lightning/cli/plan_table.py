@@ -16,13 +16,14 @@ from moe_lightning.perf.memory import DeviceUse, HostUse
 from moe_lightning.perf.report import Report
 from moe_lightning.perf.sizing import Choice
 from moe_lightning.perf.trials import Planned
+from moe_lightning.policy import Policy
 from moe_lightning.units import counted, format_bytes, format_duration, format_rate
 
 _WIDTH = 100
 _BAR = 36
+_LEAST_SHARE = 0.01  # of the hardware limit that is said: it is one for as many sequences as memory holds
 _LANES = {
     "gpu": "GPU", "h2d": "copies to the GPU", "back": "attention's outputs back", "d2h": "copies from the GPU",
-    "cpu": "CPU attention",
 }  # fmt: skip
 _DEVICE = {
     "weights": "other weights", "resident": "experts resident", "ring": "ring of frames",
@@ -86,9 +87,8 @@ def _grid(*justify: str) -> Table:
 
 def _speeds(report: Report) -> Table:
     p, work = report.planned.prediction, report.workload
-    of_limit = (
-        f", {p.tokens_per_s / report.limit.tokens_per_s:.0%} of the hardware limit" if report.limit else ""
-    )
+    share = p.tokens_per_s / report.limit.tokens_per_s if report.limit else 0.0
+    of_limit = f", {share:.0%} of the hardware limit" if share >= _LEAST_SHARE else ""
     answers = f"{work.gen_len}"
     if work.gen_lens:
         answers = f"{min(work.gen_lens):,} to {max(work.gen_lens):,}, {work.mean_answer:,.0f} on average"
@@ -102,7 +102,8 @@ def _speeds(report: Report) -> Table:
     beside = ""
     if p.prefill_tokens:
         table.add_row("", format_rate(p.prefill_tokens_per_s), "prompt tokens/s beside them")
-        beside = f", {p.prefill_tokens:,} prompt tokens ride along"
+        ride = "rides" if p.prefill_tokens == 1 else "ride"
+        beside = f", {counted(p.prefill_tokens, 'prompt token')} {ride} along"
     if p.job_s is not None and work.num_requests:
         table.add_row("the job", format_duration(p.job_s), f"for {counted(work.num_requests, 'request')}")
     decode = f"{counted(p.num_seqs, 'sequence')} decode{'s' if p.num_seqs == 1 else ''}"
@@ -118,8 +119,16 @@ def _lanes(report: Report) -> Table:
             "█" * round(_BAR * min(1.0, seconds / prediction.pass_s)), style="red" if is_busiest else "blue"
         )
         bar.append("  the bottleneck" if is_busiest else "", style="bold")
-        table.add_row(_LANES[lane], f"{seconds:.2f}", bar)
+        name = _LANES.get(lane) or _of_cpu(report.planned.policy)
+        table.add_row(name, f"{seconds:.2f}", bar)
     return table
+
+
+def _of_cpu(policy: Policy) -> str:
+    """What the CPU computes."""
+    if not policy.cpu_every:
+        return "CPU attention"
+    return "CPU experts" if policy.kv_every == 1 else "CPU attention, experts"
 
 
 def _memory(report: Report) -> Table:
@@ -157,7 +166,7 @@ def _policy(report: Report) -> str:
     micro_batches = -(-num_seqs // policy.micro_batch_size)
     more = f", {policy.max_num_seqs:,} while they are short" if policy.max_num_seqs > num_seqs else ""
     rest = (
-        f"; the rest comes through {policy.num_frames} frames, "
+        f"; the rest comes through {counted(policy.num_frames, 'frame')}, "
         f"{'a part' if policy.expert_parts > 1 else 'a layer'} at a time"
         if policy.num_frames
         else ""
@@ -166,7 +175,7 @@ def _policy(report: Report) -> str:
     on_cpu = f"; the CPU computes those of {_layers(policy.cpu_every)}" if policy.cpu_every else ""
     kept = f", in GPU memory for {_layers(policy.kv_every)}" if policy.kv_every else ""
     return (
-        f"{counted(num_seqs, 'sequence')} in {them} of {policy.micro_batch_size}{more}; prompts "
+        f"{counted(num_seqs, 'sequence')} in {them} of {policy.micro_batch_size:,}{more}; prompts "
         f"in chunks of {policy.chunk_tokens:,} tokens, up to {policy.max_num_seqs + policy.prefill_tokens:,} rows "
         f"a pass; {resident:.0%} of the experts resident{rest}{on_cpu}; {policy.num_blocks:,} KV blocks of "
         f"{policy.block_size} tokens{kept}"

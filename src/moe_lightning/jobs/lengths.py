@@ -20,7 +20,7 @@ _LONGEST_SAMPLE = 2**18  # bytes: those lines stay in memory
 _HISTOGRAM = 512
 _GOLDEN = 0.618034  # its multiples, but for whole ones, are evenly spread, however many one takes
 # Tokens of an answer: where no limit is set, what is usual and what is allowed; of a large limit, what is expected.
-_ANSWER, _LONGEST_ANSWER, _EXPECTED = 256, 2**15, 1024
+_ANSWER, _LONGEST_ANSWER, EXPECTED = 256, 2**15, 1024
 _BYTES = 4  # of a token of text, about
 _TEMPLATE = 2048  # tokens that a chat template may add
 
@@ -53,6 +53,11 @@ class Lengths:
         """Tokens that no request exceeds with its answer: each takes a byte of the prompt at least."""
         answers = (_LONGEST_ANSWER if limit < 0 else limit for limit in self._limits)
         return max(map(sum, zip(self._sizes, answers, strict=True)), default=1) + _TEMPLATE
+
+    @property
+    def num_longer(self) -> int:
+        """Lines whose answers may have more tokens than are expected of any."""
+        return sum(limit > EXPECTED for limit in self._limits)
 
     def workload(self, tokenizer: Any | None) -> Workload:
         """The requests as the planner sees them.
@@ -93,7 +98,7 @@ class Lengths:
     def _expected(self, line: int) -> int:
         """Tokens of a line's answer."""
         limit = self._limits[line]
-        return _ANSWER if limit < 0 else min(max(limit, 1), _EXPECTED)
+        return _ANSWER if limit < 0 else min(max(limit, 1), EXPECTED)
 
 
 def _means(tokens: np.ndarray, ends: np.ndarray, num: int) -> list[int]:

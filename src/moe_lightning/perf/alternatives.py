@@ -52,7 +52,7 @@ def _attention_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alter
     # It sweeps whole layers, those whose experts the CPU would compute too: the plan's ring may not hold one.
     least = pass_shape(policy, problem.spec.experts.num_experts, 0, 1).least_frames
     policy = replace(policy, num_frames=max(policy.num_frames, least))
-    found = problem.outlook(policy, rates).estimate
+    found = problem.outlook(policy, rates).prediction.job_tokens_per_s
     point = decode_attention(problem.spec, problem.dtype, max(1, round(problem.workload.mean_context)))
     moved = _kv_bytes(problem, planned)
     return Alternative(
@@ -63,56 +63,64 @@ def _attention_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alter
 
 def _kv_elsewhere(problem: Problem, planned: Planned, rates: Rates) -> Alternative:
     """With a share on the GPU, or without the plan's."""
-    now, gains = planned.choice.kv_every, _gains(problem, planned, rates, "kv_every")
+    now, (best, gain) = planned.choice.kv_every, _best(problem, planned, rates, "kv_every")
     if now:
         return Alternative(
-            "all KV in host memory", "r_c=0", gains.get(0),
+            "all KV in host memory", "r_c=0", gain,
             f"the CPU would attend in all layers; now the GPU does in {'all' if now == 1 else f'one of {now:g}'}",
         )  # fmt: skip
-    if not gains:
+    if best is None:
         return Alternative("a share of KV on the GPU", "r_c>0", None, "the GPU has no room for it")
-    best = max(gains, key=gains.__getitem__)
     kv = format_bytes(_kv_bytes(problem, planned) / best)
     return Alternative(
-        "a share of KV on the GPU", f"r_c=1/{best:g}", gains[best],
-        f"that of one layer in {best:g}, {kv}, would take the place of experts, which would cross the link",
+        "a share of KV on the GPU", f"r_c={_share(best)}", gain,
+        f"that of {_layers(best)}, {kv}, would take the place of experts, which would cross the link",
     )  # fmt: skip
 
 
 def _experts_elsewhere(problem: Problem, planned: Planned, rates: Rates) -> Alternative:
     """On the CPU in a share of the layers, or in none."""
-    now, gains = planned.choice.cpu_every, _gains(problem, planned, rates, "cpu_every")
+    now, (best, gain) = planned.choice.cpu_every, _best(problem, planned, rates, "cpu_every")
     if now:
         return Alternative(
-            "experts on the GPU alone", "F_g=1", gains.get(0),
-            f"all would cross the link or stay; now the CPU computes those of one layer in {now:g}",
+            "experts on the GPU alone", "F_g=1", gain,
+            f"all would cross the link or stay; now the CPU computes those of {_layers(now)}",
         )  # fmt: skip
-    if not gains:
+    if best is None:
         return Alternative(
             "experts on the CPU", "F_g<1", None, "host memory has no room for any that are not packed"
         )
-    best, p = max(gains, key=gains.__getitem__), planned.prediction
+    p = planned.prediction
     per_byte = experts(problem.spec, problem.dtype, p.num_seqs + p.prefill_tokens).host_intensity
     return Alternative(
-        "experts on the CPU", f"F_g=1-1/{best:g}", gains[best],
-        f"{per_byte:,.0f} FLOP for a byte of experts: those of one layer in {best:g} would not cross the link, but "
-        "the CPU would compute them",
+        "experts on the CPU", f"F_g={'0' if best == 1 else f'1-{_share(best)}'}", gain,
+        f"{per_byte:,.0f} FLOP for a byte of experts: those of {_layers(best)} would not cross the link, but the "
+        "CPU would compute them",
     )  # fmt: skip
 
 
-def _gains(problem: Problem, planned: Planned, rates: Rates, name: str) -> dict[float, float]:
-    """Of plans that differ in one choice alone: where the plan makes use of it, without; else with it.
+def _best(problem: Problem, planned: Planned, rates: Rates, name: str) -> tuple[float | None, float | None]:
+    """Of plans that differ in one choice alone, the value of the likeliest and what it gains; None: none fits.
 
-    They have KV for as many sequences, or for those that fit.
+    Where the plan makes use of the choice, without; else with it. They have KV for as many sequences, or for those
+    that fit.
     """
     now, problem = getattr(planned.choice, name), replace(problem, enough=planned.prediction.num_seqs)
     others = [value for value in values_of(problem)[name] if bool(value) != bool(now)]
     policies = {value: largest_policy(problem, changed(planned.choice, name, value)) for value in others}
-    return {
-        value: problem.outlook(policy, rates).estimate / planned.tokens_per_s - 1
-        for value, policy in policies.items()
-        if policy
-    }
+    outlooks = {value: problem.outlook(policy, rates) for value, policy in policies.items() if policy}
+    if not outlooks:
+        return None, None
+    best = max(outlooks, key=lambda value: outlooks[value].estimate)
+    return best, outlooks[best].prediction.job_tokens_per_s / planned.tokens_per_s - 1
+
+
+def _share(every: float) -> str:
+    return "1" if every == 1 else f"1/{every:g}"
+
+
+def _layers(every: float) -> str:
+    return "all layers" if every == 1 else f"one layer in {every:g}"
 
 
 def _kv_bytes(problem: Problem, planned: Planned) -> float:

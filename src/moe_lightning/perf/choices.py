@@ -20,6 +20,8 @@ _VALUES: dict[str, tuple[float, ...]] = {
     "cpu_every": (0, 8, 4, 3, 2, 1),
 }
 _PAGE_SIZES = (1.0, 0.5, 2.0)  # shares of the usual page's
+# Of small jobs, whose prompts would otherwise take many passes, each as long as one with all of them.
+_MORE_PREFILL, _MOST_OF_SMALL = (8.0, 16.0, 32.0, 64.0), 8192
 
 
 def changed(choice: Choice, name: str, value: float) -> Choice:
@@ -34,6 +36,13 @@ def _pages(problem: Problem) -> list[int]:
     return list(dict.fromkeys(pages_per_expert(problem.spec, size, page) for page in sizes))
 
 
+def _prefills(problem: Problem) -> tuple[float, ...]:
+    work = problem.workload
+    steady = problem.most_seqs * work.mean_prompt / work.mean_answer  # if all there are ran at once
+    more = (value for value in _MORE_PREFILL if value <= work.mean_answer)
+    return (*_VALUES["prefill"], *(value for value in more if value * steady <= _MOST_OF_SMALL))
+
+
 def values_of(problem: Problem) -> dict[str, tuple[float, ...]]:
     """What is tried of each choice, the one that is begun with first."""
     most = problem.spec.experts.num_experts
@@ -42,7 +51,9 @@ def values_of(problem: Problem) -> dict[str, tuple[float, ...]]:
         name: tuple(count for count in _VALUES[name] if count <= problem.spec.num_layers)
         for name in ("kv_every", "cpu_every")
     }
-    return {**_VALUES, "parts": parts, **every, "pages": tuple(_pages(problem))}
+    return {
+        **_VALUES, "prefill": _prefills(problem), "parts": parts, **every, "pages": tuple(_pages(problem)),
+    }  # fmt: skip
 
 
 def starts(problem: Problem) -> tuple[Choice, ...]:

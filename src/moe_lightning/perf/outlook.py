@@ -90,7 +90,7 @@ class Outlook:
         """
 
         def seconds(decode: int, prompts: int) -> float:
-            if decode <= 1:
+            if decode <= 1 < self.num_seqs or not decode:
                 return self._busiest(decode, prompts)
             return self._simulated(decode, prompts, _SHORT)
 
@@ -119,7 +119,7 @@ class Outlook:
     def steady_prompts(self) -> int:
         """Prompt tokens of a steady pass: where answers are short, no more than passes have room for.
 
-        None where all requests of a job run at once: nobody takes the place of those that end.
+        0 where all requests of a job run at once: nobody takes the place of those that end.
         """
         if self.workload.num_requests and self.workload.num_requests <= self.num_seqs:
             return 0

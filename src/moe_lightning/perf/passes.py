@@ -125,7 +125,7 @@ class Passes:
         """Seconds until the last token of a pass of fewer layers, and those that each lane works."""
         whole, _, seconds = self._kind(decode, prefill)
         shape = _with_fewer_pages(self._shape(whole.num_prefill, whole.num_decode, layers), most_pages)
-        # As each simulated page stands for several, or layers have a page more or less than those left out.
+        # As each simulated page stands for several, or for a share where layers are unlike.
         streaming = layers - shape.num_on_cpu
         page_s = seconds(_PAGE) * self._streamed_of_layer * streaming / max(sum(shape.streamed_pages), 1)
 
@@ -144,11 +144,24 @@ class Passes:
         return last or max(ends), lanes
 
     @cached_property
+    def _pages_of_layer(self) -> int:
+        return self.spec.experts.num_experts * self.policy.pages_per_expert
+
+    @cached_property
     def _streamed_of_layer(self) -> float:
         """Pages, on average over the layers whose experts are not on the CPU."""
-        per_layer = self.spec.experts.num_experts * self.policy.pages_per_expert
         streaming = self.spec.num_layers - len(layers_on_cpu(self.policy))
-        return per_layer - sum(self.policy.resident_pages) / max(streaming, 1)
+        return self._pages_of_layer - sum(self.policy.resident_pages) / max(streaming, 1)
+
+    @cached_property
+    def _alike(self) -> Policy:
+        """The policy with as many pages streamed in each layer: the first ones may have none where the last do."""
+        resident = self._pages_of_layer - ceil(self._streamed_of_layer)
+        on_cpu = layers_on_cpu(self.policy)
+        layers = range(self.spec.num_layers)
+        return replace(
+            self.policy, resident_pages=tuple(0 if layer in on_cpu else resident for layer in layers)
+        )
 
     def _kind(self, decode: int, prefill: int) -> _Kind:
         """Passes of so many sequences and prompt tokens; worked out once."""
@@ -169,8 +182,9 @@ class Passes:
         return {}
 
     def _shape(self, num_prefill: int, num_decode: int, layers: int) -> PassShape:
+        policy = self.policy if layers == self.spec.num_layers else self._alike
         num_experts = self.spec.experts.num_experts
-        return pass_shape(self.policy, num_experts, num_prefill, num_decode, num_layers=layers)
+        return pass_shape(policy, num_experts, num_prefill, num_decode, num_layers=layers)
 
 
 class _Kind(NamedTuple):
