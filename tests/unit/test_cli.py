@@ -218,6 +218,17 @@ def test_help_and_bad_input_do_not_wait_for_torch(tmp_path: Path) -> None:
         assert text in done.stdout + done.stderr
 
 
+def test_without_torch_verbs_that_need_it_say_so(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def missing(args: object) -> int:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr("moe_lightning.cli.profile.run", missing)
+    assert main(["profile"]) == 2
+    assert "PyTorch is missing" in capsys.readouterr().err
+
+
 def test_an_error_is_one_line_on_stderr() -> None:
     done = command("trace", "/does/not/exist.json")
     assert done.returncode == 2 and done.stdout == ""

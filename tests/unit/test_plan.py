@@ -239,6 +239,9 @@ def test_this_machine_is_what_its_profile_says(capsys, tmp_path, monkeypatch) ->
 def test_our_plan_for_a_card_without_bfloat16_is_in_float16(capsys) -> None:
     values = planned(capsys, "--hardware", "t4", *SMALL, base=["plan", "mixtral-8x7b"])
     assert values["dtype"] == "float16"
+    assert any("no rate for bfloat16" in note for note in values["notes"])
+    values = planned(capsys, "--hardware", "l4", *SMALL, base=["plan", "mixtral-8x7b"])
+    assert values["dtype"] == "bfloat16" and not values["notes"]
 
 
 def test_our_plan_for_a_file_takes_its_lengths_and_says_how_long_it_takes(capsys, tmp_path) -> None:
@@ -340,6 +343,25 @@ def test_only_answers_that_are_ended_are_said_to_be(tmp_path) -> None:
     ended = job((1000, 1), (300, 250))
     assert "after 212 of 250 on average" in ended.notes[1]
     assert (ended.workload.num_requests, ended.workload.longest_answer) == (1, 212)
+
+
+def test_answers_that_may_be_longer_than_is_expected_of_any_are_said_to_be(tmp_path) -> None:
+    file = tmp_path / "in.jsonl"
+    line = {"method": "POST", "url": "/v1/completions"}
+    bodies = ({"prompt": "x", "max_tokens": answer} for answer in (1024, 5000, 9000))
+    lines = ({"custom_id": str(i), "body": body, **line} for i, body in enumerate(bodies))
+    file.write_text("\n".join(map(json.dumps, lines)))
+    (note,) = job_of(Namespace(input=file, max_model_len=None), 2**15).notes
+    assert note.startswith("2 answers may have more than 1,024 tokens")
+
+
+def test_the_page_says_what_the_cpu_computes(capsys) -> None:
+    def lanes(*flags: str) -> str:
+        assert main(["plan", "mixtral-8x7b", "--hardware", "l4", *flags]) == 0
+        return capsys.readouterr().out.split("seconds of a pass")[1].split("memory")[0]
+
+    assert "CPU attention  " in lanes("--gen-len", "128")
+    assert "CPU experts  " in lanes("--num-requests", "1")
 
 
 def test_a_model_that_does_not_fit_says_what_it_needs(capsys) -> None:

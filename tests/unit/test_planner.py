@@ -282,8 +282,7 @@ def test_a_plan_runs_on_better_hardware_at_least_as_fast(better, factor):
     use = memory_use(MIXTRAL, 2, before.policy)
     assert use.gpu_bytes <= memory.gpu and use.host_bytes <= memory.host
     after = Outlook(MIXTRAL, "bfloat16", before.policy, rates, WORK).prediction
-    # A few parts in a million: layers that are not simulated take what the last of those that are took.
-    assert after.job_tokens_per_s >= before.tokens_per_s * (1 - 1e-5)
+    assert after.job_tokens_per_s >= before.tokens_per_s * (1 - 1e-9)
 
 
 def test_a_search_near_a_plan_is_no_slower_than_the_plan_and_about_as_fast_as_a_whole_one():
@@ -379,6 +378,54 @@ def test_kv_in_another_place_may_not_fit(gpu, memory, symbol):
     problem = replace(problem_of(MIXTRAL, "bfloat16", memory, WORK), packed=plan.policy.packed)
     (kv,) = (each for each in alternatives(problem, plan, DatasheetRates(H100)) if "r_c" in each.symbol)
     assert (kv.symbol, kv.gain) == (symbol, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "host", "prompt", "gen"),
+    [
+        ("llama-3.1-70b", "h100-sxm", 93, 1, 32),
+        ("mistral-7b", "l4", 100, 16, 1000),
+        ("mixtral-8x7b", "l4", 182, 77, 32),
+    ],
+)
+def test_no_place_that_is_left_out_would_be_faster_for_a_single_request(model, gpu, host, prompt, gen):
+    """All places by the same simulation: estimates of a single sequence are bounds, up to twice as fast."""
+    spec, rates, memory = registry.resolve(model), DatasheetRates(PRESETS[gpu]), PRESETS[gpu].gpu.memory_bytes
+    work, machine = Workload((prompt,), gen, 1), Memory(host * GIB, memory - GIB)
+    plan = search(spec, "bfloat16", machine, rates, work)
+    problem = replace(problem_of(spec, "bfloat16", machine, work), packed=plan.policy.packed)
+    found = alternatives(problem, plan, rates)
+    assert found and all(each.gain is None or each.gain < 0.01 for each in found)
+
+
+# -- jobs of few requests -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gpu", "host", "gen", "requests"), [("h100-sxm", 190, 32, 30), ("l4", 182, 64, 90)])
+def test_a_small_job_has_room_for_its_prompts_as_if_sequences_might_be_longer(gpu, host, gen, requests):
+    """A pass has room for the longest sequence in any case: these jobs were up to 22 % slower without that."""
+    rates, memory = DatasheetRates(PRESETS[gpu]), Memory(host * GIB, PRESETS[gpu].gpu.memory_bytes - GIB)
+    work = Workload((77,), gen, requests)
+    plan, longer = (
+        search(MIXTRAL, "bfloat16", memory, rates, work, max_model_len=length) for length in (None, 4096)
+    )
+    assert longer.policy.prefill_tokens >= 4096 > plan.policy.prefill_tokens
+    assert plan.tokens_per_s > 0.995 * longer.tokens_per_s
+
+
+def test_a_pass_takes_no_less_than_its_pages_where_the_first_layers_stream_none():
+    """28 pages a layer, 20 of 32 layers keep all of them: of the first six none comes."""
+    spec, policy = registry.resolve("mistral-7b"), planned(24, 120).policy
+    pages = spec.experts.num_experts * 28
+    policy = replace(
+        policy, resident_pages=(pages,) * 20 + (pages - 1,) * 12, num_frames=1, pages_per_expert=28, expert_parts=1,
+        packed=False,
+    )  # fmt: skip
+    passes = Passes(spec, "float16", policy, DatasheetRates(PRESETS["v100-16gb"]), 300.0, 242.0)
+    assert passes.lane_seconds(3, 0)[Lane.H2D] > 0
+    for depth in (2, 6, 32):
+        seconds, lanes = passes.steady(3, 0, depth)
+        assert seconds >= lanes["h2d"] == pytest.approx(passes.lane_seconds(3, 0)[Lane.H2D])
 
 
 # -- experts on the CPU -------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from moe_lightning.units import counted, format_bytes, format_duration, format_r
 
 _WIDTH = 100
 _BAR = 36
+_BOUND = 0.8  # of a pass that the lane works which holds it back
 _LEAST_SHARE = 0.01  # of the hardware limit that is said: it is one for as many sequences as memory holds
 _LANES = {
     "gpu": "GPU", "h2d": "copies to the GPU", "back": "attention's outputs back", "d2h": "copies from the GPU",
@@ -107,7 +108,7 @@ def _speeds(report: Report) -> Table:
     if p.job_s is not None and work.num_requests:
         table.add_row("the job", format_duration(p.job_s), f"for {counted(work.num_requests, 'request')}")
     decode = f"{counted(p.num_seqs, 'sequence')} decode{'s' if p.num_seqs == 1 else ''}"
-    table.add_row("a pass", f"{p.pass_s:.2f} s", decode + beside)
+    table.add_row("a pass", f"{p.pass_s:.{_decimals(report)}f} s", decode + beside)
     return table
 
 
@@ -118,10 +119,19 @@ def _lanes(report: Report) -> Table:
         bar = Text(
             "█" * round(_BAR * min(1.0, seconds / prediction.pass_s)), style="red" if is_busiest else "blue"
         )
-        bar.append("  the bottleneck" if is_busiest else "", style="bold")
+        if is_busiest:
+            is_bound = seconds >= _BOUND * prediction.pass_s
+            bar.append(
+                "  the bottleneck" if is_bound else "  the busiest; lanes wait for each other", style="bold"
+            )
         name = _LANES.get(lane) or _of_cpu(report.planned.policy)
-        table.add_row(name, f"{seconds:.2f}", bar)
+        table.add_row(name, f"{seconds:.{_decimals(report)}f}", bar)
     return table
+
+
+def _decimals(report: Report) -> int:
+    """Of seconds in a pass: passes of small models take milliseconds."""
+    return 2 if report.planned.prediction.pass_s >= 1 else 3
 
 
 def _of_cpu(policy: Policy) -> str:

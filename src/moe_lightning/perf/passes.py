@@ -23,6 +23,7 @@ from moe_lightning.policy import Policy
 # Layers between two simulated passes of which the time of all follows. That errs to the fast side where a lane has
 # a head start, such as pages loaded before, that is used up in deeper layers only.
 _SHORT = 3
+_UNLIKE = 0.1  # of the pages that layers stream on average
 ALL_PAGES = 2**30
 _PAGE = Task(TaskKind.LOAD_PAGE, Lane.H2D, 0, (), (), ())
 _HOST_S, _HOST_SEQ_S = 3e-3, 11e-6  # between two passes, and for each sequence
@@ -155,7 +156,7 @@ class Passes:
 
     @cached_property
     def _alike(self) -> Policy:
-        """The policy with as many pages streamed in each layer: the first ones may have none where the last do."""
+        """The policy with as many pages streamed in each layer, where the first have none and the last one each."""
         resident = self._pages_of_layer - ceil(self._streamed_of_layer)
         on_cpu = layers_on_cpu(self.policy)
         layers = range(self.spec.num_layers)
@@ -182,9 +183,17 @@ class Passes:
         return {}
 
     def _shape(self, num_prefill: int, num_decode: int, layers: int) -> PassShape:
-        policy = self.policy if layers == self.spec.num_layers else self._alike
-        num_experts = self.spec.experts.num_experts
-        return pass_shape(policy, num_experts, num_prefill, num_decode, num_layers=layers)
+        """Of the first layers; where these stream more or less than others by much, as if all were alike."""
+
+        def of(policy: Policy) -> PassShape:
+            num_experts = self.spec.experts.num_experts
+            return pass_shape(policy, num_experts, num_prefill, num_decode, num_layers=layers)
+
+        shape = of(self.policy)
+        if layers == self.spec.num_layers:
+            return shape
+        usual = self._streamed_of_layer * (layers - shape.num_on_cpu)
+        return shape if abs(sum(shape.streamed_pages) - usual) <= _UNLIKE * usual else of(self._alike)
 
 
 class _Kind(NamedTuple):
