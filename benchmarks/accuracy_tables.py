@@ -40,8 +40,9 @@ def accuracy(results: Iterable[Values]) -> str:
 def beside(results: Iterable[Values]) -> str:
     """For each cell that has neighbours, a row for each of its policies, the fastest first."""
     rows = [
-        "| model, GPU memory, answers | policy | sequences | predicted tokens/s | measured | off | to the plan |",
-        "| --- " * 7 + "|",
+        "| model, GPU memory, answers | policy | sequences | predicted tokens/s | measured | off | to the plan "
+        "| commit |",
+        "| --- " * 8 + "|",
     ]
     for name, plan_rate, others in _cells(results):
         for values in others:
@@ -49,7 +50,8 @@ def beside(results: Iterable[Values]) -> str:
             rate, predicted = found["tokens_per_s"], found["predicted_tokens_per_s"]
             rows.append(
                 f"| {name} | {values['point']} | {sequences(values):,} | {predicted:,.0f} "
-                f"| {rate:,.0f} | {_off(rate, predicted, RATE_TOLERANCE)} | {rate / plan_rate - 1:+.1%} |"
+                f"| {rate:,.0f} | {_off(rate, predicted, RATE_TOLERANCE)} | {rate / plan_rate - 1:+.1%} "
+                f"| {values.get('commit', '')[:7]} |"
             )
     return "\n".join(rows)
 

@@ -125,8 +125,8 @@ def peers(results: Iterable[Values]) -> str:
 def schedules(results: Iterable[Values]) -> str:
     """A row for each variant of the ablation."""
     rows = [
-        "| variant | experts | sequences | tokens/s | ratio | predicted ratio | pass, s | predicted, s |",
-        "| --- " * 8 + "|",
+        "| variant | experts | sequences | tokens/s | ratio | predicted ratio | pass, s | predicted, s | commit |",
+        "| --- " * 9 + "|",
     ]
     for values in results:
         for row in values.get("rows", ()):
@@ -134,7 +134,7 @@ def schedules(results: Iterable[Values]) -> str:
             rows.append(
                 f"| {row['what']} | {experts} | {row['num_seqs']:,} | {row['tokens_per_s']:,.0f} "
                 f"| {row['ratio']:.2f} | {row['predicted_ratio']:.2f} | {row['pass_s']:.2f} "
-                f"| {row['predicted_pass_s']:.2f} |"
+                f"| {row['predicted_pass_s']:.2f} | {values.get('commit', '')[:7]} |"
             )
     return "\n".join(rows)
 
