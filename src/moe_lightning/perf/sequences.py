@@ -22,9 +22,9 @@ _TURNS = 2  # from the best plan, and then from the next, whose other choices ar
 # Of the sequences with which pages take such shares of another lane's time; with these prompts, as a multiple of a
 # steady pass's.
 _ABOUT, PAGES, _PREFILLS = (0.9, 0.95, 1.0, 1.05, 1.1), (1.0, 0.0), (1.25, 2.0)
-_HOPEFUL = (
-    0.96  # of what is reached: choices are for more sequences, so varying gains more here than elsewhere
-)
+_NEAR = 0.05  # numbers of sequences
+# Of what is reached. Choices are for more sequences, so varying them gains more here than elsewhere.
+_HOPEFUL = 0.96
 _SPARE, _ENOUGH = 8, 0.985  # so many times the sequences with which this share is reached are enough
 
 
@@ -64,7 +64,7 @@ def of_fewer(
     for _ in range(1 if is_near else _TURNS):
         reached = result[0].tokens_per_s
         likely, choices = _likely(fewer, choices, rates, reached), []
-        for estimate, some, choice in likely[:_STARTS]:
+        for estimate, some, choice in _apart(likely)[:_STARTS]:
             if estimate < _HOPEFUL * reached:
                 break
             trials = Trials(some, rates)
@@ -80,6 +80,15 @@ def of_fewer(
         if not choices:
             break
     return result
+
+
+def _apart(likely: list[tuple[float, Problem, Choice]]) -> list[tuple[float, Problem, Choice]]:
+    """Those whose numbers of sequences are not nearly that of one before: from there the way leads to the same."""
+    found: list[tuple[float, Problem, Choice]] = []
+    for entry in likely:
+        if all(abs(entry[1].enough / other.enough - 1) > _NEAR for _, other, _ in found):
+            found.append(entry)
+    return found
 
 
 def _likely(
