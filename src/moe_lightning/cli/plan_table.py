@@ -13,6 +13,7 @@ from rich.text import Text
 
 from moe_lightning.perf.alternatives import Alternative
 from moe_lightning.perf.memory import DeviceUse, HostUse
+from moe_lightning.perf.outlook import LAUNCHER
 from moe_lightning.perf.report import Report
 from moe_lightning.perf.sizing import Choice
 from moe_lightning.perf.trials import Planned
@@ -25,6 +26,7 @@ _BOUND = 0.8  # of a pass that the lane works which holds it back
 _LEAST_SHARE = 0.01  # of the hardware limit that is said: it is one for as many sequences as memory holds
 _LANES = {
     "gpu": "GPU", "h2d": "copies to the GPU", "back": "attention's outputs back", "d2h": "copies from the GPU",
+    LAUNCHER: "launching all that",
 }  # fmt: skip
 _DEVICE = {
     "weights": "other weights", "resident": "experts resident", "ring": "ring of frames",
@@ -114,7 +116,7 @@ def _speeds(report: Report) -> Table:
 
 def _lanes(report: Report) -> Table:
     table, prediction = _grid("left", "right", "left"), report.planned.prediction
-    for lane, seconds in prediction.lane_s.items():
+    for lane, seconds in {**prediction.lane_s, LAUNCHER: prediction.launch_s}.items():
         is_busiest = lane == report.bottleneck
         bar = Text(
             "█" * round(_BAR * min(1.0, seconds / prediction.pass_s)), style="red" if is_busiest else "blue"

@@ -13,6 +13,7 @@ from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.policy import Policy
 
+LAUNCHER = "launcher"
 # Layers simulated at least, and for an estimate: a pass takes a constant and so much a layer.
 _LONG, _SHORT = 6, 2
 _FEW_PAGES = 24  # of a layer: for an estimate, several are taken for one
@@ -31,6 +32,7 @@ class Prediction:
         tokens_per_s: generated, while KV memory is full.
         job_tokens_per_s: generated, from the first pass to the last.
         job_s: seconds of the whole job; None if it has no end.
+        launch_s: seconds in which the launcher launches the tasks of a pass.
     """
 
     pass_s: float
@@ -40,11 +42,13 @@ class Prediction:
     tokens_per_s: float
     job_tokens_per_s: float
     job_s: float | None
+    launch_s: float = 0.0
 
     @property
     def bottleneck(self) -> str:
-        """The lane that works longest in a pass."""
-        return max(self.lane_s, key=self.lane_s.__getitem__)
+        """The lane that works longest in a pass, or the launcher."""
+        works = {**self.lane_s, LAUNCHER: self.launch_s}
+        return max(works, key=works.__getitem__)
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -79,7 +83,7 @@ class Outlook:
         job_s = self._job_s(partial(self._simulated, depth=_LONG), pass_s)
         return Prediction(
             pass_s, lane_s, n, prompts, self.num_tokens / (self.num_passes * pass_s), self.num_tokens / job_s,
-            job_s if self.workload.num_requests else None,
+            job_s if self.workload.num_requests else None, self.passes.launch_seconds(n, prompts),
         )  # fmt: skip
 
     @cached_property
@@ -147,8 +151,9 @@ class Outlook:
         return self.passes.steady(decode, prompts, depth, most_pages=_FEW_PAGES)[0]
 
     def _busiest(self, decode: int, prompts: int) -> float:
-        """Seconds that the busiest lane of a pass works."""
-        return max(self.passes.lane_seconds(decode, prompts).values())
+        """Seconds that the busiest lane of a pass works, or the launcher."""
+        lanes = self.passes.lane_seconds(decode, prompts).values()
+        return max(*lanes, self.passes.launch_seconds(decode, prompts))
 
     def _job_s(self, seconds: Callable[[int, int], float], steady_s: float | None = None) -> float:
         """Of the whole job: its passes are between the extremes, and are taken to be so in time as well."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.cost import PassWork
+from moe_lightning.perf.launching import launch_seconds
 from moe_lightning.perf.predict import pass_work
 from moe_lightning.perf.rates import Rates
 from moe_lightning.pipeline import cgopipe
@@ -81,7 +82,12 @@ class Passes:
             end += (end - end_of_short) * more
             lanes = {lane: lanes[lane] + (lanes[lane] - lanes_of_short[lane]) * more for lane in Lane}
         idle = _HOST_S + _HOST_SEQ_S * decode
+        end = max(end, self.launch_seconds(decode, prefill))
         return max(lanes[Lane.H2D], end + idle), {lane.value: lanes[lane] for lane in Lane}
+
+    def launch_seconds(self, decode: int, prefill: int) -> float:
+        """Seconds in which the launcher launches a pass; other schedules than CGOPipe have about as many tasks."""
+        return launch_seconds(self._kind(decode, prefill).shape) * self.rates.launching
 
     def lane_seconds(self, decode: int, prefill: int) -> dict[Lane, float]:
         """Seconds that each lane works in a pass, but for embedding and sampling."""
