@@ -13,7 +13,6 @@ from rich.text import Text
 
 from moe_lightning.perf.alternatives import Alternative
 from moe_lightning.perf.memory import DeviceUse, HostUse
-from moe_lightning.perf.outlook import LAUNCHER
 from moe_lightning.perf.report import Report
 from moe_lightning.perf.sizing import Choice
 from moe_lightning.perf.trials import Planned
@@ -22,11 +21,13 @@ from moe_lightning.units import counted, format_bytes, format_duration, format_r
 
 _WIDTH = 100
 _BAR = 36
+# A layer's tasks, of one micro-batch and one chunk of prompts, took one thread that long at least in passes of 128
+# experts on an H100's host (`benchmarks/results/launching_h100.json`).
+_LAUNCH_S = 2.3e-3
 _BOUND = 0.8  # of a pass that the lane works which holds it back
 _LEAST_SHARE = 0.01  # of the hardware limit that is said: it is one for as many sequences as memory holds
 _LANES = {
     "gpu": "GPU", "h2d": "copies to the GPU", "back": "attention's outputs back", "d2h": "copies from the GPU",
-    LAUNCHER: "launching all that",
 }  # fmt: skip
 _DEVICE = {
     "weights": "other weights", "resident": "experts resident", "ring": "ring of frames",
@@ -111,12 +112,19 @@ def _speeds(report: Report) -> Table:
         table.add_row("the job", format_duration(p.job_s), f"for {counted(work.num_requests, 'request')}")
     decode = f"{counted(p.num_seqs, 'sequence')} decode{'s' if p.num_seqs == 1 else ''}"
     table.add_row("a pass", f"{p.pass_s:.{_decimals(report)}f} s", decode + beside)
+    if p.pass_s < _LAUNCH_S * report.spec.num_layers:
+        table.add_row(
+            "",
+            "",
+            "launching tasks may take longer than so short a pass: that is not counted",
+            style="yellow",
+        )
     return table
 
 
 def _lanes(report: Report) -> Table:
     table, prediction = _grid("left", "right", "left"), report.planned.prediction
-    for lane, seconds in {**prediction.lane_s, LAUNCHER: prediction.launch_s}.items():
+    for lane, seconds in prediction.lane_s.items():
         is_busiest = lane == report.bottleneck
         bar = Text(
             "█" * round(_BAR * min(1.0, seconds / prediction.pass_s)), style="red" if is_busiest else "blue"

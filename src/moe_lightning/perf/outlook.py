@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.filling import kinds_of_passes, most_prompts
@@ -13,11 +13,11 @@ from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.policy import Policy
 
-LAUNCHER = "launcher"
 # Layers simulated at least, and for an estimate: a pass takes a constant and so much a layer.
 _LONG, _SHORT = 6, 2
 _FEW_PAGES = 24  # of a layer: for an estimate, several are taken for one
 _MOST_TASKS = 5_000  # of a simulated pass, about: all layers beyond are alike
+_FEW_TASKS = 1_000  # of a whole one, which is then simulated
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class Prediction:
         tokens_per_s: generated, while KV memory is full.
         job_tokens_per_s: generated, from the first pass to the last.
         job_s: seconds of the whole job; None if it has no end.
-        launch_s: seconds in which the launcher launches the tasks of a pass.
     """
 
     pass_s: float
@@ -42,13 +41,11 @@ class Prediction:
     tokens_per_s: float
     job_tokens_per_s: float
     job_s: float | None
-    launch_s: float = 0.0
 
     @property
     def bottleneck(self) -> str:
-        """The lane that works longest in a pass, or the launcher."""
-        works = {**self.lane_s, LAUNCHER: self.launch_s}
-        return max(works, key=works.__getitem__)
+        """The lane that works longest in a pass."""
+        return max(self.lane_s, key=self.lane_s.__getitem__)
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -80,10 +77,10 @@ class Outlook:
         n, prompts = self.num_seqs, self.steady_prompts
         deep = max(_LONG, _MOST_TASKS // self.passes.tasks_of_layer(n, prompts))
         pass_s, lane_s = self.passes.steady(n, prompts, deep)
-        job_s = self._job_s(partial(self._simulated, depth=_LONG), pass_s)
+        job_s = self._job_s(self._predicted, pass_s)
         return Prediction(
             pass_s, lane_s, n, prompts, self.num_tokens / (self.num_passes * pass_s), self.num_tokens / job_s,
-            job_s if self.workload.num_requests else None, self.passes.launch_seconds(n, prompts),
+            job_s if self.workload.num_requests else None,
         )  # fmt: skip
 
     @cached_property
@@ -146,14 +143,19 @@ class Outlook:
         prompts = self.num_requests * self.workload.mean_prompt
         return max(self.num_tokens / self.num_seqs, prompts / self.policy.prefill_tokens)
 
+    def _predicted(self, decode: int, prompts: int) -> float:
+        """Seconds of such a pass, from all layers where they have few tasks."""
+        layers = self.spec.num_layers
+        is_small = layers * self.passes.tasks_of_layer(decode, prompts) <= _FEW_TASKS
+        return self._simulated(decode, prompts, layers if is_small else _LONG)
+
     def _simulated(self, decode: int, prompts: int, depth: int) -> float:
         """Seconds of a pass with so many sequences and prompt tokens, from `depth` layers and few pages of each."""
         return self.passes.steady(decode, prompts, depth, most_pages=_FEW_PAGES)[0]
 
     def _busiest(self, decode: int, prompts: int) -> float:
-        """Seconds that the busiest lane of a pass works, or the launcher."""
-        lanes = self.passes.lane_seconds(decode, prompts).values()
-        return max(*lanes, self.passes.launch_seconds(decode, prompts))
+        """Seconds that the busiest lane of a pass works."""
+        return max(self.passes.lane_seconds(decode, prompts).values())
 
     def _job_s(self, seconds: Callable[[int, int], float], steady_s: float | None = None) -> float:
         """Of the whole job: its passes are between the extremes, and are taken to be so in time as well."""

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from moe_lightning.models.spec import ModelSpec
 from moe_lightning.perf.cost import PassWork
-from moe_lightning.perf.launching import launch_seconds
 from moe_lightning.perf.predict import pass_work
 from moe_lightning.perf.rates import Rates
 from moe_lightning.pipeline import cgopipe
@@ -63,7 +62,7 @@ class Passes:
         """Seconds of a pass in the middle of many, and of each lane in it; simulated are `depth` layers at most.
 
         All of them where that is no more work. Of each layer no more than `most_pages` pages are simulated, each
-        standing for several where there are more.
+        standing for several where there are more. No lane of all layers works longer than the pass takes.
         """
         layers = self.spec.num_layers
         # Whole periods of layers that are unlike the others; few sequences hardly attend anywhere. While the CPU
@@ -81,16 +80,23 @@ class Passes:
             more = (layers - long) / (long - short)
             end += (end - end_of_short) * more
             lanes = {lane: lanes[lane] + (lanes[lane] - lanes_of_short[lane]) * more for lane in Lane}
+        if self.policy.schedule == "cgopipe":
+            whole = self.lane_seconds(decode, prefill)
+            lanes[Lane.H2D], end = whole[Lane.H2D], max(end, *whole.values())
         idle = _HOST_S + _HOST_SEQ_S * decode
-        end = max(end, self.launch_seconds(decode, prefill))
         return max(lanes[Lane.H2D], end + idle), {lane.value: lanes[lane] for lane in Lane}
 
-    def launch_seconds(self, decode: int, prefill: int) -> float:
-        """Seconds in which the launcher launches a pass; other schedules than CGOPipe have about as many tasks."""
-        return launch_seconds(self._kind(decode, prefill).shape) * self.rates.launching
-
     def lane_seconds(self, decode: int, prefill: int) -> dict[Lane, float]:
-        """Seconds that each lane works in a pass, but for embedding and sampling."""
+        """Seconds that each lane works in a pass of CGOPipe's, but for embedding and sampling; worked out once."""
+        if (decode, prefill) not in self._lanes:
+            self._lanes[decode, prefill] = self._lane_seconds(decode, prefill)
+        return dict(self._lanes[decode, prefill])
+
+    @cached_property
+    def _lanes(self) -> dict[tuple[int, int], dict[Lane, float]]:
+        return {}
+
+    def _lane_seconds(self, decode: int, prefill: int) -> dict[Lane, float]:
         shape, work, seconds = self._kind(decode, prefill)
 
         def of(kind: TaskKind, lane: Lane, members: Mapping[tuple[int, ...], int]) -> float:
@@ -162,7 +168,7 @@ class Passes:
 
     @cached_property
     def _alike(self) -> Policy:
-        """The policy with as many pages streamed in each layer, where the first have none and the last one each."""
+        """The policy with as many pages streamed in each layer, for where the first ones are unlike the others."""
         resident = self._pages_of_layer - ceil(self._streamed_of_layer)
         on_cpu = layers_on_cpu(self.policy)
         layers = range(self.spec.num_layers)

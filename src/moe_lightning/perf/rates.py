@@ -18,7 +18,6 @@ from moe_lightning.perf.cost import (
     task_seconds,
     unpack_bytes,
 )
-from moe_lightning.perf.launching import KERNEL_S
 from moe_lightning.perf.memory import CPU_EXPERTS_AT_ONCE, EXPERTS_AT_ONCE
 from moe_lightning.perf.shape import shape_of
 from moe_lightning.pipeline.task import Lane, Task, TaskKind
@@ -37,10 +36,6 @@ class Rates(Protocol):
     @property
     def knows_cpu_experts(self) -> bool:
         """Whether it is known what experts take on the CPU."""
-
-    @property
-    def launching(self) -> float:
-        """How many times as long launching takes as on the machine that it was timed on."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +63,6 @@ class DatasheetRates:
     def knows_cpu_experts(self) -> bool:
         """The CPU's peaks are."""
         return True
-
-    @property
-    def launching(self) -> float:
-        """No datasheet says."""
-        return 1.0
 
     def seconds(self, work: PassWork) -> Callable[[Task], float]:
         """Each task as slow as the slowest resource that it uses, and a launch."""
@@ -112,11 +102,6 @@ class MeasuredRates:
         """Whether the profile has them; those of earlier versions do not, where there is a GPU."""
         return bool(self.profile.host.experts)
 
-    @property
-    def launching(self) -> float:
-        """By a kernel's launch."""
-        return self._gpu.lanes.gpu_kernel_launch_s / KERNEL_S
-
     def seconds(self, work: PassWork) -> Callable[[Task], float]:
         """Curves of the shapes nearest to the model's."""
         return _Measured(self.profile, self._gpu, work).of
@@ -138,11 +123,6 @@ class LighterPages:
     def knows_cpu_experts(self) -> bool:
         """As the rates: the CPU's experts keep their format."""
         return self.rates.knows_cpu_experts
-
-    @property
-    def launching(self) -> float:
-        """As the rates."""
-        return self.rates.launching
 
     def seconds(self, work: PassWork) -> Callable[[Task], float]:
         """Copies of pages take that share of the time, all else as long as it did."""

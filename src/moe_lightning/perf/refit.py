@@ -33,11 +33,6 @@ class Refitted:
         """As the rates."""
         return self.rates.knows_cpu_experts
 
-    @property
-    def launching(self) -> float:
-        """As the rates."""
-        return self.rates.launching
-
     def seconds(self, work: PassWork) -> Callable[[Task], float]:
         """What the rates say, times the factor of the kind."""
         before, factors = self.rates.seconds(work), dict(self.factors)

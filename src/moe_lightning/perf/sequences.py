@@ -61,10 +61,12 @@ def of_fewer(
     others = [replace(best, kv_every=0), *(replace(bridging, kv_every=every) for every in {0, *shares})]
     choices = list(dict.fromkeys([best, *others]))
     result, fewer = (found, problem), _with_fewer(most, problem, best)
-    for _ in range(1 if is_near else _TURNS):
+    requests = most.workload.num_requests
+    is_brief = is_near or (requests is not None and requests <= most_sequences(most, best))  # all run at once
+    for _ in range(1 if is_brief else _TURNS):
         reached = result[0].tokens_per_s
         likely, choices = _likely(fewer, choices, rates, reached), []
-        for estimate, some, choice in _apart(likely)[:_STARTS]:
+        for estimate, some, choice in _apart(likely)[: 1 if is_brief else _STARTS]:
             if estimate < _HOPEFUL * reached:
                 break
             trials = Trials(some, rates)
