@@ -364,6 +364,17 @@ def test_the_page_says_what_the_cpu_computes(capsys) -> None:
     assert "CPU experts  " in lanes("--num-requests", "1")
 
 
+def test_the_page_says_of_short_passes_that_launching_is_not_counted(capsys) -> None:
+    def page(*flags: str) -> str:
+        assert main(["plan", *flags]) == 0
+        return capsys.readouterr().out
+
+    assert "launching tasks may take longer" in page(
+        "llama-3.1-8b", "--hardware", "rtx-4090", "--num-requests", "9"
+    )
+    assert "launching" not in page("mixtral-8x7b", "--hardware", "rtx-4090", "--gen-len", "128")
+
+
 def test_a_model_that_does_not_fit_says_what_it_needs(capsys) -> None:
     message = refused(capsys, "plan", "mixtral-8x7b", "--gpu-memory", "4GiB")
     assert re.search(

@@ -431,6 +431,31 @@ def test_a_pass_takes_no_less_than_its_pages_where_the_first_layers_stream_none(
         assert seconds >= lanes["h2d"] == pytest.approx(passes.lane_seconds(3, 0)[Lane.H2D])
 
 
+def test_no_lane_works_longer_than_a_pass_and_no_job_is_faster_than_its_lanes():
+    """Every third of 32 layers: those that stream are no whole periods, of which few are simulated."""
+    problem = problem_of(MIXTRAL, "bfloat16", Memory(93 * GIB, 16 * GIB), Workload((2000,), 1000, 30))
+    choice = Choice(2.0, 1, 1.25, 1, 2.0, 7, 1, kv_every=0, cpu_every=3)
+    outlook = problem.outlook(largest_policy(problem, choice), DatasheetRates(PRESETS["a100-80gb"]))
+    for decode, prompts in ((1, 0), (outlook.num_seqs, 0), (outlook.num_seqs, 500)):
+        lanes = outlook.passes.lane_seconds(decode, prompts)
+        for depth in (2, 6, 32):
+            seconds, found = outlook.passes.steady(decode, prompts, depth)
+            assert seconds >= max(lanes.values()) and found["h2d"] == lanes[Lane.H2D]
+    assert max(outlook.estimate, outlook.prediction.job_tokens_per_s) <= outlook.at_best
+
+
+def test_a_job_of_a_model_with_few_pages_is_no_slower_with_a_faster_cpu():
+    """All layers of such passes are simulated: six, each with a share of a page, hide what is waited for."""
+    spec, machine, work = registry.resolve("llama-3.1-8b"), PRESETS["v100-16gb"], Workload((242,), 128, 30)
+    reached = []
+    for times in (1.0, 1.1, 1.5):
+        rates = DatasheetRates(
+            replace(machine, cpu=replace(machine.cpu, bandwidth=times * machine.cpu.bandwidth))
+        )
+        reached.append(search(spec, "float16", Memory(128 * GIB, 15 * GIB), rates, work).tokens_per_s)
+    assert reached == sorted(reached)
+
+
 # -- experts on the CPU -------------------------------------------------------------------------------------
 
 
@@ -471,6 +496,25 @@ def test_attention_on_the_gpu_is_simulated_where_the_plans_ring_does_not_hold_a_
     assert few.num_frames < MIXTRAL.experts.num_experts * few.pages_per_expert - min(few.resident_pages)
     found = alternatives(problem, replace(plan, policy=few), DatasheetRates(H100))
     assert found[0].symbol == "A_g=1" and found[0].gain < 0
+
+
+def test_a_model_that_fits_packed_alone_is_planned_plain_where_unpacking_takes_long():
+    """One sequence meets 8 of 128 experts of a layer, and packed ones are unpacked all: 3.4 times as slow."""
+    heads, layers = AttentionSpec(32, 4, 128), 48
+    router = replace(MIXTRAL.experts.router, top_k=8)
+    moe = replace(MIXTRAL.experts, num_experts=128, intermediate_size=768, router=router)
+    spec = replace(
+        MIXTRAL, num_layers=layers, hidden_size=2048, vocab_size=151936, attention=heads, experts=moe
+    )
+    given = (
+        spec,
+        "bfloat16",
+        Memory(128 * GIB, 47 * GIB),
+        DatasheetRates(PRESETS["l40s"]),
+        Workload((77,), 128, 1),
+    )
+    plan, plain = search(*given), search(*given, packs=False)
+    assert not plan.policy.packed and plan.tokens_per_s > 0.99 * plain.tokens_per_s
 
 
 def test_experts_on_the_cpu_may_not_fit_and_are_left_out_where_nothing_is_known_of_them():

@@ -7,7 +7,7 @@ from math import floor
 
 from moe_lightning.errors import ConfigError
 from moe_lightning.models.spec import ModelSpec
-from moe_lightning.perf.choices import starts, values_of
+from moe_lightning.perf.choices import changed, starts, values_of
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.sequences import PAGES, balanced, of_balanced, of_fewer, with_enough
@@ -85,13 +85,14 @@ def _is_packable(problem: Problem) -> bool:
 def _as_fast_as_they_are(problem: Problem, packed: Planned, rates: Rates) -> Planned | None:
     """A plan with experts as they are that is about as fast as one with packed ones; None where there is none.
 
-    Looked for where one that the search begins with is, or the packed plan's own choice, or all experts on the CPU,
-    as large as fits or, with KV on the GPU, with so few sequences that pages are not the bound.
+    Looked for where one that the search begins with is, or the packed plan's own choice, or experts of some
+    layers on the CPU, as large as fits or, with KV on the GPU, with so few sequences that pages are not the bound.
     """
     least = _WORTH_PACKING * packed.tokens_per_s
     choices = [packed.choice, *starts(problem)]
     if rates.knows_cpu_experts:  # packed ones are unpacked on the GPU, all of a layer in each pass
-        choices.append(replace(choices[1], kv_every=1, cpu_every=1, micro_batches=1, groups=1))
+        whole = replace(choices[1], kv_every=1, micro_batches=1, groups=1)
+        choices += (changed(whole, "cpu_every", every) for every in values_of(problem)["cpu_every"] if every)
     some = (largest_policy(problem, choice) for choice in choices)
     is_likely = any(policy and problem.outlook(policy, rates).estimate >= least for policy in some)
     if not is_likely and packed.choice.kv_every:
