@@ -71,10 +71,11 @@ def _kv_elsewhere(problem: Problem, planned: Planned, rates: Rates) -> Alternati
         )  # fmt: skip
     if best is None:
         return Alternative("a share of KV on the GPU", "r_c>0", None, "the GPU has no room for it")
-    kv = format_bytes(_kv_bytes(problem, planned) / best)
+    kv, streams = format_bytes(_kv_bytes(problem, planned) / best), planned.policy.num_frames > 0
     return Alternative(
         "a share of KV on the GPU", f"r_c={_share(best)}", gain,
-        f"that of {_layers(best)}, {kv}, would take the place of experts, which would cross the link",
+        f"that of {_layers(best)}, {kv}, would "
+        + ("take the place of experts, which would cross the link" if streams else "be where the GPU attends"),
     )  # fmt: skip
 
 
@@ -90,12 +91,12 @@ def _experts_elsewhere(problem: Problem, planned: Planned, rates: Rates) -> Alte
         return Alternative(
             "experts on the CPU", "F_g<1", None, "host memory has no room for any that are not packed"
         )
-    p = planned.prediction
+    p, streams = planned.prediction, planned.policy.num_frames > 0
     per_byte = experts(problem.spec, problem.dtype, p.num_seqs + p.prefill_tokens).host_intensity
     return Alternative(
         "experts on the CPU", f"F_g={'0' if best == 1 else f'1-{_share(best)}'}", gain,
-        f"{per_byte:,.0f} FLOP for a byte of experts: those of {_layers(best)} would not cross the link, but the "
-        "CPU would compute them",
+        f"{per_byte:,.0f} FLOP for a byte of experts: those of {_layers(best)} would "
+        + ("not cross the link, but the CPU would compute them" if streams else "be computed by the CPU"),
     )  # fmt: skip
 
 
