@@ -42,7 +42,8 @@ def search(
 ) -> Planned:
     """The policy that finishes the workload first, of all that fit, with some slack for slower attention.
 
-    One choice is varied at a time, from several starts and once more from the best that was found. Values whose
+    One choice is varied at a time, from several starts and once more from the best that was found; rings are also
+    varied together with parts of layers. Values whose
     lanes alone, or first layers, take longer than what was found are not simulated to the end. bfloat16 experts are
     packed: that takes 25 % off what the link carries and memory holds. Where plain ones might be faster, as where
     all of them fit on the GPU, they are looked at too.
@@ -119,6 +120,8 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
         raise no_feasible_policy(problem, tuple(some))
     if not is_near:
         found.vary(found.best.choice)
+        if found.best.policy.num_frames:
+            found.vary_both(found.best.choice, "ring", "parts")
     found, problem = _settled(found, problem, bridging, rates, is_near=is_near)
     assert found.best is not None
     plan = with_slack(problem, found.best, rates)
