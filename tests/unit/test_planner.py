@@ -648,6 +648,60 @@ def test_small_jobs_attend_where_all_experts_are_and_no_other_way_is_faster(
     assert search(*given, rates, work, packs=False).tokens_per_s < 1.01 * plan.tokens_per_s
 
 
+def slow_cpu(gpu, share):
+    """Rates of a preset whose host memory has a share of its bandwidth."""
+    card = PRESETS[gpu]
+    return DatasheetRates(replace(card, cpu=replace(card.cpu, bandwidth=share * card.cpu.bandwidth)))
+
+
+def test_few_sequences_over_an_idle_link_are_attended_to_on_the_gpu():
+    """FlexGen's schedule: all experts fit on the GPU, KV does not beside them, and the CPU is slow."""
+    spec, rates, work = registry.resolve("llama-3.1-8b"), slow_cpu("v100-16gb", 0.4), Workload((512,), 128, 4)
+    given = spec, "float16", Memory(16 * GIB, 16 * GIB)
+    plan = search(*given, rates, work)
+    assert plan.policy.schedule == "flexgen"
+    use = memory_use(spec, 2, plan.policy)
+    assert use.device.staging > 0
+    assert use.gpu_bytes <= 16 * GIB
+    assert use.host_bytes <= 16 * GIB
+    check_ring(plan.policy, num_experts=1)
+    second, *_ = plan.runners_up
+    assert second.policy.schedule == "cgopipe"
+    assert second.tokens_per_s < 0.95 * plan.tokens_per_s
+    first, *_ = alternatives(problem_of(*given, work), plan, rates)
+    assert first.symbol == "A_g=0"
+    assert first.gain == second.tokens_per_s / plan.tokens_per_s - 1
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "share", "memory", "work"),
+    [
+        ("llama-3.1-8b", "l4", 1.0, (15, 15), (512, 128, 10)),
+        ("llama-3.1-8b", "l4", 0.4, (128, 15), (1000, 128, 4)),
+        ("llama-3.1-8b", "v100-16gb", 1.0, (64, 15), (4000, 32, 30)),
+        ("mistral-7b", "t4", 0.7, (128, 14), (4000, 128, 4)),
+        ("mixtral-8x7b", "h100-sxm", 1.0, (120, 23), (1693, 1, 10)),
+        ("mixtral-8x7b", "rtx-4090", 0.4, (120, 23), (512, 32, 100)),
+    ],
+)  # fmt: skip
+def test_no_schedule_of_the_papers_is_faster_for_small_jobs_either(model, gpu, share, memory, work):
+    spec, rates = registry.resolve(model), slow_cpu(gpu, share)
+    dtype = "bfloat16" if gpu in ("l4", "h100-sxm", "rtx-4090") else "float16"
+    prompt, gen, num_requests = work
+    given = spec, dtype, Memory(*(size * GIB for size in memory)), Workload((prompt,), gen, num_requests)
+    plan = search(spec, dtype, given[2], rates, given[3])
+    for packed in {plan.policy.packed, False}:
+        problem = replace(problem_of(*given), packed=packed)
+        whole = replace(plan.choice, groups=1, parts=1, kv_every=0, cpu_every=0)
+        for micro_batches, ring, prefill in product((1, 2, 4), (1.2, 2.0), (1.25, 4.0)):
+            choice = replace(whole, micro_batches=micro_batches, ring=ring, prefill=prefill)
+            policy = largest_policy(problem, choice)
+            for schedule in sorted(set(SCHEDULES) - {"cgopipe"}) if policy else ():
+                # What FlexGen's stages of KV take of the GPU would make it a little slower still.
+                other = problem.outlook(replace(policy, schedule=schedule), rates).prediction
+                assert other.job_tokens_per_s < 1.015 * plan.tokens_per_s
+
+
 # Much GPU memory: there the number of sequences is a choice as well, since each takes room of experts.
 @pytest.mark.parametrize(("gpu", "host"), [(64, 120), (100, 100), (200, 120)])
 def test_more_memory_is_never_predicted_slower_where_kv_is_on_the_gpu(gpu, host):

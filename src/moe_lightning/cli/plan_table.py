@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_lightning.perf.alternatives import Alternative
+from moe_lightning.perf.attending import SCHEDULE
 from moe_lightning.perf.memory import DeviceUse, HostUse
 from moe_lightning.perf.report import Report
 from moe_lightning.perf.sizing import Choice
@@ -194,11 +195,12 @@ def _policy(report: Report) -> str:
     them = counted(micro_batches, "micro-batch", "micro-batches")
     on_cpu = f"; the CPU computes those of {_layers(policy.cpu_every)}" if policy.cpu_every else ""
     kept = f", in GPU memory for {_layers(policy.kv_every)}" if policy.kv_every else ""
+    crossing = ", which cross the link to the GPU for attention" if policy.schedule == SCHEDULE else ""
     return (
         f"{counted(num_seqs, 'sequence')} in {them} of {policy.micro_batch_size:,}{more}; prompts "
         f"in chunks of {policy.chunk_tokens:,} tokens, up to {policy.max_num_seqs + policy.prefill_tokens:,} rows "
         f"a pass; {resident:.0%} of the experts resident{rest}{on_cpu}; {policy.num_blocks:,} KV blocks of "
-        f"{policy.block_size} tokens{kept}"
+        f"{policy.block_size} tokens{kept}{crossing}"
     )
 
 
@@ -211,14 +213,17 @@ def _runners_up(planned: Planned) -> Table:
     for other in planned.runners_up:
         table.add_row(
             f"{format_rate(other.tokens_per_s)} tokens/s", f"{other.tokens_per_s / planned.tokens_per_s - 1:+.1%}",
-            _difference(planned.choice, other.choice),
+            _difference(planned, other),
         )  # fmt: skip
     return table
 
 
-def _difference(best: Choice, other: Choice) -> str:
+def _difference(planned: Planned, runner_up: Planned) -> str:
     """Choices of another plan that are not the best one's."""
-    changed = [
+    best, other = planned.choice, runner_up.choice
+    # The schedule that has it on the GPU is never second.
+    changed = ["attention on the CPU"] if runner_up.policy.schedule != planned.policy.schedule else []
+    changed += [
         f"{field.name.replace('_', ' ')} {getattr(other, field.name):g}, not {getattr(best, field.name):g}"
         for field in fields(Choice)
         if getattr(best, field.name) != getattr(other, field.name)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from moe_lightning.perf.attending import SCHEDULE, attending_on_gpu, kv_bytes
 from moe_lightning.perf.choices import changed, values_of
 from moe_lightning.perf.operators import decode_attention, experts
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.sizing import Problem, largest_policy
 from moe_lightning.perf.trials import Planned
-from moe_lightning.pipeline.shape import pass_shape
 from moe_lightning.units import format_bytes
 
 
@@ -47,17 +47,19 @@ def alternatives(problem: Problem, planned: Planned, rates: Rates) -> tuple[Alte
 
 
 def _attention_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alternative:
-    """By the simulation of the schedule that does it."""
-    policy = replace(planned.policy, schedule="flexgen")
-    # It sweeps whole layers, those whose experts the CPU would compute too: the plan's ring may not hold one.
-    least = pass_shape(policy, problem.spec.experts.num_experts, 0, 1).least_frames
-    policy = replace(policy, num_frames=max(policy.num_frames, least))
-    found = problem.outlook(policy, rates).prediction.job_tokens_per_s
+    """By the simulation of the schedule that does it; where the plan has it, without."""
+    moved = format_bytes(kv_bytes(problem, planned))
+    if planned.policy.schedule == SCHEDULE:
+        before, *_ = planned.runners_up
+        return Alternative(
+            "attention on the CPU", "A_g=0", before.tokens_per_s / planned.tokens_per_s - 1,
+            f"the CPU would attend to {moved} of KV, which crosses the link now",
+        )  # fmt: skip
+    found = attending_on_gpu(problem, planned, rates)
     point = decode_attention(problem.spec, problem.dtype, max(1, round(problem.workload.mean_context)))
-    moved = _kv_bytes(problem, planned)
     return Alternative(
-        "attention on the GPU", "A_g=1", found / planned.tokens_per_s - 1,
-        f"{point.host_intensity:.0f} FLOP for a byte of KV; {format_bytes(moved)} would cross the link each pass",
+        "attention on the GPU", "A_g=1", found.tokens_per_s / planned.tokens_per_s - 1 if found else None,
+        f"{point.host_intensity:.0f} FLOP for a byte of KV; {moved} would cross the link each pass",
     )  # fmt: skip
 
 
@@ -71,7 +73,7 @@ def _kv_elsewhere(problem: Problem, planned: Planned, rates: Rates) -> Alternati
         )  # fmt: skip
     if best is None:
         return Alternative("a share of KV on the GPU", "r_c>0", None, "the GPU has no room for it")
-    kv, streams = format_bytes(_kv_bytes(problem, planned) / best), planned.policy.num_frames > 0
+    kv, streams = format_bytes(kv_bytes(problem, planned) / best), planned.policy.num_frames > 0
     return Alternative(
         "a share of KV on the GPU", f"r_c={_share(best)}", gain,
         f"that of {_layers(best)}, {kv}, would "
@@ -122,10 +124,3 @@ def _share(every: float) -> str:
 
 def _layers(every: float) -> str:
     return "all layers" if every == 1 else f"one layer in {every:g}"
-
-
-def _kv_bytes(problem: Problem, planned: Planned) -> float:
-    """Read by the decode sequences of a pass."""
-    spec, window = problem.spec, problem.spec.attention.sliding_window
-    context = min(problem.workload.mean_context, window or problem.length)
-    return planned.prediction.num_seqs * context * spec.kv_bytes_per_token(problem.dtype_bytes)

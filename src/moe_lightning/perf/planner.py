@@ -7,6 +7,7 @@ from math import floor
 
 from moe_lightning.errors import ConfigError
 from moe_lightning.models.spec import ModelSpec
+from moe_lightning.perf.attending import where_faster
 from moe_lightning.perf.choices import changed, starts, values_of
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.rates import Rates
@@ -46,7 +47,7 @@ def search(
     varied together with parts of layers. Values whose
     lanes alone, or first layers, take longer than what was found are not simulated to the end. bfloat16 experts are
     packed: that takes 25 % off what the link carries and memory holds. Where plain ones might be faster, as where
-    all of them fit on the GPU, they are looked at too.
+    all of them fit on the GPU, they are looked at too, and at last FlexGen's schedule.
 
     Args:
         spec: the model.
@@ -104,7 +105,7 @@ def _as_fast_as_they_are(problem: Problem, packed: Planned, rates: Rates) -> Pla
 
 def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
     """The search for one way to store experts."""
-    problem = with_enough(problem, rates)
+    problem = most = with_enough(problem, rates)
     found = Trials(problem, rates)
     if near:
         found.try_plan(near)
@@ -127,7 +128,7 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
     plan = with_slack(problem, found.best, rates)
     if not is_near:
         found.vary_for_others(plan)
-    return found.with_others(plan)
+    return where_faster(most, found.with_others(plan), rates)
 
 
 def _settled(
