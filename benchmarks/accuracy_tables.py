@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from moe_lightning.bench.report import LANE_TOLERANCE, RATE_TOLERANCE
+from moe_lightning.bench.report import LANE_TOLERANCE, RATE_TOLERANCE, STEADY, spread
 
 IDLE = 0.05  # of a pass: of a lane that works less, seconds say little
 _PLAN = ("plan", "plan again")
@@ -17,24 +17,42 @@ def points_of(results: Iterable[Values]) -> list[Values]:
     return [values for values in results if "point" in values]
 
 
+def is_steady(found: Values) -> bool:
+    """Whether nothing slowed down some passes of a steady state alone; of the oldest results nobody knows."""
+    passes = found.get("passes")
+    return not passes or spread(each["seconds"] for each in passes) <= STEADY
+
+
 def accuracy(results: Iterable[Values]) -> str:
-    """A row for each plan: tokens/s and seconds of each lane, measured and how far that is from predicted."""
+    """A row for each plan: tokens/s and seconds of each lane, measured and how far that is from predicted.
+
+    And one for each time that it was measured while the machine was not steady.
+    """
     rows = [
-        "| model | GPU memory | answers | commit | predicted tokens/s | measured | off "
+        "| model | GPU memory | answers | commit | passes, s | predicted tokens/s | measured | off "
         "| H2D s | GPU s | CPU s | D2H s | BACK s |",
-        "| --- " * 12 + "|",
+        "| --- " * 13 + "|",
     ]
     for values in points_of(results):
         if values["point"] != "plan":
             continue
-        found, commit = values["measured"][0], values.get("commit", "")[:7]
-        lanes = " | ".join(_lane(found["lanes"], name) for name in ("h2d", "gpu", "cpu", "d2h", "back"))
-        rows.append(
-            f"| {values['name']} | {values['gpu_memory'] / 2**30:g} GiB | {values['workload']['gen_len']} "
-            f"| {commit} | {found['predicted_tokens_per_s']:,.0f} | {found['tokens_per_s']:,.0f} "
-            f"| {_off(found['tokens_per_s'], found['predicted_tokens_per_s'], RATE_TOLERANCE)} | {lanes} |"
-        )
+        commit = values.get("commit", "")[:7]
+        for found in (*values.get("unsteady", ()), values["measured"][0]):
+            lanes = " | ".join(_lane(found["lanes"], name) for name in ("h2d", "gpu", "cpu", "d2h", "back"))
+            rate, predicted = found["tokens_per_s"], found["predicted_tokens_per_s"]
+            rows.append(
+                f"| {values['name']} | {values['gpu_memory'] / 2**30:g} GiB | {values['workload']['gen_len']} "
+                f"| {commit} | {_passes(found)} | {predicted:,.0f} | {rate:,.0f} "
+                f"| {_off(rate, predicted, RATE_TOLERANCE)} | {lanes} |"
+            )
     return "\n".join(rows)
+
+
+def _passes(found: Values) -> str:
+    seconds = [each["seconds"] for each in found.get("passes", ())]
+    if not seconds:
+        return ""
+    return f"{min(seconds):.2f} to {max(seconds):.2f}{'' if is_steady(found) else ', not steady'}"
 
 
 def beside(results: Iterable[Values]) -> str:
@@ -86,6 +104,8 @@ def verdicts(results: Iterable[Values], tolerance: float) -> tuple[list[str], bo
 
 
 def _wrong(found: Values) -> Iterator[str]:
+    if not is_steady(found):
+        yield f"not steady, passes of {_passes(found).split(',')[0]} s"
     rate = _off(found["tokens_per_s"], found["predicted_tokens_per_s"], RATE_TOLERANCE)
     if rate.endswith("*"):
         yield f"tokens/s {rate}"

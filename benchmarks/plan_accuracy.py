@@ -3,6 +3,8 @@
 Steady tokens/s of the planned policy in some cells, of eight policies and more beside the plan of the first cell,
 and of the ablation's variants there, each beside its prediction. Points are written as soon as they are there and
 not measured again, so the same command goes on where it stopped; without a GPU, `--report` prints what is there.
+Where passes of a steady state differ by more than a quarter, something else slowed the machine down: such points are
+measured once more when all are there, and what they were before is kept.
 
     moe-lightning profile && \
     python benchmarks/plan_accuracy.py --out benchmarks/results/accuracy --time-limit 560
@@ -19,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from accuracy_tables import accuracy, beside, verdicts
+from accuracy_tables import Values, accuracy, beside, is_steady, verdicts
 from make_tables import read, schedules
 from points import Asked, Point
 
@@ -49,30 +51,37 @@ class Run:
         self.is_first, self.failures = True, 0
 
     def measure_points(self) -> None:
-        """Those that are not there yet, as far as time goes."""
-        for point in self.asked.points():
-            if point.path(self.args).exists():
-                continue
+        """Those that are not there yet, then those that were not steady, as far as time goes."""
+        points = list(self.asked.points())
+        missing = [(point, []) for point in points if not point.path(self.args).exists()]
+        if self._measure_all(missing):
+            unsteady = ((point, _unsteady(point.path(self.args))) for point in points)
+            self._measure_all([(point, tries) for point, tries in unsteady if tries])
+
+    def _measure_all(self, points: list[tuple[Point, list[Values]]]) -> bool:
+        """Measure points, each with the tries before it; whether there was time for all."""
+        for point, tries in points:
             plan = self.asked.plan_of(point.cell, point.policy)
             assert plan.prediction is not None
             passes = self.args.steady_passes + _OTHER_PASSES
             if not self._has_time(_SLOWER * plan.prediction.pass_s * passes, f"{point.cell}: {point.name}"):
-                return
+                return False
             try:
-                self._measure(point, plan)
+                self._measure(point, plan, tries)
             except MoELightningError as error:
                 print(f"{point.cell}, {point.name}: {error}", file=sys.stderr, flush=True)
                 self.failures += 1
             self.session.unload()
+        return True
 
-    def _measure(self, point: Point, plan: Plan) -> None:
+    def _measure(self, point: Point, plan: Plan, tries: list[Values]) -> None:
         effort = Effort(self.args.steady_passes, is_job=False, copy_s=0.2)
         assert plan.workload is not None
         setting = self.asked.setting(point.cell)
         cell = measure_plan(plan, setting, plan.workload, effort, self.session)
         values = to_json(cell, setting) | {
             "point": point.name, "cell": str(point.cell), "name": Path(self.args.model).name,
-            "rates": type(self.asked.rates).__name__,
+            "rates": type(self.asked.rates).__name__, "unsteady": tries,
         }  # fmt: skip
         _write(point.path(self.args), values)
         found = cell.measured[0]
@@ -114,6 +123,13 @@ class Run:
             return False
         self.is_first = False
         return True
+
+
+def _unsteady(path: Path) -> list[Values]:
+    """What was measured of a point so far if it was once and not steady; else nothing."""
+    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = values.get("measured", [])
+    return [] if values.get("unsteady") or not found or is_steady(found[0]) else found
 
 
 def _say(line: str) -> None:

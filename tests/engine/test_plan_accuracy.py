@@ -86,7 +86,8 @@ def command(mixtral, monkeypatch, tmp_path):
     return run
 
 
-def test_points_and_variants_are_measured_once_and_told(command, tmp_path, capsys):
+def test_points_and_variants_are_measured_once_and_told(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan_accuracy, "is_steady", lambda found: True)  # passes of microseconds are not
     command()
     found_points = [json.loads(path.read_text()) for path in tmp_path.glob("point_*.json")]
     names = {values["point"] for values in found_points}
@@ -107,6 +108,18 @@ def test_points_and_variants_are_measured_once_and_told(command, tmp_path, capsy
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     command()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_a_point_that_was_not_steady_is_measured_once_more_and_both_are_told(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_accuracy, "is_steady", lambda found: False)
+    command("--part", "plans")
+    (path,) = tmp_path.glob("point_plan_*.json")
+    values, time = json.loads(path.read_text()), path.stat().st_mtime_ns
+    (before,), (found,) = values["unsteady"], values["measured"]
+    assert before["tokens_per_s"] != found["tokens_per_s"]
+    assert len(accuracy([values]).splitlines()) == 2 + 2
+    command("--part", "plans")
+    assert path.stat().st_mtime_ns == time, "not a third time"
 
 
 def test_without_time_nothing_is_measured_and_it_says_so(command, tmp_path, capsys):
@@ -141,12 +154,24 @@ class TestTables:
             "mixtral, 24 GiB, 128: as predicted",
             "mixtral, 24 GiB, 128: 1 neighbour, the fastest is ring 1, +2.0% to the plan",
         ]
-        assert "| mixtral | 24 GiB | 128 |  | 105 | 100 | -4.8% | 1.000 (+0.0%) |  | 0.900 |  |" in accuracy(
-            results
+        assert (
+            "| mixtral | 24 GiB | 128 |  |  | 105 | 100 | -4.8% | 1.000 (+0.0%) |  | 0.900 |  |"
+            in accuracy(results)
         )
         assert (
             beside(results).splitlines()[2].startswith("| mixtral, 24 GiB, 128 | ring 1 | 3,000 | 104 | 103")
         )
+
+    def test_passes_that_differ_by_more_than_a_quarter_are_not_steady(self):
+        steady, unsteady = point("plan", 100, 100), point("plan", 100, 100)
+        for values, longest in ((steady, 1.25), (unsteady, 1.26)):
+            passes = [{"seconds": 1.0}, {"seconds": longest}, {"seconds": 1.1}]
+            values["measured"][0]["passes"] = passes
+        assert "| 1.00 to 1.25 |" in accuracy([steady])
+        assert "| 1.00 to 1.26, not steady |" in accuracy([unsteady])
+        assert verdicts([steady], 0.05) == (["mixtral, 24 GiB, 128: as predicted"], True)
+        (line,), is_good = verdicts([unsteady], 0.05)
+        assert (line, is_good) == ("mixtral, 24 GiB, 128: not steady, passes of 1.00 to 1.26 s", False)
 
     def test_a_plan_is_compared_with_neighbours_of_its_own_commit_alone(self):
         others = [point(name, rate, 100) | {"commit": "b"} for name, rate in (("plan", 90), ("ring 1", 89))]
