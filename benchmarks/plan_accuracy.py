@@ -3,7 +3,7 @@
 Steady tokens/s of the planned policy in some cells, of eight policies and more beside the plan of the first cell,
 and of the ablation's variants there, each beside its prediction. Points are written as soon as they are there and
 not measured again, so the same command goes on where it stopped; without a GPU, `--report` prints what is there.
-Where passes of a steady state differ by more than a quarter, something else slowed the machine down: such points are
+Where passes of a steady state differ by more than a quarter, something slowed the machine down: such points are
 measured once more when all are there, and what they were before is kept.
 
     moe-lightning profile && \
