@@ -299,7 +299,7 @@ def test_a_plan_with_all_experts_on_the_cpu_is_tried_with_plain_ones():
     choice = replace(planned().choice, cpu_every=1, kv_every=0)
     policy = largest_policy(problem, choice)
     trials = Trials(problem, rates)
-    trials.try_plan(Planned(policy, problem.outlook(policy, rates).prediction, choice))
+    trials.try_plan(Planned(problem.outlook(policy, rates), choice))
     assert trials.best.policy == policy and not policy.packed
 
 

@@ -115,7 +115,7 @@ def _best(problem: Problem, planned: Planned, rates: Rates, name: str) -> tuple[
     if not outlooks:
         return None, None
     best = max(outlooks, key=lambda value: outlooks[value].estimate)
-    return best, outlooks[best].prediction.job_tokens_per_s / planned.tokens_per_s - 1
+    return best, outlooks[best].job_tokens_per_s / planned.tokens_per_s - 1
 
 
 def _share(every: float) -> str:

@@ -38,9 +38,7 @@ def attending_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Planne
         choice = replace(whole, prefill=prefill, micro_batches=micro_batches, ring=ring)
         if policy := _sized(some, choice):
             found.setdefault(policy, choice)
-    plans = [
-        Planned(policy, problem.outlook(policy, rates).prediction, choice) for policy, choice in found.items()
-    ]
+    plans = [Planned(problem.outlook(policy, rates), choice) for policy, choice in found.items()]
     return max(plans, key=lambda plan: plan.tokens_per_s, default=None)
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moe_lightning.perf.choices import RINGS
-from moe_lightning.perf.outlook import Prediction
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.refit import Refitted
 from moe_lightning.perf.sizing import Problem, largest_policy
 from moe_lightning.perf.trials import Planned
 from moe_lightning.pipeline.task import TaskKind
-from moe_lightning.policy import Policy
 
 # Attention shares host memory with whatever else the machine does: for seconds at a time it was seen to take up to
 # half longer than usual, as were the experts' sweeps by a fifth.
@@ -27,22 +25,18 @@ def with_slack(problem: Problem, plan: Planned, rates: Rates) -> Planned:
         plan: the fastest at the usual rates.
         rates: the usual ones.
     """
-
-    def predicted(policy: Policy, rates: Rates) -> Prediction:
-        return problem.outlook(policy, rates).prediction
-
     slower = Refitted(rates, _SLOWER)
     least = (1 - _PREMIUM) * plan.tokens_per_s
-    best, reached = plan, predicted(plan.policy, slower).job_tokens_per_s
+    best, reached = plan, problem.outlook(plan.policy, slower).job_tokens_per_s
     for ring in sorted(ring for ring in RINGS if ring > plan.choice.ring):
         if reached >= least:
             break
         choice = replace(plan.choice, ring=ring)
         policy = largest_policy(problem, choice)
-        if policy is None or (usual := predicted(policy, rates)).job_tokens_per_s < least:
+        if policy is None or (usual := problem.outlook(policy, rates)).job_tokens_per_s < least:
             break
-        value = predicted(policy, slower).job_tokens_per_s
+        value = problem.outlook(policy, slower).job_tokens_per_s
         if value <= reached:
             break
-        best, reached = Planned(policy, usual, choice), value
+        best, reached = Planned(usual, choice), value
     return best

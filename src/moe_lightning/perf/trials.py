@@ -25,20 +25,29 @@ _APART = 2e-3  # runners-up that differ by less are one
 
 @dataclass(frozen=True)
 class Planned:
-    """A policy, what it should reach, and the choices that it came from.
+    """A policy with what it should reach, and the choices that it came from.
 
     `runners_up` are the next best of those that were simulated, each slower than the one before.
     """
 
-    policy: Policy
-    prediction: Prediction
+    outlook: Outlook
     choice: Choice
     runners_up: tuple[Planned, ...] = ()
 
     @property
+    def policy(self) -> Policy:
+        """How the model runs."""
+        return self.outlook.policy
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the policy should reach; worked out when it is first asked for."""
+        return self.outlook.prediction
+
+    @property
     def tokens_per_s(self) -> float:
         """By which plans are compared: generated, of the whole job."""
-        return self.prediction.job_tokens_per_s
+        return self.outlook.job_tokens_per_s
 
 
 class Trials:
@@ -157,7 +166,7 @@ class Trials:
     def _simulate(self, policy: Policy, choice: Choice) -> None:
         if policy in self._found:
             return
-        plan = Planned(policy, self._outlook(policy).prediction, choice)
+        plan = Planned(self._outlook(policy), choice)
         self._found[policy] = plan
         if plan.tokens_per_s > self.tokens_per_s:
             self.best = plan
