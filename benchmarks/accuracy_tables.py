@@ -8,7 +8,6 @@ from typing import Any
 from moe_lightning.bench.report import LANE_TOLERANCE, RATE_TOLERANCE, STEADY, spread
 
 IDLE = 0.05  # of a pass: of a lane that works less, seconds say little
-_PLAN = ("plan", "plan again")
 Values = dict[str, Any]
 
 
@@ -62,13 +61,14 @@ def beside(results: Iterable[Values]) -> str:
         "| commit |",
         "| --- " * 8 + "|",
     ]
-    for name, plan_rate, others in _cells(results):
-        for values in others:
+    for name, others in _cells(results):
+        for gain, values in others:
             found = values["measured"][0]
             rate, predicted = found["tokens_per_s"], found["predicted_tokens_per_s"]
+            unsteady = "" if is_steady(found) else ", not steady"
             rows.append(
-                f"| {name} | {values['point']} | {sequences(values):,} | {predicted:,.0f} "
-                f"| {rate:,.0f} | {_off(rate, predicted, RATE_TOLERANCE)} | {rate / plan_rate - 1:+.1%} "
+                f"| {name} | {values['point']} | {sequences(values):,} | {predicted:,.0f} | {rate:,.0f} "
+                f"| {_off(rate, predicted, RATE_TOLERANCE)} | {gain:+.1%}{unsteady} "
                 f"| {values.get('commit', '')[:7]} |"
             )
     return "\n".join(rows)
@@ -90,11 +90,10 @@ def verdicts(results: Iterable[Values], tolerance: float) -> tuple[list[str], bo
             bad = list(_wrong(values["measured"][0]))
             is_good = is_good and not bad
             lines.append(f"{_title(values)}: {'; '.join(bad) or 'as predicted'}")
-    for name, plan_rate, others in _cells(results):
-        fastest = max(others, key=_rate)
-        gain = _rate(fastest) / plan_rate - 1
+    for name, others in _cells(results):
+        gain, fastest = next(entry for entry in others if not _is_plan(entry[1]))
         is_good = is_good and gain <= tolerance
-        count = sum(values["point"] not in _PLAN for values in others)
+        count = sum(not _is_plan(values) for _, values in others)
         lines.append(
             f"{name}: {count} neighbour{'s' if count != 1 else ''}, the fastest is {fastest['point']}, "
             f"{gain:+.1%} to the plan"
@@ -116,8 +115,8 @@ def _wrong(found: Values) -> Iterator[str]:
             yield f"{name} {off}"
 
 
-def _cells(results: Iterable[Values]) -> Iterator[tuple[str, float, list[Values]]]:
-    """Name, rate of the plan (the mean where it was measured twice), and all points of a cell with neighbours.
+def _cells(results: Iterable[Values]) -> Iterator[tuple[str, list[tuple[float, Values]]]]:
+    """Name and points of a cell with neighbours, with what each gains over the plan, the most first.
 
     Those of one commit: others were measured on other machines.
     """
@@ -125,9 +124,26 @@ def _cells(results: Iterable[Values]) -> Iterator[tuple[str, float, list[Values]
     for values in points_of(results):
         cells.setdefault((_title(values), values.get("commit", "")), []).append(values)
     for (name, _), of in cells.items():
-        plans = [_rate(values) for values in of if values["point"] in _PLAN]
+        plans = [values for values in of if _is_plan(values)]
         if plans and len(of) > len(plans):
-            yield name, sum(plans) / len(plans), sorted(of, key=_rate, reverse=True)
+            gains = ((_rate(values) / _beside(values, plans) - 1, values) for values in of)
+            yield name, sorted(gains, key=lambda entry: entry[0], reverse=True)
+
+
+def _is_plan(values: Values) -> bool:
+    return str(values["point"]).startswith("plan")
+
+
+def _beside(values: Values, plans: list[Values]) -> float:
+    """Tokens/s of the plan as it was measured just before and just after; of all such in older results."""
+    when = values.get("began_s")
+    if when is None or _is_plan(values):
+        near = plans
+    else:
+        ordered = sorted(plans, key=lambda plan: plan["began_s"])
+        near = [plan for plan in ordered if plan["began_s"] < when][-1:]
+        near += [plan for plan in ordered if plan["began_s"] > when][:1]
+    return sum(_rate(plan) for plan in near) / len(near)
 
 
 def _title(values: Values) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,11 @@ class Run:
         effort = Effort(self.args.steady_passes, is_job=False, copy_s=0.2)
         assert plan.workload is not None
         setting = self.asked.setting(point.cell)
+        began_s = time.time()
         cell = measure_plan(plan, setting, plan.workload, effort, self.session)
         values = to_json(cell, setting) | {
             "point": point.name, "cell": str(point.cell), "name": Path(self.args.model).name,
-            "rates": type(self.asked.rates).__name__, "unsteady": tries,
+            "rates": type(self.asked.rates).__name__, "unsteady": tries, "began_s": began_s,
         }  # fmt: skip
         _write(point.path(self.args), values)
         found = cell.measured[0]

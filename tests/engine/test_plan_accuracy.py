@@ -91,7 +91,7 @@ def test_points_and_variants_are_measured_once_and_told(command, tmp_path, capsy
     command()
     found_points = [json.loads(path.read_text()) for path in tmp_path.glob("point_*.json")]
     names = {values["point"] for values in found_points}
-    assert {"plan", "plan again"} < names and len(names) == 3
+    assert {"plan", "plan again 1"} < names and len(names) == 3
     for values in found_points:
         (found,) = values["measured"]
         assert found["kind"] == "steady state" and len(found["passes"]) == 2
@@ -144,7 +144,7 @@ class TestTables:
     def test_a_plan_that_keeps_its_promise_and_is_the_fastest_is_good(self):
         results = [
             point("plan", 100, 105),
-            point("plan again", 102, 105),
+            point("plan again 1", 102, 105),
             point("ring 1", 103, 104),
             {"rows": []},
         ]
@@ -162,6 +162,25 @@ class TestTables:
             beside(results).splitlines()[2].startswith("| mixtral, 24 GiB, 128 | ring 1 | 3,000 | 104 | 103")
         )
 
+    def test_neighbours_are_compared_with_the_plan_just_before_and_after(self):
+        """A machine that gets slower all the time: no neighbour is faster than the plan."""
+        rates = {
+            "plan": 100,
+            "ring 1": 98,
+            "parts 1": 95,
+            "plan again 1": 90,
+            "ring 2": 85,
+            "plan again 2": 80,
+        }
+        results = [point(name, rate, 100) | {"began_s": n} for n, (name, rate) in enumerate(rates.items())]
+        rows = {line.split(" | ")[1]: line.split(" | ")[6] for line in beside(results[::-1]).splitlines()[2:]}
+        assert {name: rows[name] for name in ("ring 1", "parts 1", "ring 2")} == {
+            "ring 1": "+3.2%", "parts 1": "+0.0%", "ring 2": "+0.0%",
+        }  # fmt: skip
+        assert verdicts(results, 0.05)[0][-1].endswith(
+            "3 neighbours, the fastest is ring 1, +3.2% to the plan"
+        )
+
     def test_passes_that_differ_by_more_than_a_quarter_are_not_steady(self):
         steady, unsteady = point("plan", 100, 100), point("plan", 100, 100)
         for values, longest in ((steady, 1.25), (unsteady, 1.26)):
@@ -177,7 +196,7 @@ class TestTables:
         others = [point(name, rate, 100) | {"commit": "b"} for name, rate in (("plan", 90), ("ring 1", 89))]
         results = [point("plan", 100, 100) | {"commit": "a0b1c2d3e4"}, *others]
         lines, _ = verdicts(results, 0.05)
-        assert lines[-1].endswith("1 neighbour, the fastest is plan, +0.0% to the plan")
+        assert lines[-1].endswith("1 neighbour, the fastest is ring 1, -1.1% to the plan")
         assert len(beside(results).splitlines()) == 2 + 2
         assert "| 128 | a0b1c2d |" in accuracy(results)
 

@@ -492,9 +492,10 @@ def test_no_other_share_of_experts_on_the_cpu_is_faster_than_the_plans():
 def test_attention_on_the_gpu_is_simulated_where_the_plans_ring_does_not_hold_a_layer():
     plan = planned()
     problem = replace(problem_of(MIXTRAL, "bfloat16", Memory(120 * GIB, 24 * GIB), WORK), packed=True)
-    few = sized(problem, replace(plan.choice, ring=0.5, parts=8, cpu_every=4), 100)
+    choice = replace(plan.choice, ring=0.5, parts=8, cpu_every=4)
+    few = sized(problem, choice, 100)
     assert few.num_frames < MIXTRAL.experts.num_experts * few.pages_per_expert - min(few.resident_pages)
-    found = alternatives(problem, replace(plan, policy=few), DatasheetRates(H100))
+    found = alternatives(problem, replace(plan, choice=choice), DatasheetRates(H100))
     assert found[0].symbol == "A_g=1" and found[0].gain < 0
 
 
