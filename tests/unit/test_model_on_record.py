@@ -45,8 +45,8 @@ def test_todays_search_finds_no_less_than_a_plan_that_ran(path):
     """By today's model, in the memory that it took: rings and parts varied apart once led to 3 % less."""
     values, rates = json.loads(path.read_text()), MeasuredRates(load_profile(path.parent / "profile.json"))
     spec = spec_of(values["settings"]["model"], None)
-    policy = Policy(**model_on_record._hashable(values["policy"]))
-    work = Workload(**model_on_record._hashable(values["workload"]))
+    policy = Policy(**model_on_record.hashable(values["policy"]))
+    work = Workload(**model_on_record.hashable(values["workload"]))
     use = memory_use(spec, 2, policy)
     found = search(spec, spec.dtype, Memory(use.host_bytes, use.gpu_bytes), rates, work)
     assert (
@@ -57,11 +57,11 @@ def test_todays_search_finds_no_less_than_a_plan_that_ran(path):
 
 def test_the_summary_counts_what_is_off():
     runs = [
-        model_on_record.Run(cell, "", measured, 100, 80, {"cpu": measured / 100})
+        model_on_record.Run(cell, "", measured, 100, 80, {"cpu": measured / 100}, measured > 80)
         for cell, measured in (("a", 80), ("a", 90), ("", 120))
     ]
     assert model_on_record.summary(runs) == (
-        "3 runs: 1 within 10%, median +12.5%; as promised then: 1, -10.0%; "
+        "3 runs: 1 within 10%, median +12.5%; of 2 that were steady 0; as promised then: 1, -10.0%; "
         "3 lanes: 0 within 15%, median +90.0%"
     )
-    assert model_on_record.by_cell(runs).endswith("| a | 2 | +6.2% | +0.0% | +12.5% |")
+    assert model_on_record.by_cell(runs).endswith("| a | 2 | +6.2% | +0.0% | +12.5% | 0 of 1 |")
