@@ -17,7 +17,7 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv clients demo-model demo test test-clients test-gpu test-sanitizers lint format bench-cpu clean distclean
+.PHONY: help venv clients demo-model demo test test-clients test-gpu test-sanitizers lint format tables bench-cpu clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -89,6 +89,9 @@ test-sanitizers: $(VENV)/.build-tools ## fuzz the C++ kernels with address, unde
 	  $(ALONE) $(BIN)/cmake --build build/$$kinds && \
 	  echo "$$kinds:" && build/$$kinds/csrc/cpu_kernels/fuzz_cpu_kernels $(FUZZ_SECONDS) || exit 1; \
 	done
+
+tables: venv ## make the tables of README.md and docs/benchmarks.md anew from benchmarks/results
+	$(BIN)/python benchmarks/make_tables.py --write README.md --write docs/benchmarks.md
 
 lint: venv ## ruff, mypy and the import rules
 	$(BIN)/ruff check .

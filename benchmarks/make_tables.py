@@ -1,10 +1,11 @@
-"""The README's tables from result files: our cells, the peers beside them, the ablation.
+"""The documents' tables from result files: our cells, the peers beside them, the ablation.
 
-    python benchmarks/make_tables.py --results benchmarks/results/table               # prints them
-    python benchmarks/make_tables.py --results benchmarks/results/table --write README.md
+    python benchmarks/make_tables.py                                                  # prints them
+    python benchmarks/make_tables.py --write README.md --write docs/benchmarks.md     # as `make tables` does
+    python benchmarks/make_tables.py --results benchmarks/results/table
 
 In a document the tables stand between two lines, ``<!-- tables: NAME -->`` and ``<!-- end -->``, for each NAME of
-throughput, agreement, peers, schedules, accuracy and neighbours; what is between them is replaced.
+headline, throughput, agreement, peers, schedules, accuracy and neighbours; what is between them is replaced.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_tables import accuracy, beside
+from headline import headline
 
 from moe_lightning.bench.cell import turnover
 from moe_lightning.bench.passes import PassRecord
@@ -26,6 +28,14 @@ from moe_lightning.bench.report import RATE_TOLERANCE
 from moe_lightning.units import GIB
 
 Values = dict[str, Any]
+_RESULTS = Path(__file__).parent / "results"
+# From before experts were packed.
+_OLD = ("table", "accuracy", "accuracy_2e9bf13", "accuracy_9a10326", "accuracy_qwen3")
+
+
+def recorded() -> list[Path]:
+    """The directories of results that the documents' tables are of."""
+    return sorted(path for path in _RESULTS.iterdir() if path.is_dir() and path.name not in _OLD)
 
 
 def read(directory: Path) -> list[Values]:
@@ -93,6 +103,8 @@ def _groups(results: Iterable[Values]) -> dict[tuple[Any, ...], list[tuple[Value
         # A limit of all cells of a run is no cell of its own: the name of a cell says what is.
         note = f", host {host / GIB:g} GiB" if host and "host" in values.get("cell", "") else ""
         note += f", {seqs} sequences" if seqs else ""
+        requests = values["workload"].get("num_requests")
+        note += f", {requests} requests" if requests else ""
         for m in values["measured"]:
             work = values["workload"]
             key = (_model(values), values["gpu_memory"] or 0, work["gen_len"], note, m["kind"])
@@ -140,6 +152,7 @@ def schedules(results: Iterable[Values]) -> str:
 
 
 TABLES = {
+    "headline": headline,
     "throughput": throughput,
     "agreement": agreement,
     "peers": peers,
@@ -222,13 +235,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, action="append", required=True, help="may be repeated")
-    parser.add_argument("--write", type=Path, metavar="DOCUMENT")
+    parser.add_argument(
+        "--results", type=Path, action="append", help="may be repeated (default: all with packed experts)"
+    )
+    parser.add_argument("--write", type=Path, action="append", metavar="DOCUMENT", help="may be repeated")
     args = parser.parse_args()
-    results = [values for directory in args.results for values in read(directory)]
+    results = [values for directory in args.results or recorded() for values in read(directory)]
+    for path in args.write or ():
+        path.write_text(write(path.read_text(encoding="utf-8"), results), encoding="utf-8")
     if args.write:
-        text = args.write.read_text(encoding="utf-8")
-        args.write.write_text(write(text, results), encoding="utf-8")
         return 0
     for name, table in TABLES.items():
         print(f"{name}\n\n{table(results)}\n")

@@ -1,0 +1,113 @@
+"""The README's table: Mixtral-8x7B on a small GPU by the length of answers, beside the limit and peers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from moe_lightning.bench.models import spec_of
+from moe_lightning.bench.report import RATE_TOLERANCE
+from moe_lightning.perf.limit import hardware_limit
+from moe_lightning.perf.workload import Workload
+from moe_lightning.units import GIB
+
+Values = dict[str, Any]
+_MODEL, _GPUS, _LENGTHS = "mixtral-8x7b", (24, 16), (32, 64, 128, 256)
+_KINDS = {"steady state": "KV memory full", "job": "a whole job"}
+_OPTIONS = ("max_num_seqs", "policy", "quantization")  # whoever sets one of them measures something else
+
+
+class _Run(NamedTuple):
+    """A run's tokens/s, what had been promised, and what plain 16-bit weights would allow there."""
+
+    rate: float
+    promised: float | None
+    limit: float
+
+
+def headline(results: Iterable[Values]) -> str:
+    """Rows of tokens/s for each GPU memory and kind of measurement, a column for each length of answers."""
+    results = list(results)
+    cells = _cells(results)
+    rows = [
+        "| generated tokens/s | " + " | ".join(f"{n} tokens an answer" for n in _LENGTHS) + " |",
+        "| --- " * (1 + len(_LENGTHS)) + "|",
+    ]
+    for gpu in _GPUS:
+        for kind, name in _KINDS.items():
+            runs = [cells.get((gpu, kind, length), []) for length in _LENGTHS]
+            if any(runs):
+                rows += [
+                    _row(f"**{gpu} GiB, {name}**", runs, _rates),
+                    _row("of what link and memory allow for 16-bit weights", runs, _shares),
+                    _row("within 10 % of the promise", runs, _kept),
+                ]
+    engines = {values["engine"] for values in results if "engine" in values}
+    for engine in sorted(engines):
+        best = [_best_of_peer(results, engine, length) for length in _LENGTHS]
+        rows.append(f"| {engine}, {_GPUS[0]} GiB, its best batch | " + " | ".join(best) + " |")
+    return "\n".join(rows)
+
+
+def _cells(results: Iterable[Values]) -> dict[tuple[int, str, int], list[_Run]]:
+    """Runs of the planner's policy, of as many requests as fill memory."""
+    cells: dict[tuple[int, str, int], list[_Run]] = {}
+    for values in results:
+        if not _is_plans(values):
+            continue
+        length = values["workload"]["gen_len"]
+        for m in values["measured"]:
+            run = _Run(m["tokens_per_s"], m["predicted_tokens_per_s"], _limit(values))
+            cells.setdefault((round(values["gpu_memory"] / GIB), m["kind"], length), []).append(run)
+    return cells
+
+
+def _is_plans(values: Values) -> bool:
+    if "measured" not in values or not values.get("limit_host_memory"):
+        return False
+    settings, work = values["settings"], values["workload"]
+    is_other = any(settings.get(name) for name in _OPTIONS) or "host" in values.get("cell", "")
+    is_plan = values.get("point", "plan").startswith("plan")
+    return settings["model"] == _MODEL and is_plan and not is_other and work["num_requests"] is None
+
+
+def _limit(values: Values) -> float:
+    """Tokens/s with 16-bit weights over this run's link, in its memory."""
+    work = {name: tuple(v) if isinstance(v, list) else v for name, v in values["workload"].items()}
+    return hardware_limit(
+        spec_of(_MODEL, None), 2, values["gpu_memory"], values["limit_host_memory"],
+        values["plain_copy_bytes_per_s"], Workload(**work),
+    ).tokens_per_s  # fmt: skip
+
+
+def _row(name: str, cells: list[list[_Run]], text: Callable[[list[_Run]], str]) -> str:
+    return f"| {name} | " + " | ".join(text(runs) if runs else "" for runs in cells) + " |"
+
+
+def _rates(runs: list[_Run]) -> str:
+    rates = [run.rate for run in runs]
+    if len(rates) == 1:
+        return f"**{rates[0]:,.0f}**"
+    return f"**{statistics.median(rates):,.0f}** ({min(rates):,.0f} to {max(rates):,.0f}, {len(rates)} runs)"
+
+
+def _shares(runs: list[_Run]) -> str:
+    return f"{statistics.median(run.rate / run.limit for run in runs):.0%}"
+
+
+def _kept(runs: list[_Run]) -> str:
+    offs = [run.rate / run.promised - 1 for run in runs if run.promised]
+    within = sum(abs(off) <= RATE_TOLERANCE for off in offs)
+    return f"{within} of {len(offs)}, median {statistics.median(offs):+.0%}" if offs else ""
+
+
+def _best_of_peer(results: Iterable[Values], engine: str, length: int) -> str:
+    rates = [
+        run["tokens_per_s"]
+        for values in results
+        if values.get("engine") == engine and values["workload"]["gen_len"] == length
+        for run in values["runs"]
+        if run.get("tokens_per_s")
+    ]
+    return f"{max(rates):,.0f}" if rates else ""
