@@ -20,6 +20,7 @@ from accuracy_tables import IDLE, is_steady
 
 from moe_lightning.bench.models import spec_of
 from moe_lightning.bench.report import LANE_TOLERANCE, RATE_TOLERANCE
+from moe_lightning.hardware.profile import Profile
 from moe_lightning.hardware.profile_cache import load_profile
 from moe_lightning.perf.outlook import Outlook, Prediction
 from moe_lightning.perf.rates import MeasuredRates
@@ -70,8 +71,12 @@ def runs(directory: Path) -> Iterator[Run]:
 def _predicted(values: Values, directory: Path) -> Prediction:
     """What the model says now of the policy that ran, with the profile of its model or else of its directory."""
     model = values["settings"]["model"]
-    profile = directory / f"profile_of_{model.split('-')[0]}.json"
-    rates = MeasuredRates(load_profile(profile if profile.exists() else directory / "profile.json"))
+    beside = directory / f"profile_of_{model.split('-')[0]}.json"
+    rates = MeasuredRates(
+        Profile.from_json(values["profile"])
+        if values.get("profile")  # older results have it in a file beside them
+        else load_profile(beside if beside.exists() else directory / "profile.json")
+    )
     spec = spec_of(model, values.get("num_layers"))
     policy, work = Policy(**hashable(values["policy"])), Workload(**hashable(values["workload"]))
     return Outlook(spec, spec.dtype, policy, rates, work).prediction

@@ -9,6 +9,7 @@ from math import ceil
 
 import pytest
 
+import profiles
 from checkpoints import tiny_policy
 from moe_lightning.bench import report, throughput
 from moe_lightning.bench import session as sessions
@@ -20,8 +21,10 @@ from moe_lightning.bench.workloads import WORKLOADS, sequences, workload
 from moe_lightning.config import EngineConfig
 from moe_lightning.engine.plan import make_plan
 from moe_lightning.errors import ConfigError
+from moe_lightning.hardware.profile import Profile
 from moe_lightning.models import registry
 from moe_lightning.perf.outlook import Prediction
+from moe_lightning.perf.rates import MeasuredRates
 from moe_lightning.perf.workload import Workload
 
 WORK = Workload((3, 5, 9), gen_len=6)
@@ -109,6 +112,18 @@ def test_one_command_measures_steady_state_and_job_and_checks_answers_of_both(se
         assert first[name] == first["lanes"][rate] / cell.plain_copy
     assert values["memory"]["gpu"] is None and values["memory"]["host"] > 0
     assert set(values["measured"][0]["lanes"]["seconds_by_kind"]) >= {"experts", "attention", "load_page"}
+
+
+def test_a_result_has_the_profile_that_it_was_planned_with_and_each_lanes_share_of_its_roof(session):
+    plan = replace(session.plan(WORK), rates=MeasuredRates(profiles.PROFILE))
+    session.plan = lambda work, config=None: plan
+    cell = measured(session, steady_passes=5, is_job=False)
+    values = json.loads(json.dumps(report.to_json(cell, session.config)))
+    assert Profile.from_json(values["profile"]) == profiles.PROFILE
+    use = cell.measured[0].lanes.use
+    assert values["measured"][0]["lanes"]["use"]["h2d"]["roof_s"] == use["h2d"].roof_s > 0
+    (line,) = (line for line in report.to_text(cell).splitlines() if line.startswith("  H2D"))
+    assert line.split()[2] == f"{use['h2d'].roof_s / use['h2d'].seconds:.0%}"
 
 
 def test_passes_are_recorded_all_over_the_time_in_which_others_are_measured(session, monkeypatch):

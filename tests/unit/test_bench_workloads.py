@@ -8,13 +8,15 @@ import mmap
 import pytest
 
 from moe_lightning.bench.file_workload import workload_of_file
-from moe_lightning.bench.lanes import summarize
+from moe_lightning.bench.lanes import peaks_of, summarize
 from moe_lightning.bench.models import spec_of
 from moe_lightning.bench.peaks import PeakWatch
 from moe_lightning.engine.worker import RecordedPass
 from moe_lightning.errors import ConfigError, JobError
+from moe_lightning.hardware.presets import preset
 from moe_lightning.perf.cost import PassWork
 from moe_lightning.perf.facts import PassFacts
+from moe_lightning.perf.rates import DatasheetRates
 from moe_lightning.pipeline.task import Lane, PassShape, TaskKind
 from moe_lightning.pipeline.timeline import Record, Timeline
 
@@ -112,6 +114,26 @@ def test_lanes_are_the_average_of_the_recorded_passes():
     assert found.attention_bytes_per_s == (7 + 3 + 30) * 2**17 / 4, "prompts attend on the GPU"
     assert found.use["cpu"].predicted_s is None
     assert summarize([], 100) is None
+
+
+def test_a_lanes_roof_is_what_its_tasks_take_at_the_machines_peaks_without_launches():
+    hardware, page, attend = (
+        preset("h100-sxm"),
+        (TaskKind.LOAD_PAGE, Lane.H2D),
+        (TaskKind.ATTENTION, Lane.CPU),
+    )
+    one = recorded((*page, 0, 3), (*attend, 0, 2), contexts=(2000,))
+    use = summarize([one, one], 100, None, hardware).use
+    # A page of each layer, and one for the pass after it.
+    assert use["h2d"].roof_s == pytest.approx(33 * 3 * 4096 * 14336 * 2 / hardware.h2d)
+    read = (
+        2000 * 2**17 + 32 * (2 * 4096 + 3 * 2 * 1024 - 2 * 1024) * 2
+    )  # keys and values; q, k, v, output, appended
+    assert use["cpu"].roof_s == pytest.approx(read / hardware.cpu.bandwidth, rel=1e-3)
+    assert use["gpu"].roof_s > 0 == use["gpu"].seconds
+    assert summarize([one], 100).use["h2d"].roof_s is None
+    assert peaks_of(DatasheetRates(hardware)) == hardware
+    assert peaks_of(None) is None
 
 
 def test_what_comes_to_the_gpu_is_pages_and_what_was_attended_to_in_the_time_of_either():

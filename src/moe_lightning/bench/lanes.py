@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_lightning.engine.worker import RecordedPass
+from moe_lightning.hardware.spec import HardwareSpec
 from moe_lightning.perf.cost import DTYPE_BYTES
 from moe_lightning.perf.facts import PassFacts
+from moe_lightning.perf.rates import DatasheetRates, MeasuredRates, Rates
 from moe_lightning.pipeline.task import Lane, TaskKind
 
 
@@ -20,11 +22,14 @@ class LaneUse:
         seconds: that it works.
         share: of the time from the first task to the last.
         predicted_s: seconds that the plan says it works; None without a prediction.
+        roof_s: seconds that its tasks take at the machine's peaks: of the GPU's arithmetic and memory, of host
+            memory, of the link. None where these are not known.
     """
 
     seconds: float
     share: float
     predicted_s: float | None
+    roof_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ def summarize(
     recorded: Sequence[RecordedPass],
     page_bytes: int,
     predicted: Mapping[str, float] | None = None,
+    hardware: HardwareSpec | None = None,
 ) -> Lanes | None:
     """The average of some passes; None without any.
 
@@ -62,12 +68,14 @@ def summarize(
         recorded: the passes.
         page_bytes: of one page.
         predicted: seconds of each lane.
+        hardware: the machine's peaks.
     """
     n = len(recorded)
     if not n:
         return None
     timelines, kv_bytes = [one.timeline() for one in recorded], sum(_kv_bytes(one.facts) for one in recorded)
     kinds, lanes = defaultdict[str, float](float), defaultdict[str, float](float)
+    roofs = _at_peaks([one.facts for one in recorded], hardware) if hardware else {}
     num_pages, span, coming_s = 0, sum(timeline.span for timeline in timelines), 0.0
     for timeline in timelines:
         coming_s += sum(end - start for start, end in timeline.busy(Lane.H2D, Lane.BACK))
@@ -86,7 +94,10 @@ def summarize(
         span_s=span / n,
         use={
             name: LaneUse(
-                seconds / n, seconds / span if span else 0.0, predicted.get(name) if predicted else None
+                seconds / n,
+                seconds / span if span else 0.0,
+                predicted.get(name) if predicted else None,
+                roofs[name] / n if roofs else None,
             )
             for name, seconds in lanes.items()
         },
@@ -95,6 +106,20 @@ def summarize(
         link_bytes_per_s=came / coming_s if has_rate else None,
         attention_bytes_per_s=kv_bytes / attention_s if attention_s else None,
     )
+
+
+def peaks_of(rates: Rates | None) -> HardwareSpec | None:
+    """The peaks of the machine that rates are of, where they say them."""
+    return rates.hardware if isinstance(rates, DatasheetRates | MeasuredRates) else None
+
+
+def _at_peaks(passes: Sequence[PassFacts], hardware: HardwareSpec) -> dict[str, float]:
+    """Seconds of each lane in all passes at a machine's peaks, launches left out."""
+    seconds, peaks = defaultdict[str, float](float), replace(hardware, launch_s=0.0)
+    for facts in passes:
+        for lane, busy in facts.predict(peaks).busy_seconds().items():
+            seconds[lane.value] += busy
+    return seconds
 
 
 def _attended_bytes(facts: PassFacts) -> int:

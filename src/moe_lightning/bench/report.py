@@ -10,6 +10,7 @@ from typing import Any
 from moe_lightning.bench.cell import Cell, Measured
 from moe_lightning.bench.machine import facts
 from moe_lightning.config import EngineConfig
+from moe_lightning.perf.rates import MeasuredRates
 from moe_lightning.units import GIB
 from moe_lightning.verify import Verification
 
@@ -25,13 +26,19 @@ def to_json(cell: Cell, config: EngineConfig) -> dict[str, Any]:
     return facts() | {
         "settings": asdict(config), "num_layers": cell.plan.spec.num_layers, "workload": asdict(cell.workload),
         "gpu_memory": cell.gpu_memory, "policy": asdict(cell.plan.policy),
-        "prediction": asdict(prediction) if prediction else None,
+        "prediction": asdict(prediction) if prediction else None, "profile": _profile(cell),
         "measured": [_measured(cell, m) for m in cell.measured], "agreement": cell.agreement,
         "limit": asdict(cell.limit) if cell.limit else None, "limit_host_memory": cell.limit_host_memory,
         "plain_copy_bytes_per_s": cell.plain_copy, "ready_s": cell.ready_s,
         "memory": asdict(cell.peaks)
         | {"is_gpu_within": cell.peaks.is_gpu_within, "is_host_within": cell.peaks.is_host_within},
     }  # fmt: skip
+
+
+def _profile(cell: Cell) -> dict[str, Any] | None:
+    """What the plan went by; None where that is a datasheet."""
+    rates = cell.plan.rates
+    return rates.profile.to_json() if isinstance(rates, MeasuredRates) else None
 
 
 def _measured(cell: Cell, m: Measured) -> dict[str, Any]:
@@ -131,12 +138,16 @@ def _lines(cell: Cell, m: Measured) -> Iterator[str]:
 def _lane_lines(cell: Cell, m: Measured) -> Iterator[str]:
     lanes = m.lanes
     assert lanes is not None
-    yield f"  lane   busy  seconds  predicted, in {lanes.num_passes} recorded passes of {lanes.span_s:.3f} s"
+    yield (
+        f"  lane   busy  of its roof  seconds  predicted, in {lanes.num_passes} recorded passes of "
+        f"{lanes.span_s:.3f} s"
+    )
     for lane, use in lanes.use.items():
+        roof = f"{use.roof_s / use.seconds:.0%}" if use.roof_s is not None and use.seconds else ""
         predicted = "" if use.predicted_s is None else f"{use.predicted_s:9.3f}"
         if use.predicted_s is not None and use.share > 0.05:  # of hardly any time, a share says little
             predicted += _off(use.seconds, use.predicted_s, LANE_TOLERANCE)
-        yield f"  {lane.upper():<5} {use.share:5.0%} {use.seconds:8.3f} {predicted}"
+        yield f"  {lane.upper():<5} {use.share:5.0%} {roof:>12} {use.seconds:8.3f} {predicted}"
     found, all_found = page_share(cell, m), link_share(cell, m)
     if found and lanes.page_bytes_per_s:
         line = f"  pages {lanes.page_bytes_per_s / 1e9:.1f} GB/s, {found:.1%} of plain copies"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from moe_lightning.bench.cell import Cell, Effort, Measured
-from moe_lightning.bench.lanes import summarize
+from moe_lightning.bench.lanes import peaks_of, summarize
 from moe_lightning.bench.link import plain_copy_rate
 from moe_lightning.bench.machine import seconds_since_start
 from moe_lightning.bench.passes import (
@@ -127,7 +127,7 @@ def _steady(
     prediction = plan.prediction
     measured = Measured(
         "steady state", tuple(passes), n, prediction.tokens_per_s if prediction else None,
-        summarize(recorded, page_bytes(loaded), prediction.lane_s if prediction else None),
+        summarize(recorded, page_bytes(loaded), prediction.lane_s if prediction else None, peaks_of(plan.rates)),
         engine.num_preemptions, started, timelines=tuple(one.timeline() for one in recorded),
     )  # fmt: skip
     return measured, source
@@ -155,7 +155,8 @@ def _job(loaded: Loaded, workload: Workload, effort: Effort, show: Show) -> tupl
     prediction = plan.prediction
     measured = Measured(
         "job", tuple(passes), n, prediction.job_tokens_per_s if prediction else None,
-        summarize(typical, page_bytes(loaded), None),  # what is predicted is a pass of the steady state
+        # What is predicted is a pass of the steady state.
+        summarize(typical, page_bytes(loaded), None, peaks_of(plan.rates)),
         engine.num_preemptions, started, timelines=tuple(one.timeline() for one in typical),
     )  # fmt: skip
     return measured, source

@@ -98,6 +98,11 @@ class MeasuredRates:
         return self._gpu.link.fastest_h2d
 
     @property
+    def hardware(self) -> HardwareSpec:
+        """The machine's peaks, as they were measured."""
+        return self.profile.hardware_spec()
+
+    @property
     def knows_cpu_experts(self) -> bool:
         """Whether the profile has them; those of earlier versions do not, where there is a GPU."""
         return bool(self.profile.host.experts)
