@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from moe_lightning.bench.models import spec_of
@@ -19,11 +19,16 @@ _OPTIONS = ("max_num_seqs", "policy", "quantization")  # whoever sets one of the
 
 
 class _Run(NamedTuple):
-    """A run's tokens/s, what had been promised, and what plain 16-bit weights would allow there."""
+    """A run's tokens/s, what had been promised, and its shares of what link and memory allow there.
+
+    The limits are for 16-bit weights and for packed ones; `job` is what was promised of a whole job.
+    """
 
     rate: float
     promised: float | None
-    limit: float
+    of_plain: float
+    of_packed: float
+    job: float | None
 
 
 def headline(results: Iterable[Values]) -> str:
@@ -38,15 +43,19 @@ def headline(results: Iterable[Values]) -> str:
         for kind, name in _KINDS.items():
             runs = [cells.get((gpu, kind, length), []) for length in _LENGTHS]
             if any(runs):
+                steady = [cells.get((gpu, "steady state", length), []) for length in _LENGTHS]
+                rates = [
+                    _rates(some) or _simulated(others) for some, others in zip(runs, steady, strict=True)
+                ]
                 rows += [
-                    _row(f"**{gpu} GiB, {name}**", runs, _rates),
-                    _row("of what link and memory allow for 16-bit weights", runs, _shares),
-                    _row("within 10 % of the promise", runs, _kept),
+                    _row(f"**{gpu} GiB, {name}**", rates),
+                    _row("of the limit, 16-bit weights; packed", map(_shares, runs)),
+                    _row("within 10 % of the promise", map(_kept, runs)),
                 ]
     engines = {values["engine"] for values in results if "engine" in values}
     for engine in sorted(engines):
-        best = [_best_of_peer(results, engine, length) for length in _LENGTHS]
-        rows.append(f"| {engine}, {_GPUS[0]} GiB, its best batch | " + " | ".join(best) + " |")
+        best = (_best_of_peer(results, engine, length) for length in _LENGTHS)
+        rows.append(_row(f"{engine}, {_GPUS[0]} GiB, its best batch", best))
     return "\n".join(rows)
 
 
@@ -58,7 +67,11 @@ def _cells(results: Iterable[Values]) -> dict[tuple[int, str, int], list[_Run]]:
             continue
         length = values["workload"]["gen_len"]
         for m in values["measured"]:
-            run = _Run(m["tokens_per_s"], m["predicted_tokens_per_s"], _limit(values))
+            rate, promise = m["tokens_per_s"], values.get("prediction") or {}
+            run = _Run(
+                rate, m["predicted_tokens_per_s"], rate / _limit(values, packed=False),
+                rate / _limit(values, packed=True), promise.get("job_tokens_per_s"),
+            )  # fmt: skip
             cells.setdefault((round(values["gpu_memory"] / GIB), m["kind"], length), []).append(run)
     return cells
 
@@ -72,28 +85,37 @@ def _is_plans(values: Values) -> bool:
     return settings["model"] == _MODEL and is_plan and not is_other and work["num_requests"] is None
 
 
-def _limit(values: Values) -> float:
-    """Tokens/s with 16-bit weights over this run's link, in its memory."""
+def _limit(values: Values, *, packed: bool) -> float:
+    """Tokens/s that this run's link and memory allow if nothing else is a bound."""
     work = {name: tuple(v) if isinstance(v, list) else v for name, v in values["workload"].items()}
     return hardware_limit(
         spec_of(_MODEL, None), 2, values["gpu_memory"], values["limit_host_memory"],
-        values["plain_copy_bytes_per_s"], Workload(**work),
+        values["plain_copy_bytes_per_s"], Workload(**work), packed=packed,
     ).tokens_per_s  # fmt: skip
 
 
-def _row(name: str, cells: list[list[_Run]], text: Callable[[list[_Run]], str]) -> str:
-    return f"| {name} | " + " | ".join(text(runs) if runs else "" for runs in cells) + " |"
+def _row(name: str, texts: Iterable[str]) -> str:
+    return f"| {name} | " + " | ".join(texts) + " |"
 
 
 def _rates(runs: list[_Run]) -> str:
     rates = [run.rate for run in runs]
-    if len(rates) == 1:
-        return f"**{rates[0]:,.0f}**"
+    if len(rates) < 2:
+        return "".join(f"**{rate:,.0f}**" for rate in rates)
     return f"**{statistics.median(rates):,.0f}** ({min(rates):,.0f} to {max(rates):,.0f}, {len(rates)} runs)"
 
 
+def _simulated(steady: list[_Run]) -> str:
+    """What plans of measured steady states say of a job that nobody ran."""
+    jobs = [run.job for run in steady if run.job]
+    return f"simulated {statistics.median(jobs):,.0f}" if jobs else ""
+
+
 def _shares(runs: list[_Run]) -> str:
-    return f"{statistics.median(run.rate / run.limit for run in runs):.0%}"
+    if not runs:
+        return ""
+    shares = (statistics.median(share) for share in ((r.of_plain for r in runs), (r.of_packed for r in runs)))
+    return "; ".join(f"{share:.0%}" for share in shares)
 
 
 def _kept(runs: list[_Run]) -> str:
