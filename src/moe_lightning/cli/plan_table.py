@@ -36,6 +36,7 @@ _DEVICE = {
     "activations": "activations", "workspace": "experts' workspace", "tables": "tables", "uploads": "small arrays",
     "staging": "KV on its way", "kv": "KV cache",
 }  # fmt: skip
+_SCHEDULES = {"cgopipe": "CGOPipe", SCHEDULE: "FlexGen"}
 _HOST = {
     "experts": "experts streamed", "cpu_experts": "experts of the CPU",
     "kv": "KV cache", "rows": "rows of sequences", "uploads": "small arrays",
@@ -221,8 +222,10 @@ def _runners_up(planned: Planned) -> Table:
 def _difference(planned: Planned, runner_up: Planned) -> str:
     """Choices of another plan that are not the best one's."""
     best, other = planned.choice, runner_up.choice
-    # The schedule that has it on the GPU is never second.
-    changed = ["attention on the CPU"] if runner_up.policy.schedule != planned.policy.schedule else []
+    schedules = [plan.policy.schedule for plan in (runner_up, planned)]
+    changed = (
+        ["{}'s schedule, not {}'s".format(*map(_SCHEDULES.get, schedules))] if len(set(schedules)) > 1 else []
+    )
     changed += [
         f"{field.name.replace('_', ' ')} {getattr(other, field.name):g}, not {getattr(best, field.name):g}"
         for field in fields(Choice)

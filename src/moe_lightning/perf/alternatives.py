@@ -38,23 +38,33 @@ def alternatives(problem: Problem, planned: Planned, rates: Rates) -> tuple[Alte
         planned: the plan.
         rates: of the machine.
     """
-    found = [_kv_elsewhere(problem, planned, rates)]
+    if planned.policy.schedule == SCHEDULE:
+        found = [_without_crossing(problem, planned, other) for other in planned.runners_up[:1]]
+    else:
+        found = [_kv_elsewhere(problem, planned, rates)]
+        if planned.choice.kv_every != 1:  # else all of it is there
+            found.insert(0, _attention_on_gpu(problem, planned, rates))
     if rates.knows_cpu_experts:
         found.append(_experts_elsewhere(problem, planned, rates))
-    if planned.choice.kv_every != 1:  # else all of it is there
-        found.insert(0, _attention_on_gpu(problem, planned, rates))
     return tuple(found)
 
 
+def _without_crossing(problem: Problem, planned: Planned, other: Planned) -> Alternative:
+    """The best plan of CGOPipe where KV crosses the link in this one."""
+    every, kv = other.choice.kv_every, format_bytes(kv_bytes(problem, planned))
+    where, symbol = {0: ("attention on the CPU", "A_g=0"), 1: ("all KV on the GPU", "r_c=1")}.get(
+        every, (f"KV of {_layers(every)} on the GPU", f"r_c={_share(every)}")
+    )
+    rest = "" if every == 1 else ", as the CPU attends" + (" in the other layers" if every else "")
+    return Alternative(
+        where, symbol, other.tokens_per_s / planned.tokens_per_s - 1,
+        f"{kv} of KV cross the link each pass, and would not{rest}",
+    )  # fmt: skip
+
+
 def _attention_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Alternative:
-    """By the simulation of the schedule that does it; where the plan has it, without."""
+    """By the simulation of the schedule that does it."""
     moved = format_bytes(kv_bytes(problem, planned))
-    if planned.policy.schedule == SCHEDULE:
-        before, *_ = planned.runners_up
-        return Alternative(
-            "attention on the CPU", "A_g=0", before.tokens_per_s / planned.tokens_per_s - 1,
-            f"the CPU would attend to {moved} of KV, which crosses the link now",
-        )  # fmt: skip
     found = attending_on_gpu(problem, planned, rates)
     point = decode_attention(problem.spec, problem.dtype, max(1, round(problem.workload.mean_context)))
     return Alternative(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
+from typing import Any
 
+from moe_lightning.perf.choices import changed, starts, values_of
 from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.sizing import Choice, Problem, largest_policy
-from moe_lightning.perf.trials import WORTH, Planned
+from moe_lightning.perf.trials import Planned
 from moe_lightning.policy import Policy
 
 SCHEDULE = "flexgen"
-# Beside the plan's room for prompts, as little as any: staged KV takes as much as the longest sequence may.
-_MICRO_BATCHES, _RINGS, _LEAST_PREFILL = (1, 2), (1.2, 2.0), 1.25
+_GAIN = 1.01  # less is no reason for a schedule whose predictions few runs have been compared with
+_BEGIN: dict[str, Any] = {
+    "ring": 1.2, "prefill": 1.25, "micro_batches": 1, "groups": 1, "parts": 1, "kv_every": 0, "cpu_every": 0,
+}  # fmt: skip
+_MICRO_BATCHES, _RINGS = (1, 2, 4), (1.0, 1.2, 2.0)
 
 
 def kv_bytes(problem: Problem, planned: Planned) -> float:
@@ -23,31 +27,43 @@ def kv_bytes(problem: Problem, planned: Planned) -> float:
 
 
 def attending_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Planned | None:
-    """The fastest of some ways to attend on the GPU, to as much KV as the plan has or as fits; None: none fits.
+    """The fastest way found to attend on the GPU, to as much KV as the plan has or as fits; None: none fits.
+
+    What matters to the schedule is varied, one choice after the other; not from the plan's, so that a plan for a
+    better machine, whose choices are others, does not lead to less.
 
     Args:
         problem: what was planned for.
         planned: the plan.
         rates: of the machine.
     """
-    same = replace(problem, enough=planned.prediction.num_seqs)
-    found = dict[Policy, Choice]()
-    whole = replace(planned.choice, groups=1, parts=1, kv_every=0, cpu_every=0)  # all that the schedule knows
-    prefills = dict.fromkeys((_LEAST_PREFILL, whole.prefill))
-    for some, prefill, micro_batches, ring in product((same, problem), prefills, _MICRO_BATCHES, _RINGS):
-        choice = replace(whole, prefill=prefill, micro_batches=micro_batches, ring=ring)
-        if policy := _sized(some, choice):
-            found.setdefault(policy, choice)
-    plans = [Planned(problem.outlook(policy, rates), choice) for policy, choice in found.items()]
-    return max(plans, key=lambda plan: plan.tokens_per_s, default=None)
+    values = values_of(problem)
+    varied = {
+        "pages": values["pages"], "prefill": values["prefill"], "micro_batches": _MICRO_BATCHES, "ring": _RINGS,
+    }  # fmt: skip
+    best: Planned | None = None
+    for some in (replace(problem, enough=planned.prediction.num_seqs), problem):
+        found, choice = dict[Policy, Planned](), replace(starts(problem)[0], **_BEGIN)
+        for name, tried in varied.items():
+            for value in tried:
+                other = changed(choice, name, value)
+                policy = _sized(some, other)
+                if policy and policy not in found:
+                    found[policy] = Planned(problem.outlook(policy, rates), other)
+            if found:
+                choice = max(found.values(), key=lambda plan: plan.tokens_per_s).choice
+        best = max((best, *found.values()), key=lambda plan: plan.tokens_per_s if plan else 0.0)
+    return best
 
 
 def where_faster(problem: Problem, planned: Planned, rates: Rates) -> Planned:
-    """The plan, or one that attends on the GPU where that is faster: few sequences decode, over an idle link."""
+    """The plan, or one that attends on the GPU where that is faster: its KV crosses the link in a pass's time."""
+    if problem.workload.longest_answer == 1:  # nothing decodes
+        return planned
     if kv_bytes(problem, planned) > planned.prediction.pass_s * rates.h2d:
         return planned
     other = attending_on_gpu(problem, planned, rates)
-    if other is None or other.tokens_per_s <= WORTH * planned.tokens_per_s:
+    if other is None or other.tokens_per_s <= _GAIN * planned.tokens_per_s:
         return planned
     return replace(other, runners_up=(planned, *planned.runners_up)[: len(planned.runners_up) or 1])
 

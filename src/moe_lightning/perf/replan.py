@@ -14,8 +14,8 @@ from moe_lightning.perf.rates import Rates
 from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.policy import Policy
 
-# What no arena, ring or cache depends on, as long as it does not grow. Fewer sequences never finish sooner, and the
-# other schedules are slower than CGOPipe: the search leaves both as they are.
+# What no arena, ring or cache depends on, as long as it does not grow. Fewer sequences never finish sooner, and
+# another schedule has other buffers: the search leaves both as they are.
 LIMITS = ("max_num_seqs", "micro_batch_size", "group_size", "look_ahead", "prefill_tokens", "chunk_tokens")
 _GAIN = 1.03  # less is what predictions are worth, and no reason for a change
 _ONE_SWEEP = 2**16

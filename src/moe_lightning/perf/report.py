@@ -87,7 +87,10 @@ class Report:
             "memory": asdict(self.memory), "limit": asdict(self.limit) if self.limit else None,
             "bottleneck": self.bottleneck, "what_ifs": self.what_ifs,
             "runners_up": [
-                {"choice": asdict(p.choice), "num_seqs": p.prediction.num_seqs, "tokens_per_s": p.tokens_per_s}
+                {
+                    "choice": asdict(p.choice), "schedule": p.policy.schedule,
+                    "num_seqs": p.prediction.num_seqs, "tokens_per_s": p.tokens_per_s,
+                }
                 for p in self.planned.runners_up
             ],
             "left_out": [asdict(each) for each in self.left_out],
