@@ -15,7 +15,8 @@ from moe_lightning.units import GIB
 Values = dict[str, Any]
 _MODEL, _GPUS, _LENGTHS = "mixtral-8x7b", (24, 16), (32, 64, 128, 256)
 _KINDS = {"steady state": "KV memory full", "job": "a whole job"}
-_OPTIONS = ("max_num_seqs", "policy", "quantization")  # whoever sets one of them measures something else
+# Whoever has others measures something else.
+_SETTINGS = {"max_num_seqs": None, "policy": None, "quantization": None, "packing": "auto"}
 
 
 class _Run(NamedTuple):
@@ -55,7 +56,7 @@ def headline(results: Iterable[Values]) -> str:
     engines = {values["engine"] for values in results if "engine" in values}
     for engine in sorted(engines):
         best = (_best_of_peer(results, engine, length) for length in _LENGTHS)
-        rows.append(_row(f"{engine}, {_GPUS[0]} GiB, its best batch", best))
+        rows.append(_row(f"{engine}, {_GPUS[0]} GiB, the best batch tried", best))
     return "\n".join(rows)
 
 
@@ -66,7 +67,7 @@ def _cells(results: Iterable[Values]) -> dict[tuple[int, str, int], list[_Run]]:
         if not _is_plans(values):
             continue
         length = values["workload"]["gen_len"]
-        for m in values["measured"]:
+        for m in (*values.get("unsteady", ()), *values["measured"]):
             rate, promise = m["tokens_per_s"], values.get("prediction") or {}
             run = _Run(
                 rate, m["predicted_tokens_per_s"], rate / _limit(values, packed=False),
@@ -80,7 +81,11 @@ def _is_plans(values: Values) -> bool:
     if "measured" not in values or not values.get("limit_host_memory"):
         return False
     settings, work = values["settings"], values["workload"]
-    is_other = any(settings.get(name) for name in _OPTIONS) or "host" in values.get("cell", "")
+    is_other = any(settings.get(name, usual) != usual for name, usual in _SETTINGS.items())
+    is_other |= "host" in values.get("cell", "") or values.get("num_layers") not in (
+        None,
+        spec_of(_MODEL, None).num_layers,
+    )
     is_plan = values.get("point", "plan").startswith("plan")
     return settings["model"] == _MODEL and is_plan and not is_other and work["num_requests"] is None
 

@@ -29,13 +29,20 @@ from moe_lightning.units import GIB
 
 Values = dict[str, Any]
 _RESULTS = Path(__file__).parent / "results"
-# From before experts were packed.
-_OLD = ("table", "accuracy", "accuracy_2e9bf13", "accuracy_9a10326", "accuracy_qwen3")
+# From before experts were packed; and jobs that do not fill memory.
+_OTHER = ("table", "accuracy", "small_job")
 
 
 def recorded() -> list[Path]:
-    """The directories of results that the documents' tables are of."""
-    return sorted(path for path in _RESULTS.iterdir() if path.is_dir() and path.name not in _OLD)
+    """The directories of results that the documents' tables are of, in the order of their profiles."""
+    some = [path for path in _RESULTS.iterdir() if path.is_dir()]
+    return sorted((path for path in some if not path.name.startswith(_OTHER)), key=_created)
+
+
+def _created(directory: Path) -> tuple[str, str]:
+    profile = directory / "profile.json"
+    values = json.loads(profile.read_text(encoding="utf-8")) if profile.exists() else {}
+    return values.get("created", ""), directory.name
 
 
 def read(directory: Path) -> list[Values]:

@@ -34,7 +34,7 @@ Values = dict[str, Any]
 class Run(NamedTuple):
     """Tokens/s of a run: reached, promised, and as the model has them now; how far its lanes are off that.
 
-    A steady state is steady where no pass took much longer than another; of a job's passes nobody expects that.
+    A steady state is steady where no pass took much longer than another; of a job nobody expects that: None.
     """
 
     cell: str
@@ -43,7 +43,7 @@ class Run(NamedTuple):
     promised: float
     now: float
     lanes: dict[str, float]
-    is_steady: bool
+    is_steady: bool | None
 
     @property
     def off(self) -> float:
@@ -58,13 +58,14 @@ def runs(directory: Path) -> Iterator[Run]:
         if not isinstance(values, dict) or "measured" not in values or "policy" not in values:
             continue
         found, cell = _predicted(values, directory), _cell(values)
-        for m in values["measured"]:
+        for m in (*values.get("unsteady", ()), *values["measured"]):
             now, lanes = found.tokens_per_s, _lanes(m, found.lane_s)
             if m["kind"] == "job":
                 now, lanes = found.job_tokens_per_s, {}
             yield Run(
                 cell and f"{cell}, {m['kind']}", f"{directory.name}/{path.stem}",
-                m["tokens_per_s"], m["predicted_tokens_per_s"], now, lanes, m["kind"] == "job" or is_steady(m),
+                m["tokens_per_s"], m["predicted_tokens_per_s"], now, lanes,
+                None if m["kind"] == "job" else is_steady(m),
             )  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def by_cell(found: list[Run]) -> str:
         offs, steady = [run.off for run in runs], [run.off for run in runs if run.is_steady]
         rows.append(
             f"| {cell} | {len(offs)} | {statistics.median(offs):+.1%} | {min(offs):+.1%} | {max(offs):+.1%} "
-            f"| {_within(steady, RATE_TOLERANCE)} of {len(steady)} |"
+            f"| {f'{_within(steady, RATE_TOLERANCE)} of {len(steady)}' if steady else ''} |"
         )
     return "\n".join(rows)
 
@@ -133,9 +134,10 @@ def summary(found: list[Run]) -> str:
     usual = f", median {statistics.median(lanes):+.1%}" if lanes else ""
     return (
         f"{len(found)} runs: {_within(offs, RATE_TOLERANCE)} within {RATE_TOLERANCE:.0%}, median "
-        f"{statistics.median(offs):+.1%}; of {len(steady)} that were steady {_within(steady, RATE_TOLERANCE)}; "
-        f"as promised then: {_within(then, RATE_TOLERANCE)}, {statistics.median(then):+.1%}; {len(lanes)} lanes: "
-        f"{_within(lanes, LANE_TOLERANCE)} within {LANE_TOLERANCE:.0%}{usual}"
+        f"{statistics.median(offs):+.1%}; of {len(steady)} steady states that were steady "
+        f"{_within(steady, RATE_TOLERANCE)}; as promised then: {_within(then, RATE_TOLERANCE)}, "
+        f"{statistics.median(then):+.1%}; {len(lanes)} lanes: {_within(lanes, LANE_TOLERANCE)} within "
+        f"{LANE_TOLERANCE:.0%}{usual}"
     )
 
 

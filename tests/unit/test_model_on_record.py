@@ -61,7 +61,7 @@ def test_the_summary_counts_what_is_off():
         for cell, measured in (("a", 80), ("a", 90), ("", 120))
     ]
     assert model_on_record.summary(runs) == (
-        "3 runs: 1 within 10%, median +12.5%; of 2 that were steady 0; as promised then: 1, -10.0%; "
+        "3 runs: 1 within 10%, median +12.5%; of 2 steady states that were steady 0; as promised then: 1, -10.0%; "
         "3 lanes: 0 within 15%, median +90.0%"
     )
     assert model_on_record.by_cell(runs).endswith("| a | 2 | +6.2% | +0.0% | +12.5% | 0 of 1 |")

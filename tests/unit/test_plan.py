@@ -364,6 +364,24 @@ def test_the_page_says_what_the_cpu_computes(capsys) -> None:
     assert "CPU experts  " in lanes("--num-requests", "1")
 
 
+def test_the_page_says_that_kv_crosses_the_link_and_what_would_be_without(capsys) -> None:
+    flags = ["--hardware", "l4", "--gpu-memory", "16GiB", "--host-memory", "16GiB", "--num-requests", "10"]
+    flags += ["--avg-prompt-len", "512", "--gen-len", "128"]
+    assert main(["plan", "llama-3.1-8b", *flags]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "KV blocks of 16 tokens, which cross the link to the GPU for attention" in text
+    assert "CGOPipe's schedule, not FlexGen's" in text
+    assert "attention on the CPU (A_g=0)" in text and "A_g=1" not in text
+    assert main(["plan", "llama-3.1-8b", *flags, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["policy"]["schedule"] == "flexgen"
+    assert values["memory"]["device"]["staging"] > 0
+    second = values["runners_up"][0]
+    assert second["schedule"] == "cgopipe"
+    gain = second["tokens_per_s"] / values["prediction"]["job_tokens_per_s"] - 1
+    assert values["left_out"][0]["gain"] == gain < -0.05
+
+
 def test_the_page_says_of_short_passes_that_launching_is_not_counted(capsys) -> None:
     def page(*flags: str) -> str:
         assert main(["plan", *flags]) == 0

@@ -195,7 +195,7 @@ def test_the_headline_has_a_column_for_each_length_and_counts_kept_promises():
         "| **24 GiB, KV memory full** |  | **1,500** | **1,950** (1,800 to 2,100, 2 runs) |  |",
         "| of the limit, 16-bit weights; packed |  | 40%; 20% | 67%; 34% |  |",
         "| within 10 % of the promise |  | 0 of 1, median -29% | 1 of 2, median -7% |  |",
-        "| deepspeed, 24 GiB, its best batch |  |  | 243 |  |",
+        "| deepspeed, 24 GiB, the best batch tried |  |  | 243 |  |",
     ]
 
 

@@ -55,7 +55,7 @@ def _without_crossing(problem: Problem, planned: Planned, other: Planned) -> Alt
     where, symbol = {0: ("attention on the CPU", "A_g=0"), 1: ("all KV on the GPU", "r_c=1")}.get(
         every, (f"KV of {_layers(every)} on the GPU", f"r_c={_share(every)}")
     )
-    rest = "" if every == 1 else ", as the CPU attends" + (" in the other layers" if every else "")
+    rest = "" if every == 1 else ": the CPU would attend" + (" in the other layers" if every else "")
     return Alternative(
         where, symbol, other.tokens_per_s / planned.tokens_per_s - 1,
         f"{kv} of KV cross the link each pass, and would not{rest}",
