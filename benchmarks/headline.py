@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from moe_lightning.bench.models import spec_of
 from moe_lightning.bench.report import RATE_TOLERANCE
-from moe_lightning.perf.limit import hardware_limit
+from moe_lightning.perf.limit import HardwareLimit, hardware_limit
 from moe_lightning.perf.workload import Workload
 from moe_lightning.units import GIB
 
@@ -70,8 +70,8 @@ def _cells(results: Iterable[Values]) -> dict[tuple[int, str, int], list[_Run]]:
         for m in (*values.get("unsteady", ()), *values["measured"]):
             rate, promise = m["tokens_per_s"], values.get("prediction") or {}
             run = _Run(
-                rate, m["predicted_tokens_per_s"], rate / _limit(values, packed=False),
-                rate / _limit(values, packed=True), promise.get("job_tokens_per_s"),
+                rate, m["predicted_tokens_per_s"], rate / hardware_limit_of(values, packed=False).tokens_per_s,
+                rate / hardware_limit_of(values, packed=True).tokens_per_s, promise.get("job_tokens_per_s"),
             )  # fmt: skip
             cells.setdefault((round(values["gpu_memory"] / GIB), m["kind"], length), []).append(run)
     return cells
@@ -90,13 +90,13 @@ def _is_plans(values: Values) -> bool:
     return settings["model"] == _MODEL and is_plan and not is_other and work["num_requests"] is None
 
 
-def _limit(values: Values, *, packed: bool) -> float:
-    """Tokens/s that this run's link and memory allow if nothing else is a bound."""
+def hardware_limit_of(values: Values, *, packed: bool) -> HardwareLimit:
+    """What a run's link and memory allow if nothing else is a bound."""
     work = {name: tuple(v) if isinstance(v, list) else v for name, v in values["workload"].items()}
     return hardware_limit(
-        spec_of(_MODEL, None), 2, values["gpu_memory"], values["limit_host_memory"],
-        values["plain_copy_bytes_per_s"], Workload(**work), packed=packed,
-    ).tokens_per_s  # fmt: skip
+        spec_of(values["settings"]["model"], values["num_layers"]), 2, values["gpu_memory"],
+        values["limit_host_memory"], values["plain_copy_bytes_per_s"], Workload(**work), packed=packed,
+    )  # fmt: skip
 
 
 def _row(name: str, texts: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import accounting
 import cost_curves
 import make_tables
 import throughput_table
@@ -112,7 +114,7 @@ def result(gpu=24, gen_len=128, rate=2000.0, kind="steady state", **changes):
     values = {
         "settings": {"model": "mixtral-8x7b", "host_memory": None, "max_num_seqs": None},
         "workload": {"prompt_lens": list(WORKLOADS["mtbench"][0]), "gen_len": gen_len},
-        "policy": {"max_num_seqs": 2856}, "gpu_memory": gpu * GIB, "plain_copy_bytes_per_s": 5e10,
+        "policy": {"max_num_seqs": 2856}, "num_layers": 32, "gpu_memory": gpu * GIB, "plain_copy_bytes_per_s": 5e10,
         "limit_host_memory": 125 * GIB,
         "memory": {"gpu": int(23.5 * GIB), "is_gpu_within": True, "is_host_within": True},
         "measured": [
@@ -197,6 +199,19 @@ def test_the_headline_has_a_column_for_each_length_and_counts_kept_promises():
         "| within 10 % of the promise |  | 0 of 1, median -29% | 1 of 2, median -7% |  |",
         "| deepspeed, 24 GiB, the best batch tried |  |  | 243 |  |",
     ]
+
+
+def test_what_is_missing_of_the_limit_is_accounted_for():
+    """Of a run on a GPU: the factors' product is the share that the result has."""
+    path = make_tables._RESULTS / "cells_6338035" / "cell_mixtral-8x7b_gpu16gib_gen64_both_0.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    found = accounting.account(values)
+    assert found.share == pytest.approx(values["measured"][0]["share_of_limit"], rel=1e-6)
+    assert math.prod(found[1:]) == pytest.approx(found.share, rel=0.01)
+    assert all(0.7 < factor < 1 for factor in found[1:])
+    values["policy"]["packed"] = False
+    assert accounting.account(values) is None
+    assert accounting.account({"rows": []}) is None
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md"])
