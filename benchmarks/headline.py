@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from model_on_record import hashable
+
 from moe_lightning.bench.models import spec_of
 from moe_lightning.bench.report import RATE_TOLERANCE
 from moe_lightning.perf.limit import HardwareLimit, hardware_limit
@@ -80,22 +82,23 @@ def _cells(results: Iterable[Values]) -> dict[tuple[int, str, int], list[_Run]]:
 def _is_plans(values: Values) -> bool:
     if "measured" not in values or not values.get("limit_host_memory"):
         return False
-    settings, work = values["settings"], values["workload"]
-    is_other = any(settings.get(name, usual) != usual for name, usual in _SETTINGS.items())
-    is_other |= "host" in values.get("cell", "") or values.get("num_layers") not in (
-        None,
-        spec_of(_MODEL, None).num_layers,
+    settings = values["settings"]
+    return (
+        settings["model"] == _MODEL
+        and values["num_layers"] == spec_of(_MODEL).num_layers
+        and all(settings.get(name, usual) == usual for name, usual in _SETTINGS.items())
+        and "host" not in values.get("cell", "")
+        and values.get("point", "plan").startswith("plan")
+        and values["workload"]["num_requests"] is None
     )
-    is_plan = values.get("point", "plan").startswith("plan")
-    return settings["model"] == _MODEL and is_plan and not is_other and work["num_requests"] is None
 
 
 def hardware_limit_of(values: Values, *, packed: bool) -> HardwareLimit:
     """What a run's link and memory allow if nothing else is a bound."""
-    work = {name: tuple(v) if isinstance(v, list) else v for name, v in values["workload"].items()}
     return hardware_limit(
         spec_of(values["settings"]["model"], values["num_layers"]), 2, values["gpu_memory"],
-        values["limit_host_memory"], values["plain_copy_bytes_per_s"], Workload(**work), packed=packed,
+        values["limit_host_memory"], values["plain_copy_bytes_per_s"], Workload(**hashable(values["workload"])),
+        packed=packed,
     )  # fmt: skip
 
 

@@ -222,10 +222,8 @@ def _runners_up(planned: Planned) -> Table:
 def _difference(planned: Planned, runner_up: Planned) -> str:
     """Choices of another plan that are not the best one's."""
     best, other = planned.choice, runner_up.choice
-    schedules = [plan.policy.schedule for plan in (runner_up, planned)]
-    changed = (
-        ["{}'s schedule, not {}'s".format(*map(_SCHEDULES.get, schedules))] if len(set(schedules)) > 1 else []
-    )
+    here, there = (_SCHEDULES[plan.policy.schedule] for plan in (planned, runner_up))
+    changed = [f"{there}'s schedule, not {here}'s"] if here != there else []
     changed += [
         f"{field.name.replace('_', ' ')} {getattr(other, field.name):g}, not {getattr(best, field.name):g}"
         for field in fields(Choice)
