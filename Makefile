@@ -72,7 +72,7 @@ test: ## lint, fuzz the C++ code, then all tests
 test-clients: clients demo-model ## of these tests, only lm_eval and guidellm against a live server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients
 
-test-gpu: venv ## the tests that need a GPU (with a CUDA build of torch in .venv)
+test-gpu: demo-model ## the tests that need a GPU (with a CUDA build of torch in .venv)
 	$(BIN)/python -m pytest -m gpu
 
 # Without Python: neither the interpreter nor torch are built for sanitizers. So it need not wait for what takes long

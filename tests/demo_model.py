@@ -52,15 +52,17 @@ def dense_tokens(prompts, answers):
     Answers that are equal to this are greedy, token by token: each follows those before it. One pass for a whole
     answer takes a seventh of the time of `dense_answers`.
     """
+    return [logits.argmax(-1).tolist() for logits in dense_logits(prompts, answers)]
+
+
+def dense_logits(prompts, answers):
+    """For each answer the dense model's logits before each of its tokens, [tokens, vocabulary]."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(DENSE, dtype=torch.float32).eval()
-    tokens = []
     with torch.inference_mode():
         for ids, answer in zip(prompts, answers, strict=True):
-            logits = model(torch.tensor([[*ids, *answer[:-1]]]), logits_to_keep=len(answer)).logits
-            tokens.append(logits[0].argmax(-1).tolist())
-    return tokens
+            yield model(torch.tensor([[*ids, *answer[:-1]]]), logits_to_keep=len(answer)).logits[0]
 
 
 def are_whole(answers):
