@@ -135,7 +135,7 @@ class LighterPages:
         return lambda task: seconds(task) * (self.share if task.kind is TaskKind.LOAD_PAGE else 1.0)
 
 
-UNPACKING = 0.8  # of the rate at which the GPU copies its memory
+UNPACKING = 1.0  # of the rate at which the GPU copies its memory
 _ATTENDING = 0.4  # of the same, for attention over KV in it
 # Pages in passes take so much longer than profiles' beside the same lanes, in the middle of 119 recorded steady
 # states: a profile's second meets fewer slow moments.
