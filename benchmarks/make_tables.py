@@ -29,8 +29,8 @@ from moe_lightning.units import GIB
 
 Values = dict[str, Any]
 _RESULTS = Path(__file__).parent / "results"
-# From before experts were packed; and jobs that do not fill memory.
-_OTHER = ("table", "accuracy", "small_job")
+# From before experts were packed; jobs that do not fill memory; plans without a profile.
+_OTHER = ("table", "accuracy", "small_job", "datasheet")
 
 
 def recorded() -> list[Path]:

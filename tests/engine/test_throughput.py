@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from dataclasses import replace
 from math import ceil
 
@@ -11,7 +12,7 @@ import pytest
 
 import profiles
 from checkpoints import tiny_policy
-from moe_lightning.bench import report, throughput
+from moe_lightning.bench import machine, report, throughput
 from moe_lightning.bench import session as sessions
 from moe_lightning.bench.cell import Effort, turnover
 from moe_lightning.bench.passes import PassRecord, Source, begin_midway, run_passes
@@ -186,6 +187,26 @@ def test_what_is_off_is_flagged(session):
     assert "GPU memory 3.00 GiB of 2.00 allowed OVER" in text
     assert "0.00 planned OVER" in text
     assert not peaks.is_gpu_within and not peaks.is_host_within
+
+
+def test_what_the_host_gave_to_others_is_counted_by_passes_and_said(session, monkeypatch):
+    """Passes of the tiny model take milliseconds: a second that is gone in each is more than any machine has."""
+    taken = itertools.count()
+    monkeypatch.setattr("moe_lightning.bench.passes.stolen_seconds", lambda: float(next(taken)))
+    cell = measured(session)
+    assert {p.stolen for p in cell.measured[0].passes} == {1.0}
+    assert "gave" in report.to_text(cell)
+    quiet = tuple(replace(p, stolen=0.0) for p in cell.measured[0].passes)
+    assert "gave" not in report.to_text(replace(cell, measured=(replace(cell.measured[0], passes=quiet),)))
+
+
+def test_stolen_time_is_the_eighth_of_all_processors(tmp_path, monkeypatch):
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  11 12 13 14 15 16 17 800 19 20\ncpu0 1 2 3 4 5 6 7 8 9 10\n")
+    monkeypatch.setattr(machine, "_STAT", stat)
+    assert machine.stolen_seconds() == 800 / os.sysconf("SC_CLK_TCK")
+    monkeypatch.setattr(machine, "_STAT", tmp_path / "none")
+    assert machine.stolen_seconds() == 0
 
 
 def test_a_workload_that_does_not_fit_is_refused(session):

@@ -14,6 +14,8 @@ import torch
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.host import cpu_name
 
+_STAT = Path("/proc/stat")
+
 
 def require_gpu() -> torch.dtype:
     """The 16-bit dtype that this machine's GPU computes in.
@@ -66,6 +68,15 @@ def seconds_since_start() -> float:
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return float(Path("/proc/uptime").read_text().split()[0]) - started
+
+
+def stolen_seconds() -> float:
+    """CPU seconds that a virtual machine's host has given to others since the start; 0 where nobody counts them."""
+    try:
+        fields = _STAT.read_text().split(maxsplit=9)  # cpu, user, nice, ..., the eighth time
+    except OSError:
+        return 0.0
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK")
 
 
 def _git(*args: str) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from moe_lightning.bench.machine import stolen_seconds
 from moe_lightning.bench.workloads import as_met, sequences
 from moe_lightning.engine.engine import Engine
 from moe_lightning.engine.request import Request, RequestOutput, SamplingParams
@@ -24,12 +25,16 @@ def show_nothing(line: str) -> None:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """One pass: what it generated, how many sequences ran in it, and its seconds."""
+    """One pass: what it generated, how many sequences ran in it, and its seconds.
+
+    `stolen` are the CPU seconds that a virtual machine's host gave to others meanwhile.
+    """
 
     seconds: float
     generated: int
     num_running: int
     prompt_tokens: int
+    stolen: float = 0.0
 
 
 @dataclass
@@ -102,14 +107,14 @@ def run_passes(
         if not engine.num_unfinished:
             return
         generated, prompted = engine.num_generated_tokens, engine.num_prompt_tokens
-        start = time.perf_counter()
+        stolen, start = stolen_seconds(), time.perf_counter()
         outputs = engine.step()
         seconds = time.perf_counter() - start
         _check_finite(outputs)
         source.keep(outputs)
         record = PassRecord(
             seconds, engine.num_generated_tokens - generated, engine.num_running,
-            engine.num_prompt_tokens - prompted,
+            engine.num_prompt_tokens - prompted, stolen_seconds() - stolen,
         )  # fmt: skip
         number += 1
         show(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -18,6 +19,7 @@ RATE_TOLERANCE, LANE_TOLERANCE = 0.10, 0.15  # how far a prediction may be off
 # The longest pass of a steady state over the shortest, at most, where nothing else slows the machine down: of 142
 # recorded ones below it 133 are within 10 % of what is predicted from the profile minutes before, of 15 above it 4.
 STEADY = 1.25
+_STOLEN = 0.005  # of all cores' time: less is usual
 
 
 def to_json(cell: Cell, config: EngineConfig) -> dict[str, Any]:
@@ -123,6 +125,9 @@ def _lines(cell: Cell, m: Measured) -> Iterator[str]:
             f"  its passes took {min(seconds):.2f} to {max(seconds):.2f} s: something else slows this machine down "
             "at times; measure again"
         )
+    stolen = sum(p.stolen for p in m.passes) / sum(seconds) / len(os.sched_getaffinity(0))
+    if stolen > _STOLEN:
+        yield f"  the host of this virtual machine gave {stolen:.1%} of its CPU time to others"
     if m.check:
         c = _check(m.check)
         yield (
