@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lightning.cli.flags import add_engine_flags, engine_config, positive_count
+from moe_lightning.cli.measure_first import measured_first
+from moe_lightning.cli.notes import note
 from moe_lightning.cli.progress import show_progress, summarize
 from moe_lightning.cli.trace import write_text
 from moe_lightning.config import EngineConfig
@@ -29,7 +31,8 @@ SUMMARY = "answer a JSONL file of requests (OpenAI batch format)"
 DESCRIPTION = (
     "Answers each line of a JSONL file in OpenAI's batch format. Answers are appended as they finish; a line "
     "that cannot be served becomes one line of the error file, and the rest goes on. Run the command again "
-    "after an interruption: lines already answered are skipped. The exit status is 0 also if lines failed."
+    "after an interruption: lines already answered are skipped. The exit status is 0 also if lines failed. A "
+    "machine with a GPU is measured first, for a minute, if a job takes more than twenty and nobody has done so."
 )
 
 
@@ -140,12 +143,13 @@ def _run_job(config: EngineConfig, files: JobFiles, args: Namespace) -> int:
         def planned(config: EngineConfig) -> Plan | None:
             return _plan(config, job.survey)
 
-        loaded, plan = built(config, planned(config), planned, lambda plan: _load(config, job.survey, plan))
+        first = measured_first(config, planned)
+        loaded, plan = built(config, first, planned, lambda plan: _load(config, job.survey, plan))
         llm = loaded
         if args.ordered:  # else an answer may wait for one that is long put back
             loaded.answer_in_order()
         if others := sorted(job.earlier_models - {loaded.model_name}):
-            _note(
+            note(
                 f"{files.output} has answers of {', '.join(others)}, and {loaded.model_name} answers the rest; "
                 "give --no-resume to answer all with one"
             )
@@ -153,7 +157,7 @@ def _run_job(config: EngineConfig, files: JobFiles, args: Namespace) -> int:
 
     job = BatchJob(files, resume=args.resume, ordered=args.ordered, limit=args.limit)
     if args.ordered and not job.is_in_order:
-        _note(
+        note(
             f"{files.output} holds answers that are not in the order of the input, or ahead of lines that are not "
             "answered yet: only this run's answers are in order; give --no-resume for all of them"
         )
@@ -181,19 +185,15 @@ def _load(config: EngineConfig, survey: Survey, plan: Plan | None) -> LLM:
 
     settings = asdict(config)
     if plan and plan.prediction:
-        _note(f"the plan: {_describe(plan.prediction)}")
+        note(f"the plan: {_describe(plan.prediction)}")
         settings |= {"policy": plan.policy, "max_model_len": plan.max_model_len}
     llm = LLM(**settings)
     if plan:
         llm.keep_to(plan)
     collect_rarely()
     if others := [m for m in survey.models if m not in (llm.model_name, config.model)]:
-        _note(f"{llm.model_name} answers also the lines that name {', '.join(others)}")
+        note(f"{llm.model_name} answers also the lines that name {', '.join(others)}")
     return llm
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
 
 
 def _write_trace(path: Path, llm: LLM | None, plan: Plan | None) -> None:
@@ -202,7 +202,7 @@ def _write_trace(path: Path, llm: LLM | None, plan: Plan | None) -> None:
 
     timeline, facts = (llm.fullest_pass, llm.fullest_facts) if llm else (None, None)
     if timeline is None or facts is None:
-        _note(f"{path} is not written, because no pass was run")
+        note(f"{path} is not written, because no pass was run")
         return
     extra: dict[str, object] = {"pass": facts.to_json()}
     if plan and plan.rates:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,8 @@ from moe_lightning.cli.flags import (
     environment_name,
     settings_of,
 )
+from moe_lightning.cli.measure_first import BY_DATASHEET
+from moe_lightning.cli.notes import note
 from moe_lightning.config import EngineConfig
 from moe_lightning.errors import ConfigError
 
@@ -98,7 +99,7 @@ def serve(config: EngineConfig, server: ServerConfig, batch_limits: BatchLimits)
     )  # fmt: skip
     collect_rarely(is_server=True)
     if server.api_key is None and not is_loopback(host):
-        _note(
+        note(
             f"everybody who reaches {host} can use this server; set {environment_name('api_key')} to ask for a key"
         )
 
@@ -147,17 +148,16 @@ def _plan(config: EngineConfig, server: ServerConfig) -> Plan | None:
     """The plan that should be fastest for what requests are expected to be; None without a GPU or with a policy."""
     import torch
 
+    from moe_lightning.perf.rates import DatasheetRates
     from moe_lightning.server.plan import Expected, describe, plan_to_serve
 
     if config.policy or config.device == "cpu" or not torch.cuda.is_available():
         return None
     expected = Expected.of(server.avg_prompt_len, server.gen_len)
     plan = plan_to_serve(config, expected)
-    _note(describe(plan, expected))
+    note(describe(plan, expected))
+    if isinstance(plan.rates, DatasheetRates):
+        note(BY_DATASHEET)
     if server.avg_prompt_len is None:
-        _note("give --avg-prompt-len and --gen-len for a plan that suits your requests better")
+        note("give --avg-prompt-len and --gen-len for a plan that suits your requests better")
     return plan
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
