@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from moe_lightning.bench.report import LANE_TOLERANCE, RATE_TOLERANCE, STEADY, spread
+from moe_lightning.bench.report import LANE_TOLERANCE, LIKE, RATE_TOLERANCE, STEADY, spread
 
 IDLE = 0.05  # of a pass: of a lane that works less, seconds say little
 Values = dict[str, Any]
@@ -22,10 +22,16 @@ def is_steady(found: Values) -> bool:
     return not passes or spread(each["seconds"] for each in passes) <= STEADY
 
 
+def is_like_profile(found: Values) -> bool:
+    """Whether host memory was still about as fast as in the profile; of older results nobody knows."""
+    share = found.get("like_profile")
+    return share is None or share >= LIKE
+
+
 def accuracy(results: Iterable[Values]) -> str:
     """A row for each plan: tokens/s and seconds of each lane, measured and how far that is from predicted.
 
-    And one for each time that it was measured while the machine was not steady.
+    And one for each time that it was measured while the machine was not steady, or not the one of the profile.
     """
     rows = [
         "| model | GPU memory | answers | commit | passes, s | predicted tokens/s | measured | off "
@@ -51,7 +57,8 @@ def _passes(found: Values) -> str:
     seconds = [each["seconds"] for each in found.get("passes", ())]
     if not seconds:
         return ""
-    return f"{min(seconds):.2f} to {max(seconds):.2f}{'' if is_steady(found) else ', not steady'}"
+    slower = "" if is_like_profile(found) else f", memory {found['like_profile']:.0%} of the profile's"
+    return f"{min(seconds):.2f} to {max(seconds):.2f}{'' if is_steady(found) else ', not steady'}{slower}"
 
 
 def beside(results: Iterable[Values]) -> str:
@@ -105,6 +112,8 @@ def verdicts(results: Iterable[Values], tolerance: float) -> tuple[list[str], bo
 def _wrong(found: Values) -> Iterator[str]:
     if not is_steady(found):
         yield f"not steady, passes of {_passes(found).split(',')[0]} s"
+    if not is_like_profile(found):
+        yield f"host memory {found['like_profile']:.0%} of the profile's"
     rate = _off(found["tokens_per_s"], found["predicted_tokens_per_s"], RATE_TOLERANCE)
     if rate.endswith("*"):
         yield f"tokens/s {rate}"

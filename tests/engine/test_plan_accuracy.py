@@ -87,7 +87,9 @@ def command(mixtral, monkeypatch, tmp_path):
 
 
 def test_points_and_variants_are_measured_once_and_told(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plan_accuracy, "is_steady", lambda found: True)  # passes of microseconds are not
+    monkeypatch.setattr(
+        plan_accuracy, "_is_undisturbed", lambda found: True
+    )  # passes of microseconds are not
     command()
     found_points = [json.loads(path.read_text()) for path in tmp_path.glob("point_*.json")]
     names = {values["point"] for values in found_points}
@@ -111,7 +113,7 @@ def test_points_and_variants_are_measured_once_and_told(command, tmp_path, capsy
 
 
 def test_a_point_that_was_not_steady_is_measured_once_more_and_both_are_told(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_accuracy, "is_steady", lambda found: False)
+    monkeypatch.setattr(plan_accuracy, "_is_undisturbed", lambda found: False)
     command("--part", "plans")
     (path,) = tmp_path.glob("point_plan_*.json")
     values, time = json.loads(path.read_text()), path.stat().st_mtime_ns
@@ -191,6 +193,18 @@ class TestTables:
         assert verdicts([steady], 0.05) == (["mixtral, 24 GiB, 128: as predicted"], True)
         (line,), is_good = verdicts([unsteady], 0.05)
         assert (line, is_good) == ("mixtral, 24 GiB, 128: not steady, passes of 1.00 to 1.26 s", False)
+
+    def test_host_memory_that_is_slower_than_in_the_profile_is_told(self):
+        like, slower = point("plan", 100, 100), point("plan", 100, 100)
+        for values, share in ((like, 0.9), (slower, 0.89)):
+            values["measured"][0] |= {"passes": [{"seconds": 1.0}], "like_profile": share}
+        assert "| 1.00 to 1.00 |" in accuracy([like])
+        assert "| 1.00 to 1.00, memory 89% of the profile's |" in accuracy([slower])
+        assert verdicts([like], 0.05) == (["mixtral, 24 GiB, 128: as predicted"], True)
+        (line,), is_good = verdicts([slower], 0.05)
+        assert (line, is_good) == ("mixtral, 24 GiB, 128: host memory 89% of the profile's", False)
+        assert not plan_accuracy._is_undisturbed(slower["measured"][0])
+        assert plan_accuracy._is_undisturbed(like["measured"][0])
 
     def test_a_plan_is_compared_with_neighbours_of_its_own_commit_alone(self):
         others = [point(name, rate, 100) | {"commit": "b"} for name, rate in (("plan", 90), ("ring 1", 89))]

@@ -127,6 +127,24 @@ def test_a_result_has_the_profile_that_it_was_planned_with_and_each_lanes_share_
     assert line.split()[2] == f"{use['h2d'].roof_s / use['h2d'].seconds:.0%}"
 
 
+def test_host_memory_that_reads_slower_than_in_the_profile_is_said(session):
+    plan = replace(session.plan(WORK), rates=MeasuredRates(profiles.PROFILE))
+    session.plan = lambda work, config=None: plan
+    cell = measured(session)
+    values = report.to_json(cell, session.config)
+    assert values["plain_read_bytes_per_s"] == cell.plain_read > 0
+    share = cell.plain_read / profiles.PROFILE.host.read
+    assert values["measured"][0]["like_profile"] == cell.like_profile == share
+    for share, ends in ((0.90, "45.0, 90% of the profile's"), (0.89, "44.5, 89% of the profile's, SLOWER")):
+        host = replace(profiles.PROFILE.host, read=50e9)
+        rates = MeasuredRates(replace(profiles.PROFILE, host=host))
+        like = replace(cell, plan=replace(plan, rates=rates), plain_read=share * 50e9)
+        assert report.to_text(like).endswith(f"plain reads {ends}")
+    no_kv = replace(cell, plain_read=None)
+    assert no_kv.like_profile is None and "plain reads" not in report.to_text(no_kv)
+    assert replace(cell, plan=replace(plan, rates=None)).like_profile is None
+
+
 def test_passes_are_recorded_all_over_the_time_in_which_others_are_measured(session, monkeypatch):
     ran, run = [], throughput.run_passes
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from efforts import SHAPE, TINY
 
+from moe_lightning.bench import timing
 from moe_lightning.engine import identity
 from moe_lightning.engine.identity import this_machine
 from moe_lightning.errors import ConfigError
 from moe_lightning.hardware.profile import Profile
 from moe_lightning.kernels import cpu_experts
-from moe_lightning.profiling import arena, host, timing
+from moe_lightning.profiling import arena, host
 from moe_lightning.profiling.arena import HostMemory
 from moe_lightning.profiling.measure import measure, measure_disk
 from moe_lightning.profiling.shapes import shape_named

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_lightning.profiling import timing
+from moe_lightning.bench import timing
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from moe_lightning.bench.passes import PassRecord
 from moe_lightning.bench.peaks import Peaks
 from moe_lightning.engine.plan import Plan
 from moe_lightning.perf.limit import HardwareLimit
+from moe_lightning.perf.rates import MeasuredRates
 from moe_lightning.perf.workload import Workload
 from moe_lightning.pipeline.timeline import Timeline
 from moe_lightning.verify import Verification
@@ -25,7 +26,7 @@ class Effort:
         steady_passes: after a beginning with sequences of all ages; 0 for none.
         is_job: a whole job, from empty to empty.
         num_checked: answers that are recomputed by plain PyTorch.
-        copy_s: seconds of plain copies.
+        copy_s: seconds of plain copies, and of plain reads.
     """
 
     steady_passes: int = 0
@@ -78,6 +79,7 @@ class Cell:
         limit: of this machine, with the link's own rate in this run; None where the model fits on the GPU.
         limit_host_memory: that it counts with.
         plain_copy: bytes/s of copies of pages with nothing beside them, in this run.
+        plain_read: of the attention's threads reading KV, alike; None where none is in host memory.
         peaks: of memory.
         ready_s: seconds in which weights came into place.
     """
@@ -89,8 +91,21 @@ class Cell:
     limit: HardwareLimit | None
     limit_host_memory: int
     plain_copy: float
+    plain_read: float | None
     peaks: Peaks
     ready_s: float
+
+    @property
+    def like_profile(self) -> float | None:
+        """The rate of plain reads after the run over that of the profile that was planned with; None without one.
+
+        What else runs on a host takes of its memory's rate, for minutes: the machine is then not the one that was
+        planned for.
+        """
+        rates = self.plan.rates
+        if self.plain_read is None or not isinstance(rates, MeasuredRates):
+            return None
+        return self.plain_read / rates.profile.host.read
 
     @property
     def agreement(self) -> float | None:

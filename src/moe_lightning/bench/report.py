@@ -19,6 +19,7 @@ RATE_TOLERANCE, LANE_TOLERANCE = 0.10, 0.15  # how far a prediction may be off
 # The longest pass of a steady state over the shortest, at most, where nothing else slows the machine down: of 142
 # recorded ones below it 133 are within 10 % of what is predicted from the profile minutes before, of 15 above it 4.
 STEADY = 1.25
+LIKE = 0.9  # of the profile's rate of plain reads, at least, where a machine is still the one that was planned for
 _STOLEN = 0.005  # of all cores' time: less is usual
 
 
@@ -31,7 +32,8 @@ def to_json(cell: Cell, config: EngineConfig) -> dict[str, Any]:
         "prediction": asdict(prediction) if prediction else None, "profile": _profile(cell),
         "measured": [_measured(cell, m) for m in cell.measured], "agreement": cell.agreement,
         "limit": asdict(cell.limit) if cell.limit else None, "limit_host_memory": cell.limit_host_memory,
-        "plain_copy_bytes_per_s": cell.plain_copy, "ready_s": cell.ready_s,
+        "plain_copy_bytes_per_s": cell.plain_copy, "plain_read_bytes_per_s": cell.plain_read,
+        "ready_s": cell.ready_s,
         "memory": asdict(cell.peaks)
         | {"is_gpu_within": cell.peaks.is_gpu_within, "is_host_within": cell.peaks.is_host_within},
     }  # fmt: skip
@@ -50,7 +52,7 @@ def _measured(cell: Cell, m: Measured) -> dict[str, Any]:
         "predicted_tokens_per_s": m.predicted_tokens_per_s,
         "share_of_limit": m.tokens_per_s / cell.limit.tokens_per_s if cell.limit else None,
         "lanes": asdict(lanes) if lanes else None, "share_of_plain_copy": page_share(cell, m),
-        "link_share_of_plain_copy": link_share(cell, m),
+        "link_share_of_plain_copy": link_share(cell, m), "like_profile": cell.like_profile,
         "num_preemptions": m.num_preemptions, "first_pass_s": m.first_pass_s,
         "check": _check(m.check) if m.check else None, "passes": [asdict(p) for p in m.passes],
     }  # fmt: skip
@@ -104,9 +106,17 @@ def to_text(cell: Cell) -> str:
     )
     lines.append(
         f"weights in place after {cell.ready_s:.0f} s, the first pass {cell.measured[0].first_pass_s:.0f} s after "
-        f"the start; plain copies {cell.plain_copy / 1e9:.1f} GB/s"
+        f"the start; plain copies {cell.plain_copy / 1e9:.1f} GB/s{_reads(cell)}"
     )
     return "\n".join(lines)
+
+
+def _reads(cell: Cell) -> str:
+    if cell.plain_read is None:
+        return ""
+    share = cell.like_profile
+    beside = "" if share is None else f", {share:.0%} of the profile's{'' if share >= LIKE else ', SLOWER'}"
+    return f", plain reads {cell.plain_read / 1e9:.1f}{beside}"
 
 
 def _lines(cell: Cell, m: Measured) -> Iterator[str]:

@@ -9,7 +9,6 @@ import torch
 
 from moe_lightning.bench.cell import Cell, Effort, Measured
 from moe_lightning.bench.lanes import peaks_of, summarize
-from moe_lightning.bench.link import plain_copy_rate
 from moe_lightning.bench.machine import seconds_since_start
 from moe_lightning.bench.passes import (
     PassRecord,
@@ -20,12 +19,14 @@ from moe_lightning.bench.passes import (
     show_nothing,
 )
 from moe_lightning.bench.peaks import PeakWatch
+from moe_lightning.bench.plain_rates import plain_copy_rate, read_rate
 from moe_lightning.bench.session import Loaded, Session
 from moe_lightning.config import EngineConfig
 from moe_lightning.engine.engine import Engine
 from moe_lightning.engine.plan import Plan
-from moe_lightning.engine.worker import RecordedPass
+from moe_lightning.engine.worker import RecordedPass, cpu_lane_threads
 from moe_lightning.errors import ConfigError, DeviceError, NoFeasiblePolicyError
+from moe_lightning.kernels.cpu_kernels import CpuKernels
 from moe_lightning.perf.limit import HardwareLimit, hardware_limit
 from moe_lightning.perf.workload import Workload, num_decoding
 from moe_lightning.verify import Verification, check, from_memory
@@ -89,10 +90,20 @@ def measure_plan(
     with session.between_engines():
         measured = [replace(m, check=_check(loaded, source, effort)) for m, source in runs]
         rate = plain_copy_rate(page_bytes(loaded), effort.copy_s, has_gpu=has_gpu)
+        read = _plain_read_rate(loaded, effort.copy_s)
     host_memory = config.host_memory or session.limit_host_memory
     limit = _limit(plan, config.gpu_memory, host_memory, rate, workload)
     return Cell(
-        plan, workload, config.gpu_memory, tuple(measured), limit, host_memory, rate, peaks, loaded.ready_s
+        plan,
+        workload,
+        config.gpu_memory,
+        tuple(measured),
+        limit,
+        host_memory,
+        rate,
+        read,
+        peaks,
+        loaded.ready_s,
     )
 
 
@@ -174,6 +185,12 @@ def _check(loaded: Loaded, source: Source, effort: Effort) -> Verification | Non
     outputs = [source.outputs[key] for key in sorted(source.outputs, key=int)]
     found = check(outputs, plan.spec, from_memory(loaded.worker.weights), plan.dtype, plan.device)
     return Verification(tuple(found), plan.dtype)
+
+
+def _plain_read_rate(loaded: Loaded, seconds: float) -> float | None:
+    kv = loaded.worker.kv.arena.tensor.view(-1).view(torch.uint8)
+    kernel = CpuKernels(cpu_lane_threads(loaded.plan.device))
+    return read_rate(kernel, kv, seconds) if kv.nbytes else None
 
 
 def _limit(

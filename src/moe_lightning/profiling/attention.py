@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_lightning.bench.timing import seconds_in_turn
 from moe_lightning.hardware.curve import RateCurve, TimeCurve
 from moe_lightning.hardware.profile import AttentionProfile
 from moe_lightning.kernels.cpu_kernels import CpuKernels
@@ -16,7 +17,6 @@ from moe_lightning.profiling.arena import fill
 from moe_lightning.profiling.effort import Effort
 from moe_lightning.profiling.link import Copies
 from moe_lightning.profiling.load import again_and_again
-from moe_lightning.profiling.timing import seconds_in_turn
 
 _BLOCK_SIZE = 16
 _CALLS = 6  # micro-batches of a layer, each of other blocks

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moe_lightning.bench.plain_rates import read_rate
 from moe_lightning.engine.worker import cpu_lane_threads
 from moe_lightning.hardware.kernel_times import ExpertsProfile, ModelShape
 from moe_lightning.hardware.profile import AttentionProfile, HostProfile
@@ -27,7 +28,7 @@ def measure_cpu_machine(shapes: Sequence[ModelShape], effort: Effort, report: Re
     memory.fill(_DTYPES[0])
     kernel = CpuKernels(cpu_lane_threads(torch.device("cpu")))
     steps.begin("reading host memory")
-    read = host.read_rate(kernel, memory.read, effort)
+    read = read_rate(kernel, memory.read, effort.point_s, effort.call_bytes)
     steps.begin("CPU products")
     flops = {host.name_of(dtype): host.product_flops(dtype, effort) for dtype in _DTYPES}
     attention: list[AttentionProfile] = []

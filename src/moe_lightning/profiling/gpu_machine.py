@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_lightning.bench.machine import require_gpu
+from moe_lightning.bench.plain_rates import read_rate
 from moe_lightning.engine.gpu_budget import cap_gpu_memory
 from moe_lightning.engine.worker import cpu_lane_threads
 from moe_lightning.errors import ConfigError
@@ -131,11 +132,11 @@ def _host_and_link(
     both = link.both_ways()
     steps.begin("reading host memory")
     copies = None
-    read, read_beside = host.read_rate(kernel, memory.read, effort), None
+    read, read_beside = read_rate(kernel, memory.read, effort.point_s, effort.call_bytes), None
     if memory.is_pinned:
         copies = Copies(link, min(_PAGE, max(effort.copy_sizes)), h2d.best_rate)
         with copies:
-            read_beside = host.read_rate(kernel, memory.read, effort, copies.keep_up)
+            read_beside = read_rate(kernel, memory.read, effort.point_s, effort.call_bytes, copies.keep_up)
     steps.begin("CPU products")
     flops = {host.name_of(d): host.product_flops(d, effort) for d in _HOST_DTYPES}
     attention = []

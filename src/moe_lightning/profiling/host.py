@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from moe_lightning.bench.timing import median_seconds
 from moe_lightning.hardware.curve import TimeCurve
 from moe_lightning.hardware.kernel_times import ExpertsProfile, ModelShape
 from moe_lightning.kernels import cpu_experts
@@ -16,7 +17,6 @@ from moe_lightning.kernels.cpu_kernels import CpuKernels
 from moe_lightning.memory.arena import host_tensor
 from moe_lightning.profiling.arena import fill
 from moe_lightning.profiling.effort import Effort
-from moe_lightning.profiling.timing import median_seconds
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -28,16 +28,6 @@ def describe(geometry: tuple[int, int, int]) -> str:
     """A geometry of attention in words."""
     num_heads, num_kv_heads, head_dim = geometry
     return f"{num_heads} heads on {num_kv_heads} of {head_dim}"
-
-
-def read_rate(
-    kernel: CpuKernels, memory: Tensor, effort: Effort, before: Callable[[], object] = lambda: None
-) -> float:
-    """Bytes/s of the attention's threads reading memory [bytes]."""
-    size = max(1, min(effort.call_bytes, memory.nbytes // 3))
-    parts = memory[: memory.nbytes // size * size].view(-1, size)
-    seconds = median_seconds(lambda turn: kernel.read(parts[turn % len(parts)]), effort.point_s, before)
-    return size / seconds
 
 
 def product_flops(dtype: torch.dtype, effort: Effort) -> float:

@@ -1,12 +1,19 @@
-"""The rate of plain copies to the GPU: the roof of everything that streams."""
+"""Rates with nothing beside them: of copies to the GPU and of reads by the CPU, the roofs of all that moves."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
+from moe_lightning.bench.timing import median_seconds
+from moe_lightning.kernels.cpu_kernels import CpuKernels
 from moe_lightning.memory.arena import HostArena
+from moe_lightning.units import MIB
+
+READ_BYTES = 256 * MIB
 
 
 def plain_copy_rate(page_bytes: int, seconds: float = 1.0, *, has_gpu: bool = True) -> float:
@@ -43,3 +50,24 @@ def _host_copy_rate(page_bytes: int, seconds: float) -> float:
         frame.copy_(pages[copied // page_bytes % 4])
         copied += page_bytes
     return copied / (time.perf_counter() - start)
+
+
+def read_rate(
+    kernel: CpuKernels,
+    memory: Tensor,
+    seconds: float,
+    read_bytes: int = READ_BYTES,
+    before: Callable[[], object] = lambda: None,
+) -> float:
+    """Bytes/s of the attention's threads reading memory [bytes] uint8.
+
+    Args:
+        kernel: with its threads.
+        memory: other parts of it in each turn.
+        seconds: of all turns.
+        read_bytes: of a turn; less where there is little memory.
+        before: called before each turn, outside of its time.
+    """
+    size = max(1, min(read_bytes, memory.nbytes // 3))
+    parts = memory[: memory.nbytes // size * size].view(-1, size)
+    return size / median_seconds(lambda turn: kernel.read(parts[turn % len(parts)]), seconds, before)
