@@ -3,8 +3,9 @@
 Steady tokens/s of the planned policy in some cells, of eight policies and more beside the plan of the first cell,
 and of the ablation's variants there, each beside its prediction. Points are written as soon as they are there and
 not measured again, so the same command goes on where it stopped; without a GPU, `--report` prints what is there.
-Where passes of a steady state differ by more than a quarter, or host memory is a tenth slower after them than in the
-profile, something slowed the machine down: such a point is measured once more at once, and what it was before is kept.
+Where passes of a steady state differ by more than a quarter, or host memory is a tenth slower after them than in
+the profile, something slowed the machine down: such a point is measured once more at once, and what it was before
+is kept.
 
     moe-lightning profile && \
     python benchmarks/plan_accuracy.py --out benchmarks/results/accuracy --time-limit 560
