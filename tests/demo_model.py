@@ -60,9 +60,10 @@ def dense_logits(prompts, answers):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(DENSE, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        for ids, answer in zip(prompts, answers, strict=True):
-            yield model(torch.tensor([[*ids, *answer[:-1]]]), logits_to_keep=len(answer)).logits[0]
+    for ids, answer in zip(prompts, answers, strict=True):
+        with torch.inference_mode():  # not while another has the generator's turn
+            logits = model(torch.tensor([[*ids, *answer[:-1]]]), logits_to_keep=len(answer)).logits[0]
+        yield logits
 
 
 def are_whole(answers):

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 import torch
 from fake_llm import FakeLLM
 
-from moe_lightning.cli import run_batch
+from moe_lightning.cli import measure_first, run_batch
 from moe_lightning.cli.main import main
 from moe_lightning.config import EngineConfig
+from moe_lightning.engine.plan import make_plan
 from moe_lightning.engine.request import RequestOutput
 from moe_lightning.errors import ConfigError, GPUMemoryError
 from moe_lightning.hardware.presets import preset
@@ -28,6 +30,7 @@ from moe_lightning.perf.refit import kind_seconds
 from moe_lightning.pipeline.draw import from_chrome
 from moe_lightning.pipeline.task import Lane, PassShape, TaskKind
 from moe_lightning.pipeline.timeline import Record, Timeline
+from moe_lightning.units import GIB
 
 TIMELINE = Timeline("pass", (Record("embed mb0", TaskKind.EMBED, Lane.GPU, -1, (0,), 1.0, 2.0),))
 
@@ -282,6 +285,39 @@ def test_a_plan_for_the_files_lengths_is_run_and_its_promise_is_printed_beside_w
         (whole, "pass", predicted.until_tokens),
     ):
         assert line.split() == [name, "1", f"{seconds:.4f}", "1.0000", f"{1 / seconds:.2f}"]
+
+
+def test_before_a_long_job_by_a_datasheet_the_machine_is_measured(
+    job: list[str], llm: type[CommandLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = list[str]()
+
+    def plan(config: EngineConfig, survey: object) -> SimpleNamespace:
+        prediction = Prediction(1.5, {"h2d": 1.4}, 900, 800, 600.0, 512.3, 4e3)
+        rates = None if measured else DatasheetRates(preset("l4"))
+        return SimpleNamespace(
+            policy=f"policy {len(measured)}", max_model_len=7, prediction=prediction, rates=rates
+        )
+
+    monkeypatch.setattr(run_batch, "_plan", plan)
+    monkeypatch.setattr(measure_first, "_measure", lambda config: measured.append(config.model))
+    assert main(job) == 0
+    assert measured == [job[-1]] and llm.loaded[0]["policy"] == "policy 1"
+    assert "measuring first" in capsys.readouterr().err
+
+
+def test_of_a_plan_alone_it_is_said_that_it_goes_by_a_datasheet(
+    job: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prediction = Prediction(1.5, {"h2d": 1.4}, 900, 800, 600.0, 512.3, 4e3)
+    plan = replace(
+        make_plan(EngineConfig("mixtral-8x7b", load_format="dummy", device="cpu", host_memory=200 * GIB)),
+        prediction=prediction, rates=DatasheetRates(preset("l4")),
+    )  # fmt: skip
+    monkeypatch.setattr(run_batch, "_plan", lambda config, survey: plan)
+    monkeypatch.setattr(measure_first, "_measure", lambda config: pytest.fail("nothing is to be run"))
+    assert main([*job, "--plan-only"]) == 0
+    assert "note: the plan goes by the GPU's datasheet" in capsys.readouterr().err
 
 
 def test_a_job_whose_plan_the_gpu_cannot_hold_takes_the_next_smaller_one(

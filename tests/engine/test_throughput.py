@@ -208,14 +208,19 @@ def test_what_is_off_is_flagged(session):
 
 
 def test_what_the_host_gave_to_others_is_counted_by_passes_and_said(session, monkeypatch):
-    """Passes of the tiny model take milliseconds: a second that is gone in each is more than any machine has."""
     taken = itertools.count()
-    monkeypatch.setattr("moe_lightning.bench.passes.stolen_seconds", lambda: float(next(taken)))
+    monkeypatch.setattr("moe_lightning.bench.passes.stolen_seconds", lambda: 2.5 * next(taken))
     cell = measured(session)
-    assert {p.stolen for p in cell.measured[0].passes} == {1.0}
-    assert "gave" in report.to_text(cell)
-    quiet = tuple(replace(p, stolen=0.0) for p in cell.measured[0].passes)
-    assert "gave" not in report.to_text(replace(cell, measured=(replace(cell.measured[0], passes=quiet),)))
+    assert {p.stolen for p in cell.measured[0].passes} == {2.5}
+
+    def told(share):
+        """Of two passes of five seconds on eight processors."""
+        passes = [PassRecord(5.0, 6, 6, 0, stolen=80 * share / 2)] * 2
+        return report.to_text(replace(cell, measured=(replace(cell.measured[0], passes=tuple(passes)),)))
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert "the host of this virtual machine gave 0.6% of its CPU time to others" in told(0.006)
+    assert "gave" not in told(0.004)
 
 
 def test_stolen_time_is_the_eighth_of_all_processors(tmp_path, monkeypatch):
@@ -223,6 +228,8 @@ def test_stolen_time_is_the_eighth_of_all_processors(tmp_path, monkeypatch):
     stat.write_text("cpu  11 12 13 14 15 16 17 800 19 20\ncpu0 1 2 3 4 5 6 7 8 9 10\n")
     monkeypatch.setattr(machine, "_STAT", stat)
     assert machine.stolen_seconds() == 800 / os.sysconf("SC_CLK_TCK")
+    stat.write_text("cpu  11 12 13 14\ncpu0 1 2 3 4\n")
+    assert machine.stolen_seconds() == 0, "of a system that counts fewer times"
     monkeypatch.setattr(machine, "_STAT", tmp_path / "none")
     assert machine.stolen_seconds() == 0
 

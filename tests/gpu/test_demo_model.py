@@ -40,5 +40,5 @@ def test_in_bfloat16_every_token_is_the_dense_models_or_nearly_as_likely(packed)
             for answer, logits in zip(answers, dense_logits(prompts, answers), strict=True)
         ]
     )
-    assert behind.max() < 0.5, "bfloat16 moves logits by 0.2"
+    assert behind.max() < 0.5  # 0.24 on a CPU, in 15 of 1,360 tokens
     assert (behind > 0).float().mean() < 0.03

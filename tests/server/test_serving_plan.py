@@ -77,9 +77,18 @@ def test_the_plan_is_searched_for_without_hints_too_and_told(mixtral, searched, 
     assert serve._plan(config, ServerConfig(avg_prompt_len=6, gen_len=3)).prediction is PROMISED
     told = capsys.readouterr().err
     assert "for prompts of 6 and answers of 3 tokens" in told and "600 tokens/s and 1.50 s a pass" in told
-    assert "--avg-prompt-len" not in told
+    assert "--avg-prompt-len" not in told and "datasheet" not in told
     said = Expected(6, 3, 36)
     assert describe(replace(plan_to_serve(config, said), prediction=None), said).endswith("on the GPU")
+
+
+def test_that_a_plan_goes_by_a_datasheet_is_told(mixtral, searched, monkeypatch, capsys):
+    by_datasheet = replace(
+        make_plan(EngineConfig(str(mixtral), device="cpu")), prediction=PROMISED, rates=RATES.rates
+    )
+    monkeypatch.setattr("moe_lightning.server.plan.plan_to_serve", lambda *_: by_datasheet)
+    serve._plan(EngineConfig(str(mixtral)), ServerConfig())
+    assert "note: the plan goes by the GPU's datasheet" in capsys.readouterr().err
 
 
 def test_a_policy_that_is_given_is_no_plan_to_be_searched(mixtral, searched, tmp_path):

@@ -41,6 +41,12 @@ def experts(parts: int, tokens: int = 8192) -> float:
     return seconds(TaskKind.EXPERTS, 1, work=replace(WORK, tokens=(64, tokens), expert_parts=parts))
 
 
+def test_unpacking_reads_and_writes_at_the_rate_of_a_copy_and_comes_to_the_sweep() -> None:
+    plain, packed = (seconds(TaskKind.EXPERTS, 1, work=replace(WORK, unpacked_for=j)) for j in (0, 1))
+    weights = 3 * SPEC.hidden_size * SPEC.experts.intermediate_size * SPEC.experts.num_experts * 2
+    assert packed - plain == pytest.approx(1.75 * weights / GPU.memory + LANES.gpu_gap_s, rel=0.01)
+
+
 def test_a_part_of_the_experts_that_was_measured_takes_what_was_measured() -> None:
     assert experts(1) == pytest.approx(8.6e-3 + LANES.gpu_gap_s)
     assert experts(8) == pytest.approx(1.2e-3 + LANES.gpu_gap_s)

@@ -73,10 +73,10 @@ def seconds_since_start() -> float:
 def stolen_seconds() -> float:
     """CPU seconds that a virtual machine's host has given to others since the start; 0 where nobody counts them."""
     try:
-        fields = _STAT.read_text().split(maxsplit=9)  # cpu, user, nice, ..., the eighth time
+        fields = _STAT.read_text().partition("\n")[0].split()  # cpu, user, nice, ..., the eighth time
     except OSError:
         return 0.0
-    return int(fields[8]) / os.sysconf("SC_CLK_TCK")
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK") if len(fields) > 8 else 0.0
 
 
 def _git(*args: str) -> str:

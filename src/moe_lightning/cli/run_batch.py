@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lightning.cli.flags import add_engine_flags, engine_config, positive_count
-from moe_lightning.cli.measure_first import measured_first
+from moe_lightning.cli.measure_first import measured_first, note_unmeasured
 from moe_lightning.cli.notes import note
 from moe_lightning.cli.progress import show_progress, summarize
 from moe_lightning.cli.trace import write_text
@@ -31,8 +31,9 @@ SUMMARY = "answer a JSONL file of requests (OpenAI batch format)"
 DESCRIPTION = (
     "Answers each line of a JSONL file in OpenAI's batch format. Answers are appended as they finish; a line "
     "that cannot be served becomes one line of the error file, and the rest goes on. Run the command again "
-    "after an interruption: lines already answered are skipped. The exit status is 0 also if lines failed. A "
-    "machine with a GPU is measured first, for a minute, if a job takes more than twenty and nobody has done so."
+    "after an interruption: lines already answered are skipped. The exit status is 0 also if lines failed. On "
+    "a GPU the machine is measured first, for a minute, if a job takes more than twenty and nobody has done so for "
+    "this model."
 )
 
 
@@ -107,6 +108,7 @@ def _print_plan(config: EngineConfig, args: Namespace) -> int:
         print(f"  {name:<18} {value}")
     if plan.prediction:
         print(f"the plan: {_describe(plan.prediction)}")
+    note_unmeasured(plan)
     return 0
 
 

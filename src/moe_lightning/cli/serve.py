@@ -14,7 +14,7 @@ from moe_lightning.cli.flags import (
     environment_name,
     settings_of,
 )
-from moe_lightning.cli.measure_first import BY_DATASHEET
+from moe_lightning.cli.measure_first import note_unmeasured
 from moe_lightning.cli.notes import note
 from moe_lightning.config import EngineConfig
 from moe_lightning.errors import ConfigError
@@ -148,7 +148,6 @@ def _plan(config: EngineConfig, server: ServerConfig) -> Plan | None:
     """The plan that should be fastest for what requests are expected to be; None without a GPU or with a policy."""
     import torch
 
-    from moe_lightning.perf.rates import DatasheetRates
     from moe_lightning.server.plan import Expected, describe, plan_to_serve
 
     if config.policy or config.device == "cpu" or not torch.cuda.is_available():
@@ -156,8 +155,7 @@ def _plan(config: EngineConfig, server: ServerConfig) -> Plan | None:
     expected = Expected.of(server.avg_prompt_len, server.gen_len)
     plan = plan_to_serve(config, expected)
     note(describe(plan, expected))
-    if isinstance(plan.rates, DatasheetRates):
-        note(BY_DATASHEET)
+    note_unmeasured(plan)
     if server.avg_prompt_len is None:
         note("give --avg-prompt-len and --gen-len for a plan that suits your requests better")
     return plan
