@@ -1,6 +1,7 @@
 """Today's model beside what was measured once: recorded policies predicted again from the profiles of their runs.
 
     python benchmarks/model_on_record.py benchmarks/results/*
+    python benchmarks/model_on_record.py --hardware h100-sxm benchmarks/results/*      # by the datasheet alone
 
 So a change of the model is judged by all runs that there are, without a GPU. A run has the profile of its
 directory, taken minutes before it or, in a directory of many cells, up to half an hour; lanes that work for less
@@ -20,10 +21,11 @@ from accuracy_tables import IDLE, is_steady
 
 from moe_lightning.bench.models import spec_of
 from moe_lightning.bench.report import LANE_TOLERANCE, RATE_TOLERANCE
+from moe_lightning.hardware.presets import preset
 from moe_lightning.hardware.profile import Profile
 from moe_lightning.hardware.profile_cache import load_profile
 from moe_lightning.perf.outlook import Outlook, Prediction
-from moe_lightning.perf.rates import MeasuredRates
+from moe_lightning.perf.rates import DatasheetRates, MeasuredRates
 from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy
 from moe_lightning.units import GIB
@@ -51,13 +53,13 @@ class Run(NamedTuple):
         return self.measured / self.now - 1
 
 
-def runs(directory: Path) -> Iterator[Run]:
-    """Of a directory with results and the profile that was taken before them."""
+def runs(directory: Path, hardware: str | None = None) -> Iterator[Run]:
+    """Of a directory with results and the profile that was taken before them; or by a preset's datasheet."""
     for path in sorted(directory.glob("*.json")):
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or "measured" not in values or "policy" not in values:
             continue
-        found, cell = _predicted(values, directory), _cell(values)
+        found, cell = _predicted(values, directory, hardware), _cell(values)
         for m in (*values.get("unsteady", ()), *values["measured"]):
             now, lanes = found.tokens_per_s, _lanes(m, found.lane_s)
             if m["kind"] == "job":
@@ -69,18 +71,23 @@ def runs(directory: Path) -> Iterator[Run]:
             )  # fmt: skip
 
 
-def _predicted(values: Values, directory: Path) -> Prediction:
-    """What the model says now of the policy that ran, with the profile of its model or else of its directory."""
+def _predicted(values: Values, directory: Path, hardware: str | None) -> Prediction:
+    """What the model says now of the policy that ran."""
     model = values["settings"]["model"]
-    beside = directory / f"profile_of_{model.split('-')[0]}.json"
-    rates = MeasuredRates(
-        Profile.from_json(values["profile"])
-        if values.get("profile")  # older results have it in a file beside them
-        else load_profile(beside if beside.exists() else directory / "profile.json")
+    rates = (
+        DatasheetRates(preset(hardware)) if hardware else MeasuredRates(_profile(values, directory, model))
     )
     spec = spec_of(model, values.get("num_layers"))
     policy, work = Policy(**hashable(values["policy"])), Workload(**hashable(values["workload"]))
     return Outlook(spec, spec.dtype, policy, rates, work).prediction
+
+
+def _profile(values: Values, directory: Path, model: str) -> Profile:
+    """The result's own; older ones have it in a file beside them, of their model or of all."""
+    if values.get("profile"):
+        return Profile.from_json(values["profile"])
+    beside = directory / f"profile_of_{model.split('-')[0]}.json"
+    return load_profile(beside if beside.exists() else directory / "profile.json")
 
 
 def hashable(values: Values) -> Values:
@@ -152,8 +159,11 @@ def main() -> None:
     parser.add_argument(
         "results", type=Path, nargs="+", help="directories; those without a profile are left out"
     )
+    parser.add_argument("--hardware", metavar="PRESET", help="predict by its datasheet instead of profiles")
     args = parser.parse_args()
-    found = [run for path in args.results if (path / "profile.json").exists() for run in runs(path)]
+    found = [
+        run for path in args.results if (path / "profile.json").exists() for run in runs(path, args.hardware)
+    ]
     if not found:
         parser.error("none of these directories has a profile.json and a run with a promise")
     for run in found:

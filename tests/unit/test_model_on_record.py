@@ -36,6 +36,15 @@ def test_plans_are_predicted_as_they_ran(name):
     assert text.startswith("5 runs: 5 within 10%") and "as promised then: 5" in text
 
 
+@pytest.mark.parametrize("name", ["plans_6f039fd", "plans_7acbf6c"])
+def test_the_datasheet_alone_predicts_them_too(name):
+    found = list(model_on_record.runs(RESULTS / name, "h100-sxm"))
+    assert len(found) == 5
+    for run in found:
+        assert abs(run.off) <= 0.16, run
+        assert abs(run.lanes["h2d"]) <= 0.15, run
+
+
 @pytest.mark.parametrize(
     "path",
     sorted(RESULTS.glob("plans_[25]*/point_plan_*")),

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 
 from moe_lightning.hardware.kernel_times import PartTimes
+from moe_lightning.hardware.presets import preset
 from moe_lightning.hardware.profile import Profile
 from moe_lightning.models.registry import resolve
-from moe_lightning.perf.cost import PassWork
+from moe_lightning.perf.cost import PassWork, streamed_page_bytes
 from moe_lightning.perf.memory import CPU_EXPERTS_AT_ONCE, EXPERTS_AT_ONCE
-from moe_lightning.perf.rates import MeasuredRates
+from moe_lightning.perf.rates import DatasheetRates, MeasuredRates
 from moe_lightning.pipeline.task import Lane, Task, TaskKind
 from profiles import LANES, LINK, MIXTRAL, PROFILE
 
@@ -45,6 +46,37 @@ def test_unpacking_reads_and_writes_at_the_rate_of_a_copy_and_comes_to_the_sweep
     plain, packed = (seconds(TaskKind.EXPERTS, 1, work=replace(WORK, unpacked_for=j)) for j in (0, 1))
     weights = 3 * SPEC.hidden_size * SPEC.experts.intermediate_size * SPEC.experts.num_experts * 2
     assert packed - plain == pytest.approx(1.75 * weights / GPU.memory + LANES.gpu_gap_s, rel=0.01)
+
+
+def by_datasheet(kind: TaskKind, work: PassWork, *shares: float) -> float:
+    rates = DatasheetRates(preset("h100-sxm"), *shares)
+    return rates.seconds(work)(Task(kind, LANE[kind], 0, (1,), (), ()))
+
+
+def test_by_a_datasheet_pages_are_slower_for_as_long_as_the_cpu_reads_host_memory() -> None:
+    machine, shares = preset("h100-sxm"), DatasheetRates(preset("h100-sxm"))
+    alone = streamed_page_bytes(BOTH) / machine.h2d + machine.launch_s
+    beside = streamed_page_bytes(BOTH) / (shares.to_gpu * machine.h2d) + machine.launch_s
+    reads = SPEC.num_layers * shares.seconds(BOTH)(Task(TaskKind.ATTENTION, Lane.CPU, 0, (1,), (), ()))
+    assert by_datasheet(TaskKind.LOAD_PAGE, BOTH) == pytest.approx(beside), "nobody says how many come"
+    for pages in (1, round(2 * reads / beside), 10**6):
+        share = min(1.0, reads / (pages * beside))
+        found = by_datasheet(TaskKind.LOAD_PAGE, replace(BOTH, streamed_pages=pages))
+        assert found == pytest.approx(1 / (share / beside + (1 - share) / alone))
+    for nothing_to_read in (
+        replace(BOTH, streamed_pages=8, kv_share=1.0),
+        replace(WORK, streamed_pages=8, num_prefill=2),
+    ):
+        assert by_datasheet(TaskKind.LOAD_PAGE, nothing_to_read) == pytest.approx(alone)
+    experts = replace(BOTH, streamed_pages=8, kv_share=1.0, cpu_share=0.5)
+    assert by_datasheet(TaskKind.LOAD_PAGE, experts) == pytest.approx(beside)
+    assert by_datasheet(TaskKind.LOAD_PAGE, BOTH, 1, 1, 1, 1, 1) == pytest.approx(alone)
+
+
+def test_by_a_datasheet_copies_back_share_the_link() -> None:
+    slower, peak = (by_datasheet(TaskKind.OFFLOAD_QKV, WORK, *shares) for shares in ((), (1, 1, 1, 1, 1)))
+    launch = preset("h100-sxm").launch_s
+    assert slower - launch == pytest.approx((peak - launch) / DatasheetRates(preset("h100-sxm")).to_host)
 
 
 def test_a_part_of_the_experts_that_was_measured_takes_what_was_measured() -> None:

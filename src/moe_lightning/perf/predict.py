@@ -115,7 +115,7 @@ def predict_pass(
     _check(work, shape, schedule)
 
     if isinstance(hardware, HardwareSpec):
-        hardware = DatasheetRates(hardware, attention=1.0, products=1.0, memory=1.0)
+        hardware = DatasheetRates(hardware, 1.0, 1.0, 1.0, 1.0, 1.0)  # at its peaks
     return simulate(SCHEDULES[schedule](shape), hardware.seconds(work))
 
 
