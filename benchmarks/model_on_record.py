@@ -157,13 +157,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "results", type=Path, nargs="+", help="directories; those without a profile are left out"
+        "results", type=Path, nargs="+", help="directories; without --hardware those with a profile"
     )
     parser.add_argument("--hardware", metavar="PRESET", help="predict by its datasheet instead of profiles")
     args = parser.parse_args()
-    found = [
-        run for path in args.results if (path / "profile.json").exists() for run in runs(path, args.hardware)
-    ]
+    some = [path for path in args.results if args.hardware or (path / "profile.json").exists()]
+    found = [run for path in some for run in runs(path, args.hardware)]
     if not found:
         parser.error("none of these directories has a profile.json and a run with a promise")
     for run in found:

@@ -40,8 +40,8 @@ class Process:
     status = 0
     lines = " 0.0 s 1/11 host memory\n"
 
-    def __init__(self, command, *, stdout, stderr, text):
-        assert (stdout, stderr, text) == (subprocess.DEVNULL, subprocess.PIPE, True)
+    def __init__(self, command, *, stdout, stderr, text, errors):
+        assert (stdout, stderr, text, errors) == (subprocess.DEVNULL, subprocess.PIPE, True, "replace")
         self.ran.append(command)
         self.stderr, self.returncode, self.is_ended = io.StringIO(self.lines), self.status, False
 
@@ -91,7 +91,7 @@ def test_a_long_job_is_planned_again_by_what_was_measured(first, source, gpu_mem
     assert command == [sys.executable, "-P", "-m", "moe_lightning", "profile", "--model", "a model", *flags]
     found = capsys.readouterr()
     assert found.err.splitlines() == [
-        f"note: by {source} this job takes 20 min 00 s; measuring first takes a minute, once",
+        f"note: by {source} this job takes 20 min 00 s; measuring first takes about a minute, once",
         Process.lines.rstrip(),
     ]
     assert not found.out

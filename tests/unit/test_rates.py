@@ -58,18 +58,25 @@ def test_by_a_datasheet_pages_are_slower_for_as_long_as_the_cpu_reads_host_memor
     alone = streamed_page_bytes(BOTH) / machine.h2d + machine.launch_s
     beside = streamed_page_bytes(BOTH) / (shares.to_gpu * machine.h2d) + machine.launch_s
     reads = SPEC.num_layers * shares.seconds(BOTH)(Task(TaskKind.ATTENTION, Lane.CPU, 0, (1,), (), ()))
+    everyone = Task(TaskKind.CPU_EXPERTS, Lane.CPU, 0, (0, 1), (), ())
+    reads_of_experts = SPEC.num_layers * shares.seconds(BOTH)(everyone)
     assert by_datasheet(TaskKind.LOAD_PAGE, BOTH) == pytest.approx(beside), "nobody says how many come"
     for pages in (1, round(2 * reads / beside), 10**6):
         share = min(1.0, reads / (pages * beside))
         found = by_datasheet(TaskKind.LOAD_PAGE, replace(BOTH, streamed_pages=pages))
         assert found == pytest.approx(1 / (share / beside + (1 - share) / alone))
+    for work, share in (
+        (replace(BOTH, kv_share=0.25), 0.75 * reads),
+        (replace(BOTH, kv_share=1.0, cpu_share=0.5), 0.5 * reads_of_experts),
+    ):
+        pages = round(3 * share / beside)
+        found = by_datasheet(TaskKind.LOAD_PAGE, replace(work, streamed_pages=pages))
+        assert found == pytest.approx(1 / (1 / 3 / beside + 2 / 3 / alone), rel=1e-3)
     for nothing_to_read in (
         replace(BOTH, streamed_pages=8, kv_share=1.0),
         replace(WORK, streamed_pages=8, num_prefill=2),
     ):
         assert by_datasheet(TaskKind.LOAD_PAGE, nothing_to_read) == pytest.approx(alone)
-    experts = replace(BOTH, streamed_pages=8, kv_share=1.0, cpu_share=0.5)
-    assert by_datasheet(TaskKind.LOAD_PAGE, experts) == pytest.approx(beside)
     assert by_datasheet(TaskKind.LOAD_PAGE, BOTH, 1, 1, 1, 1, 1) == pytest.approx(alone)
 
 

@@ -79,7 +79,7 @@ class Cell:
         limit: of this machine, with the link's own rate in this run; None where the model fits on the GPU.
         limit_host_memory: that it counts with.
         plain_copy: bytes/s of copies of pages with nothing beside them, in this run.
-        plain_read: of the attention's threads reading KV, alike; None where none is in host memory.
+        plain_read: of the attention's threads reading KV, alike; None where there is little in host memory.
         peaks: of memory.
         ready_s: seconds in which weights came into place.
     """

@@ -33,7 +33,9 @@ def measured_first(config: EngineConfig, planned: Callable[[EngineConfig], Plan 
         return plan
     job_s = plan.prediction.job_s if plan.prediction else None
     if job_s is not None and job_s >= _WORTH:
-        note(f"by {source} this job takes {format_duration(job_s)}; measuring first takes a minute, once")
+        note(
+            f"by {source} this job takes {format_duration(job_s)}; measuring first takes about a minute, once"
+        )
         if status := _measure(config):
             note(f"measuring ended with exit status {status}")
         else:
@@ -74,7 +76,9 @@ def _measure(config: EngineConfig) -> int:
     command = [sys.executable, "-P", "-m", "moe_lightning", "profile", "--model", config.model]
     if config.gpu_memory is not None:
         command += ["--gpu-memory", str(config.gpu_memory)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as process:
         assert process.stderr is not None
         try:
             for line in process.stderr:

@@ -47,7 +47,8 @@ class DatasheetRates:
         attention: share of host memory's rate that CPU attention reads at.
         products: share of the GPU's FLOP/s that products reach, with what else a sweep over experts takes.
         memory: share of the GPU memory's rate.
-        to_gpu: share of the link's rate while the CPU reads host memory too.
+        to_gpu: share of the link's rate while the CPU reads host memory too. Copies of FlexGen's schedule, beside
+            which the GPU attends, are taken to be as slow; on an H100 they reached 0.87.
         to_host: the same of what goes back, always beside pages.
     """
 
@@ -84,7 +85,7 @@ class DatasheetRates:
         if work.streamed_pages is not None and work.num_prefill is not None:
             reads_s = _cpu_reads_s(work, of)
             longer = max(reads_s, work.streamed_pages * page_s)
-            # Bytes come at one rate in this share of the time, and at the other in the rest.
+            # Bytes come at one rate in about this share of the time, and at the other in the rest.
             reads = reads_s / longer if longer else 0.0
             page_s = 1 / (reads / page_s + (1 - reads) / of(page, alone))
         return lambda task: page_s if task.kind is TaskKind.LOAD_PAGE else of(task)
