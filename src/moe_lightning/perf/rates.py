@@ -80,10 +80,14 @@ class DatasheetRates:
         def of(task: Task, machine: HardwareSpec = beside) -> float:
             return task_seconds(task_cost(task, work), task, machine, work.dtype)
 
-        page = Task(TaskKind.LOAD_PAGE, Lane.H2D, 0, (), (), ())
+        page, everyone = Task(TaskKind.LOAD_PAGE, Lane.H2D, 0, (), (), ()), tuple(range(len(work.tokens)))
         page_s = of(page)
         if work.streamed_pages is not None and work.num_prefill is not None:
-            reads_s = _cpu_reads_s(work, of)
+            reads_s = _cpu_reads_s(
+                work,
+                lambda j: of(Task(TaskKind.ATTENTION, Lane.CPU, 0, (j,), (), ())),
+                lambda: of(Task(TaskKind.CPU_EXPERTS, Lane.CPU, 0, everyone, (), ())),
+            )
             longer = max(reads_s, work.streamed_pages * page_s)
             # Bytes come at one rate in about this share of the time, and at the other in the rest.
             reads = reads_s / longer if longer else 0.0
@@ -91,14 +95,21 @@ class DatasheetRates:
         return lambda task: page_s if task.kind is TaskKind.LOAD_PAGE else of(task)
 
 
-def _cpu_reads_s(work: PassWork, seconds: Callable[[Task], float]) -> float:
-    """Seconds of a pass in which the CPU reads K and V, or experts."""
-    decode = range(work.num_prefill or 0, len(work.tokens))
-    attends = sum(seconds(Task(TaskKind.ATTENTION, Lane.CPU, 0, (j,), (), ())) for j in decode)
-    found = (1 - work.kv_share) * attends
+def _cpu_reads_s(work: PassWork, attends: Callable[[int], float], computes: Callable[[], float]) -> float:
+    """Seconds of a pass in which the CPU reads K and V, or experts.
+
+    Args:
+        work: says which micro-batches decode.
+        attends: seconds of a layer's attention of one of them.
+        computes: seconds of a layer's experts for all.
+    """
+    sizes = list(zip(work.tokens, work.context_tokens, strict=True))
+    counts = Counter(sizes[work.num_prefill or 0 :])
+    found = (1 - work.kv_share) * sum(
+        count * attends(sizes.index(size, work.num_prefill or 0)) for size, count in counts.items()
+    )
     if work.cpu_share:
-        everyone = tuple(range(len(work.tokens)))
-        found += work.cpu_share * seconds(Task(TaskKind.CPU_EXPERTS, Lane.CPU, 0, everyone, (), ()))
+        found += work.cpu_share * computes()
     return work.spec.num_layers * found
 
 
@@ -219,20 +230,19 @@ class _Measured:
         work = self._work
         if work.streamed_pages is None or work.num_prefill is None:
             return _IN_PASSES * self._slowed, 1.0
-        first = work.num_prefill
-        decode = Counter(zip(work.tokens[first:], work.context_tokens[first:], strict=True))
-        of_layer = sum(count * self._attends(*size) for size, count in decode.items())
-        attention_s = work.spec.num_layers * (1 - work.kv_share) * of_layer
-        if work.cpu_share:  # reads host memory as attention does
-            attention_s += work.spec.num_layers * work.cpu_share * self._on_cpu(sum(work.tokens))
+        reads_s = _cpu_reads_s(
+            work,
+            lambda j: self._attends(work.tokens[j], work.context_tokens[j]),
+            lambda: self._on_cpu(sum(work.tokens)),
+        )
         page_s = _IN_PASSES * self._gpu.link.to_gpu.seconds_at(streamed_page_bytes(work)) * self._slowed
         pages_s = work.streamed_pages * page_s
-        longer = max(attention_s, pages_s)
+        longer = max(reads_s, pages_s)
         if not longer:
             return _IN_PASSES * self._slowed, 0.0
         # Bytes come at one rate in this share of the time, and at the other in the rest.
-        attends = attention_s / longer
-        return _IN_PASSES / (attends / self._slowed + 1 - attends), pages_s / longer
+        reads = reads_s / longer
+        return _IN_PASSES / (reads / self._slowed + 1 - reads), pages_s / longer
 
     def _attends(self, tokens: int, context: int) -> float:
         a = self._work.spec.attention
