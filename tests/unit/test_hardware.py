@@ -52,7 +52,8 @@ def test_memory_is_faster_the_nearer_it_is_to_the_gpu(name: str) -> None:
     [("t4", 15.754e9), ("v100-16gb", 15.754e9), ("l4", 31.508e9), ("a10", 31.508e9), ("a10g", 31.508e9),
      ("rtx-3090", 31.508e9), ("rtx-4080", 31.508e9), ("rtx-4090", 31.508e9), ("rtx-a6000", 31.508e9),
      ("l40s", 31.508e9), ("a100-40gb", 31.508e9), ("a100-80gb", 31.508e9), ("rtx-5090", 63.015e9),
-     ("h100-pcie", 63.015e9), ("h100-sxm", 63.015e9)],
+     ("h100-pcie", 63.015e9), ("h100-sxm", 63.015e9),
+     ("h200", 63.015e9)],
 )  # fmt: skip
 def test_links_are_given_as_achieved_not_as_theoretical(name: str, theoretical: float) -> None:
     for rate in (PRESETS[name].h2d, PRESETS[name].d2h):
@@ -64,7 +65,7 @@ def test_memory_sizes_are_those_on_the_box() -> None:
     assert sizes == {
         "t4": 16, "l4": 24, "paper-s2": 24, "v100-16gb": 16, "a10": 24, "a10g": 24, "rtx-3090": 24, "rtx-4080": 16,
         "rtx-4090": 24, "rtx-5090": 32, "rtx-a6000": 48, "l40s": 48, "a100-40gb": 40, "a100-80gb": 80,
-        "h100-pcie": 80, "h100-sxm": 80,
+        "h100-pcie": 80, "h100-sxm": 80, "h200": 141,
     }  # fmt: skip
 
 

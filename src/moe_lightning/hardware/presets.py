@@ -137,6 +137,12 @@ PRESETS: dict[str, HardwareSpec] = {
         ("GPU: NVIDIA H100 datasheet (2023), half of the sparse rates", _XEON_16_SOURCE,
          "link: measured, pinned copies of 64 MiB over PCIe 5 x16"),
     ),
+    "h200": HardwareSpec(
+        _gpu("NVIDIA H200", 141, 4800e9, 989.4e12, 66.9e12),
+        _XEON_16, _PCIE5, _PCIE5, _LAUNCH_S,
+        ("GPU: NVIDIA H200 datasheet (2024), half of the sparse rates", _XEON_16_SOURCE + ", beside an H100 SXM",
+         _PCIE_SOURCE.format(5)),
+    ),
 }  # fmt: skip
 
 _ALIASES = {
