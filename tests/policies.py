@@ -30,6 +30,7 @@ def drawn_policy(number):
     return {
         "schedule": name,
         "expert_parts": parts,
+        "first_part_at_once": random.Random(-number - 2).random() < 0.5,
         "micro_batch_size": -(-len(LENGTHS) // num_micro_batches),
         "group_size": draw.choice([1, 2, 3, 5, 100]),
         "look_ahead": draw.choice([0, 1, 2, 5, 100]),

@@ -23,6 +23,8 @@ class Policy:
         num_frames: frames of the ring that streamed pages go through.
         expert_parts: sweeps over a layer's experts, each over some of them (`cgopipe` only; the others take whole
             layers). The ring must hold the streamed pages of one.
+        first_part_at_once: micro-batches have the first of several parts as soon as their attention is in, prompts
+            first, and not once all of the layer's are there: less is left between one attention and the next.
         kv_every: the last of every so many layers keeps its KV on the GPU, which attends there (r_c, by layers);
             0: none does (`cgopipe` only).
         cpu_every: the last of every so many layers has its experts computed on the CPU (F_g, by layers); 0: none
@@ -47,6 +49,7 @@ class Policy:
     block_size: int = 16
     schedule: str = "cgopipe"
     expert_parts: int = 1
+    first_part_at_once: bool = False
     kv_every: int = 0
     cpu_every: int = 0
     packed: bool = False

@@ -37,7 +37,7 @@ def drawn_policy(number, packed):
         look_ahead=draw.choice([0, 2, 100]), prefill_tokens=1024, chunk_tokens=draw.choice([200, 512]),
         pages_per_expert=pages, resident_pages=resident,
         num_frames=smallest + (0 if number % 3 == 0 else draw.randint(0, smallest)), num_blocks=640,
-        expert_parts=parts, packed=packed, cpu_every=cpu_every,
+        expert_parts=parts, first_part_at_once=number != 3, packed=packed, cpu_every=cpu_every,
     )  # fmt: skip
 
 

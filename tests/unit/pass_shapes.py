@@ -34,8 +34,8 @@ def pass_shapes(draw: st.DrawFn) -> PassShape:
 def part_shapes(draw: st.DrawFn) -> PassShape:
     """Passes that CGOPipe alone has.
 
-    Layers are swept in parts, most of them through less than a layer's frames; some keep KV on the GPU, and some
-    have experts on the CPU.
+    Layers are swept in parts, most of them through less than a layer's frames, the first part at once or with the
+    others; some layers keep KV on the GPU, and some have experts on the CPU.
     """
     shape = draw(pass_shapes())
     parts = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
@@ -43,7 +43,10 @@ def part_shapes(draw: st.DrawFn) -> PassShape:
     kv_every = draw(st.integers(0, shape.num_layers + 1))
     cpu_every = draw(st.integers(0, shape.num_layers + 1))
     part_pages = draw(st.sampled_from([(*parts, max(missing, 0)), ()]))
-    shape = replace(shape, part_pages=part_pages, kv_every=kv_every, cpu_every=cpu_every)
+    at_once = draw(st.booleans())
+    shape = replace(
+        shape, part_pages=part_pages, first_part_at_once=at_once, kv_every=kv_every, cpu_every=cpu_every
+    )
     streamed = (0 if shape.is_on_cpu(layer) else pages for layer, pages in enumerate(shape.streamed_pages))
     shape = replace(shape, streamed_pages=tuple(streamed))
     return replace(shape, num_frames=draw(st.integers(shape.least_frames, sum(shape.streamed_pages) + 2)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from pass_shapes import conflicts, part_shapes, pass_shapes, races, relaunched, reloads
 
 from moe_lightning.errors import ScheduleError
+from moe_lightning.models.registry import resolve
+from moe_lightning.perf.predict import pass_work
 from moe_lightning.pipeline.baselines import SCHEDULES
 from moe_lightning.pipeline.simulate import simulate
 from moe_lightning.pipeline.task import Buffer, Lane, PassShape, Schedule, TaskKind
@@ -187,6 +189,56 @@ def test_layers_keep_their_kv_on_the_gpu_in_cgopipe_alone(name: str) -> None:
     kinds = {TaskKind.RESIDENT_ATTENTION, TaskKind.KEEP_KV}
     layers = {task.layer for task in schedule.tasks if task.kind in kinds}
     assert layers == ({1, 3} if name == "cgopipe" else set())
+
+
+@few
+@given(shape=part_shapes())
+def test_a_part_is_swept_for_one_group_after_the_other_from_the_one_that_is_said_to_unpack_it(
+    shape: PassShape,
+) -> None:
+    """So its packed pages are unpacked once, and that costs where the model says."""
+    sweeps = [task for task in SCHEDULES["cgopipe"](shape).tasks if task.kind is TaskKind.EXPERTS]
+    tokens = (1,) * shape.num_micro_batches
+    work = pass_work(resolve("mixtral-8x7b"), shape, tokens, 1.0, pages_per_expert=1, packed=True)
+    seen = list[tuple[int, int]]()
+    for (layer, part), some in groupby(sweeps, lambda task: (task.layer, task.part)):
+        members = [task.micro_batches for task in some]
+        assert sorted(members) == sorted(shape.groups)
+        assert work.swept_first(part) in members[0]
+        seen.append((layer, part))
+    assert len(seen) == len(set(seen))
+
+
+def gpu_launches(shape: PassShape, layer: int) -> list[str]:
+    """Sweeps and what frees the CPU for the next layer, by part and micro-batches."""
+    schedule = SCHEDULES["cgopipe"](shape)
+    kinds = TaskKind.EXPERTS, TaskKind.POST_ATTENTION
+    of_layer = (task for task in schedule.tasks if task.kind in kinds and task.layer == layer)
+    return [f"{task.kind.value[0]}{task.part}:{','.join(map(str, task.micro_batches))}" for task in of_layer]
+
+
+def test_the_first_part_is_swept_as_attention_comes_in_prompts_first() -> None:
+    late = PassShape(3, 1, 4, 2, 4, (6, 6, 6), 7, preloaded=True, part_pages=(4, 4))
+    assert gpu_launches(late, 1) == [
+        "p0:0", "p0:1", "p0:2", "p0:3", "p0:4",
+        "e0:1,2", "e0:3,4", "e0:0", "e1:1,2", "e1:3,4", "e1:0",
+    ]  # fmt: skip
+    assert gpu_launches(replace(late, first_part_at_once=True), 1) == [
+        "p0:0", "e0:0", "p0:1", "p0:2", "e0:1,2", "p0:3", "p0:4", "e0:3,4",
+        "e1:1,2", "e1:3,4", "e1:0",
+    ]  # fmt: skip
+
+
+def test_with_the_first_part_at_once_less_is_left_between_one_attention_and_the_next() -> None:
+    """Attention nearly fills the pass: with it late, the CPU waits for all sweeps but the last."""
+    seconds = {TaskKind.ATTENTION: 8.0, TaskKind.EXPERTS: 2.0, TaskKind.LOAD_PAGE: 1.0}
+    late = PassShape(40, 1, 4, 2, 4, (30,) * 40, 31, preloaded=True, part_pages=(20, 20))
+    spans = [
+        simulate(SCHEDULES["cgopipe"](shape), lambda task: seconds.get(task.kind, 0.0)).span
+        for shape in (late, replace(late, first_part_at_once=True))
+    ]
+    assert spans[0] / 40 == pytest.approx(4 * 8 + 4 * 2, rel=0.02)
+    assert spans[1] / 40 == pytest.approx(4 * 8 + 2 * 2, rel=0.02)
 
 
 @few

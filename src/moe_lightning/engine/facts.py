@@ -28,7 +28,8 @@ def pass_work(
     keys += [_context(members, window) for members in groups]
     return PassWork(
         spec, dtype, policy.pages_per_expert, tuple(tokens + sizes), tuple(keys), tuple(rows + sizes), expert_parts,
-        first_swept(len(chunks), len(chunks) + len(groups)) if policy.packed else None, len(chunks), streamed_pages,
+        first_swept(len(chunks), len(chunks) + len(groups)) if policy.packed else None,
+        policy.first_part_at_once, len(chunks), streamed_pages,
         len(layers_keeping_kv(policy)) / spec.num_layers, len(layers_on_cpu(policy)) / spec.num_layers,
     )  # fmt: skip
 

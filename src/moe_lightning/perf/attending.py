@@ -43,7 +43,7 @@ def attending_on_gpu(problem: Problem, planned: Planned, rates: Rates) -> Planne
     }  # fmt: skip
     best: Planned | None = None
     for some in (replace(problem, enough=planned.prediction.num_seqs), problem):
-        found, choice = dict[Policy, Planned](), replace(starts(problem)[0], **_BEGIN)
+        found, choice = dict[Policy, Planned](), replace(starts(problem).usual, **_BEGIN)
         for name, tried in varied.items():
             for value in tried:
                 other = changed(choice, name, value)

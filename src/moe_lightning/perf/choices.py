@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_lightning.perf.default_policy import PAGE_BYTES, pages_per_expert
 from moe_lightning.perf.sizing import Choice, Problem
@@ -56,11 +56,22 @@ def values_of(problem: Problem) -> dict[str, tuple[float, ...]]:
     }  # fmt: skip
 
 
-def starts(problem: Problem) -> tuple[Choice, ...]:
-    """The usual choice, three that differ in much, and one that takes as little memory as any.
+class Starts(NamedTuple):
+    """Choices that a search begins with: the usual one, those that differ in much, and the smallest."""
 
-    Sweeps over whole layers pay with a ring of two layers and little room for prompts, and each of these alone does
-    not: from the other starts luck alone leads there.
+    usual: Choice
+    fine: Choice
+    whole: Choice
+    bridging: Choice
+    halves: Choice
+    smallest: Choice
+
+
+def starts(problem: Problem) -> Starts:
+    """The usual choice, four that differ in much, and one that takes as little memory as any.
+
+    Sweeps over whole layers pay with a ring of two layers and little room for prompts, those over halves with one
+    of a layer and much room, and each of these alone does not: from the other starts luck alone leads there.
     """
     values = values_of(problem)
     usual = Choice(**{name: some[0] for name, some in values.items()})  # type: ignore[arg-type]
@@ -68,6 +79,9 @@ def starts(problem: Problem) -> tuple[Choice, ...]:
     fine = replace(usual, micro_batches=2, prefill=4.0, **finest)
     whole = replace(usual, ring=1.2, micro_batches=2, prefill=4.0, parts=1, groups=2)
     bridging = replace(usual, ring=2.0, prefill=1.25, parts=1, groups=2)
+    halves = replace(
+        usual, ring=1.1, micro_batches=4, prefill=4.0, parts=min(2, max(values["parts"])), groups=2
+    )
     least: dict[str, Any] = {name: min(values[name]) for name in ("ring", "prefill")}
     most: dict[str, Any] = {name: max(values[name]) for name in ("micro_batches", "parts", "pages")}
-    return usual, fine, whole, bridging, replace(usual, **least, **most)
+    return Starts(usual, fine, whole, bridging, halves, replace(usual, **least, **most))

@@ -44,6 +44,7 @@ class PassWork:
         sampled_rows: tokens whose logits are computed.
         expert_parts: sweeps over a layer's experts; tokens are taken to reach all experts alike.
         unpacked_for: the micro-batch whose sweep comes first and unpacks pages for all; None: they are not packed.
+        first_part_at_once: sweeps of the first of several parts come in the order of micro-batches.
         num_prefill: micro-batches of prompts, which come before those that decode; None where nobody says.
         streamed_pages: that come to the GPU in the pass; None where nobody says.
         kv_share: of the layers, those that have their KV on the GPU.
@@ -61,6 +62,7 @@ class PassWork:
     sampled_rows: tuple[int, ...]
     expert_parts: int = 1
     unpacked_for: int | None = None
+    first_part_at_once: bool = False
     num_prefill: int | None = None
     streamed_pages: int | None = None
     kv_share: float = 0.0
@@ -69,6 +71,11 @@ class PassWork:
     def num_experts_in(self, part: int) -> int:
         """Experts that a part sweeps."""
         return len(experts_in(self.spec.experts.num_experts, self.expert_parts, part))
+
+    def swept_first(self, part: int) -> int | None:
+        """The micro-batch whose sweep over a part comes first; None where nobody asks, as pages are not packed."""
+        is_at_once = self.first_part_at_once and part == 0 and self.expert_parts > 1
+        return 0 if is_at_once else self.unpacked_for
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
@@ -212,7 +219,7 @@ def _page_bytes(work: PassWork, *, packed: bool) -> int:
 
 def unpack_bytes(work: PassWork, task: Task) -> int:
     """GPU memory that a sweep reads and writes to unpack its pages; 0 if another did, or pages are not packed."""
-    if work.unpacked_for not in task.micro_batches:
+    if work.unpacked_for is None or work.swept_first(task.part) not in task.micro_batches:
         return 0
     pages = work.num_experts_in(task.part) * work.pages_per_expert
     return pages * (_page_bytes(work, packed=True) + _page_bytes(work, packed=False))

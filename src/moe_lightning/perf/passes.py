@@ -239,8 +239,8 @@ def _with_fewer_pages(shape: PassShape, most: int) -> PassShape:
 def _remembered(seconds: Callable[[Task], float], work: PassWork) -> Callable[[Task], float]:
     """Asks once for tasks that differ in their layer, page or like micro-batch alone."""
     known: dict[tuple[TaskKind, tuple[int, ...], int], float] = {}
-    # The micro-batch whose sweep unpacks pages is like no other.
-    unpacks = [j == work.unpacked_for for j in range(len(work.tokens))]
+    # Micro-batches whose sweeps unpack pages are like no other.
+    unpacks = [(j == 0, j == work.unpacked_for) for j in range(len(work.tokens))]
     sizes = list(zip(work.tokens, work.context_tokens, work.sampled_rows, unpacks, strict=True))
     # Of like micro-batches, the first.
     firsts = {size: j for j, size in reversed(list(enumerate(sizes)))}

@@ -80,7 +80,7 @@ def _is_packable(problem: Problem) -> bool:
     """Experts are bfloat16, and some of them stream."""
     if problem.dtype != "bfloat16" or problem.expert_bytes is not None:
         return False
-    usual = largest_policy(problem, starts(problem)[0])
+    usual = largest_policy(problem, starts(problem).usual)
     return usual is None or usual.num_frames > 0
 
 
@@ -93,7 +93,7 @@ def _as_fast_as_they_are(problem: Problem, packed: Planned, rates: Rates) -> Pla
     least = _WORTH_PACKING * packed.tokens_per_s
     choices = [packed.choice, *starts(problem)]
     if rates.knows_cpu_experts:  # packed ones are unpacked on the GPU, all of a layer in each pass
-        whole = replace(choices[1], kv_every=1, micro_batches=1, groups=1)
+        whole = replace(starts(problem).usual, kv_every=1, micro_batches=1, groups=1)
         choices += (changed(whole, "cpu_every", every) for every in values_of(problem)["cpu_every"] if every)
     some = (largest_policy(problem, choice) for choice in choices)
     is_likely = any(policy and problem.outlook(policy, rates).estimate >= least for policy in some)
@@ -110,20 +110,23 @@ def _searched(problem: Problem, rates: Rates, near: Planned | None) -> Planned:
     if near:
         found.try_plan(near)
         found.vary(near.choice)
-    is_near, (usual, fine, whole, bridging, smallest) = found.best is not None, starts(problem)
+    is_near, begin = found.best is not None, starts(problem)
     # What is mostly fastest comes first: the more is known to be far behind.
-    for start in (bridging,) if is_near else (bridging, whole, usual, fine):
+    first = (
+        (begin.bridging,) if is_near else (begin.bridging, begin.halves, begin.whole, begin.usual, begin.fine)
+    )
+    for start in first:
         found.vary(start)
     if found.best is None:
-        found.vary(smallest)
+        found.vary(begin.smallest)
     if found.best is None:
-        some = (replace(smallest, pages=int(pages)) for pages in values_of(problem)["pages"])
+        some = (replace(begin.smallest, pages=int(pages)) for pages in values_of(problem)["pages"])
         raise no_feasible_policy(problem, tuple(some))
     if not is_near:
         found.vary(found.best.choice)
         if found.best.policy.num_frames:
             found.vary_both(found.best.choice, "ring", "parts")
-    found, problem = _settled(found, problem, bridging, rates, is_near=is_near)
+    found, problem = _settled(found, problem, begin.bridging, rates, is_near=is_near)
     assert found.best is not None
     plan = with_slack(problem, found.best, rates)
     if not is_near:

@@ -90,7 +90,7 @@ def pass_work(
     rows = tuple(round(number) for number in prompts) + tuple(tokens[n:])
     return PassWork(
         spec, dtype or spec.dtype, pages_per_expert, tuple(tokens), tuple(context), rows, shape.num_parts,
-        first_swept(n, len(tokens)) if packed else None, n, sum(shape.streamed_pages),
+        first_swept(n, len(tokens)) if packed else None, shape.first_part_at_once, n, sum(shape.streamed_pages),
         shape.num_keeping_kv / shape.num_layers, shape.num_on_cpu / shape.num_layers,
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ def with_enough(problem: Problem, rates: Rates) -> Problem:
     Where not the link but arithmetic or host memory is the bound, twice the sequences take twice as long. Kept are
     several times as many as the bound needs, so that lanes do not wait for each other either.
     """
-    usual = starts(problem)[0]
+    usual = starts(problem).usual
 
     @cache
     def bound(num_seqs: int) -> float:
@@ -56,9 +56,10 @@ def of_fewer(
     seldom slower, and little.
     """
     assert found.best is not None
-    best, bridging = found.best.choice, starts(problem)[3]
+    best, begin = found.best.choice, starts(problem)
     shares = {best.kv_every, 1} if best.kv_every else set()
-    others = [replace(best, kv_every=0), *(replace(bridging, kv_every=every) for every in {0, *shares})]
+    others = [replace(best, kv_every=0), begin.halves]
+    others += (replace(begin.bridging, kv_every=every) for every in {0, *shares})
     choices = list(dict.fromkeys([best, *others]))
     result, fewer = (found, problem), _with_fewer(most, problem, best)
     requests = most.workload.num_requests

@@ -198,9 +198,8 @@ def _draft(problem: Problem, choice: Choice, num_seqs: int) -> Policy:
         group_size=2**16 if choice.groups == 1 else ceil(count / choice.groups),
         look_ahead=ceil(choice.ahead * count), prefill_tokens=prefill, chunk_tokens=min(CHUNK_TOKENS, prefill),
         pages_per_expert=choice.pages, resident_pages=(0,) * problem.spec.num_layers, num_frames=0, num_blocks=0,
-        block_size=BLOCK_SIZE, expert_parts=choice.parts, kv_every=choice.kv_every,
-        cpu_every=choice.cpu_every,
-        packed=problem.packs(choice.cpu_every),
+        block_size=BLOCK_SIZE, expert_parts=choice.parts, first_part_at_once=choice.parts > 1,
+        kv_every=choice.kv_every, cpu_every=choice.cpu_every, packed=problem.packs(choice.cpu_every),
     )  # fmt: skip
 
 

@@ -18,7 +18,8 @@ def launched(shape: PassShape) -> PassBuilder:
     Larger groups sweep a layer's experts once for several micro-batches. Prompts fill the GPU's time while the CPU
     attends: their attention comes before that of the decode micro-batches is awaited, and their experts after the
     decode sequences have left for the next layer's attention. Where experts are swept in parts, the groups come
-    part by part, so that the frames of each are soon free. Where a layer has its KV on the GPU, the GPU attends.
+    part by part, so that the frames of each are soon free; the first part may be swept at once, as attention comes
+    in, prompts first. Where a layer has its KV on the GPU, the GPU attends.
     Where its experts are on the CPU, pages of the next layers come while that computes.
     """
     builder = PassBuilder(shape)
@@ -33,13 +34,17 @@ def launched(shape: PassShape) -> PassBuilder:
             prefill(builder, layer, j)
             builder.load_pages(pages_due(builder, layer, j))
             builder.post_attention(layer, j)
+        for j in chunks:
+            sweep_at_once(builder, layer, j)
         for j in decode:
             ahead.launch(ahead.position(layer, j) + 1)
             if not shape.keeps_kv(layer):
                 builder.load_hidden(layer, j, Lane.BACK)
             builder.load_pages(pages_due(builder, layer, j))
             builder.post_attention(layer, j)
-            if not shape.part_pages:
+            if shape.part_pages:
+                sweep_at_once(builder, layer, j)
+            else:
                 close_group(builder, layer, j)
             ahead.launch(ahead.position(layer, j) + 1 + shape.look_ahead)
         if shape.part_pages:
@@ -50,13 +55,21 @@ def launched(shape: PassShape) -> PassBuilder:
     return builder
 
 
+def sweep_at_once(builder: PassBuilder, layer: int, j: int) -> None:
+    """What the group that ends with j need not wait for: nothing, or the first part of the layer's experts."""
+    group = builder.group_ending_at(j)
+    if group is not None:
+        for part in builder.shape.parts_at_once(layer):
+            experts(builder, layer, group, part)
+
+
 def sweep_parts(builder: PassBuilder, ahead: LookAhead, layer: int) -> None:
-    """The layer's experts part by part; after the last the decode sequences leave before the prompts' turn."""
+    """The other parts of the layer, one by one; after the last decode sequences leave before the prompts' turn."""
     shape = builder.shape
     chunks = [g for g, members in enumerate(shape.groups) if members[0] < shape.num_prefill]
     decode = range(len(chunks), len(shape.groups))
     parts = shape.parts_of(layer)
-    for part in parts:
+    for part in parts[len(shape.parts_at_once(layer)) :]:
         for group in (*decode, *chunks):
             experts(builder, layer, group, part)
             if part == parts[-1]:

@@ -34,8 +34,8 @@ def pass_shape(
     )
     return PassShape(
         len(streamed), num_prefill, num_decode, policy.group_size, policy.look_ahead, streamed, policy.num_frames,
-        preloaded=preloaded, part_pages=_part_pages(policy, num_experts), kv_every=kv_every(policy),
-        cpu_every=cpu_every(policy),
+        preloaded=preloaded, part_pages=_part_pages(policy, num_experts),
+        first_part_at_once=policy.first_part_at_once, kv_every=kv_every(policy), cpu_every=cpu_every(policy),
     )  # fmt: skip
 
 

@@ -103,7 +103,8 @@ class PassShape:
     the others are resident. `preloaded` says that the previous pass has loaded this pass's first pages.
 
     Where a layer's experts are swept in parts, `part_pages` has the pages of each; the first of them are resident.
-    So frames are free again before the whole layer is done, and the ring may be smaller than a layer.
+    So frames are free again before the whole layer is done, and the ring may be smaller than a layer. With
+    `first_part_at_once` groups have the first part as soon as their attention is in.
 
     The last of every `kv_every` layers keeps its KV on the GPU; 0: none does. The last of every `cpu_every` has its
     experts computed on the CPU, streams no page and is swept as one; 0: none is.
@@ -118,6 +119,7 @@ class PassShape:
     num_frames: int
     preloaded: bool = False
     part_pages: tuple[int, ...] = ()
+    first_part_at_once: bool = False
     kv_every: int = 0
     cpu_every: int = 0
 
@@ -137,6 +139,10 @@ class PassShape:
     def parts_of(self, layer: int) -> range:
         """Sweeps over the layer's experts."""
         return range(1 if self.is_on_cpu(layer) else self.num_parts)
+
+    def parts_at_once(self, layer: int) -> range:
+        """Those of the sweeps that do not wait for all of the layer's attention; the last one always does."""
+        return range(int(self.first_part_at_once and len(self.parts_of(layer)) > 1))
 
     @property
     def num_keeping_kv(self) -> int:

@@ -63,8 +63,11 @@ class Effort:
     pages_s: float = 1.0
     num_seqs: tuple[int, ...] = (1, 128, 1024)
     geometries: tuple[tuple[int, int, int], ...] = ((32, 32, 128), (32, 8, 128), (32, 4, 128))
-    tokens: tuple[int, ...] = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-    part_tokens: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
+    # Tiles of experts have 16 to 128 rows, so a sweep's seconds rise in steps. Sizes in the middle of steps for
+    # Mixtral-8x7B (a quarter of the tokens for each expert), and below their ends for sixteenths: where steps begin,
+    # some experts have a tile more, and what lies between two such sizes would be taken to be as slow.
+    tokens: tuple[int, ...] = (1, 16, 64, 128, 240, 448, 832, 1856, 3904, 8000)
+    part_tokens: tuple[int, ...] = (240, 448, 832, 1856, 3904, 8000)
     expert_parts: tuple[int, ...] = (8, 4)
     cpu_tokens: tuple[int, ...] = (1, 4, 8, 16, 64, 256, 1024, 4096)
     rows: tuple[int, ...] = (1, 16, 64, 256, 512, 2048)
