@@ -24,6 +24,8 @@ def neighbours(problem: Problem, planned: Planned) -> dict[str, Policy]:
             found[name] = policy
         return is_new
 
+    if planned.policy.expert_parts > 1:  # the planner's are always so, and this shows what that is worth
+        add("first part late", replace(planned.policy, first_part_at_once=False))
     for up in (True, False):
         for name, steps in _STEPS.items():
             for value in _beyond(values_of(problem)[name], getattr(planned.choice, name), steps, up):
