@@ -14,14 +14,13 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accuracy_tables import is_steady
+from accuracy_tables import is_steady, memory_of
 from headline import hardware_limit_of
 from model_on_record import hashable
 
 from moe_lightning.bench.models import spec_of
 from moe_lightning.perf.page_size import page_bytes
 from moe_lightning.policy import Policy
-from moe_lightning.units import GIB
 
 Values = dict[str, Any]
 
@@ -84,9 +83,7 @@ def main() -> None:
             name = (
                 f"{path.parent.name}/{path.stem}{'' if is_steady(values['measured'][0]) else ', not steady'}"
             )
-            print(
-                f"| {name} | {values['gpu_memory'] / GIB:g} GiB | {values['workload']['gen_len']} | {shares} |"
-            )
+            print(f"| {name} | {memory_of(values)} | {values['workload']['gen_len']} | {shares} |")
 
 
 if __name__ == "__main__":

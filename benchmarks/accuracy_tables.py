@@ -16,6 +16,18 @@ def points_of(results: Iterable[Values]) -> list[Values]:
     return [values for values in results if "point" in values]
 
 
+def memory_of(values: Values) -> str:
+    """How much of which GPU's memory: "24 GiB of an H100"; of results that do not say which, "24 GiB"."""
+    card = card_of(values)
+    return f"{values['gpu_memory'] / 2**30:g} GiB{f' of an {card}' if card else ''}"
+
+
+def card_of(values: Values) -> str:
+    """The GPU that a result is from, such as H100; nothing where it does not say."""
+    name: str = (values.get("hardware") or {}).get("gpu") or ""
+    return name.removeprefix("NVIDIA ").partition(" ")[0]
+
+
 def is_steady(found: Values) -> bool:
     """Whether nothing slowed down some passes of a steady state alone; of the oldest results nobody knows."""
     passes = found.get("passes")
@@ -46,7 +58,7 @@ def accuracy(results: Iterable[Values]) -> str:
             lanes = " | ".join(_lane(found["lanes"], name) for name in ("h2d", "gpu", "cpu", "d2h", "back"))
             rate, predicted = found["tokens_per_s"], found["predicted_tokens_per_s"]
             rows.append(
-                f"| {values['name']} | {values['gpu_memory'] / 2**30:g} GiB | {values['workload']['gen_len']} "
+                f"| {values['name']} | {memory_of(values)} | {values['workload']['gen_len']} "
                 f"| {commit} | {_passes(found)} | {predicted:,.0f} | {rate:,.0f} "
                 f"| {_off(rate, predicted, RATE_TOLERANCE)} | {lanes} |"
             )
@@ -127,12 +139,13 @@ def _wrong(found: Values) -> Iterator[str]:
 def _cells(results: Iterable[Values]) -> Iterator[tuple[str, list[tuple[float, Values]]]]:
     """Name and points of a cell with neighbours, with what each gains over the plan, the most first.
 
-    Those of one commit: others were measured on other machines.
+    Those of one commit and profile: others were measured on other machines.
     """
-    cells: dict[tuple[str, str], list[Values]] = {}
+    cells: dict[tuple[str, ...], list[Values]] = {}
     for values in points_of(results):
-        cells.setdefault((_title(values), values.get("commit", "")), []).append(values)
-    for (name, _), of in cells.items():
+        profile = (values.get("profile") or {}).get("created", "")
+        cells.setdefault((_title(values), values.get("commit", ""), profile), []).append(values)
+    for (name, *_), of in cells.items():
         plans = [values for values in of if _is_plan(values)]
         if plans and len(of) > len(plans):
             gains = ((_rate(values) / _beside(values, plans) - 1, values) for values in of)
@@ -161,7 +174,7 @@ def _title(values: Values) -> str:
         for key, what in (("max_num_seqs", "sequences"),)
         if values["settings"][key]
     )
-    return f"{values['name']}, {values['gpu_memory'] / 2**30:g} GiB, {values['workload']['gen_len']}{more}"
+    return f"{values['name']}, {memory_of(values)}, {values['workload']['gen_len']}{more}"
 
 
 def _rate(values: Values) -> float:

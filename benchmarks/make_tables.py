@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from accuracy_tables import accuracy, beside
+from accuracy_tables import accuracy, beside, card_of, memory_of
 from headline import headline
 
 from moe_lightning.bench.cell import turnover
@@ -94,7 +94,7 @@ def agreement(results: Iterable[Values]) -> str:
         steady, job = kinds["steady state"]["tokens_per_s"], kinds["job"]
         full = turnover([PassRecord(**p) for p in job["passes"]], gen_len)
         rows.append(
-            f"| {_model(cell)} | {cell['gpu_memory'] / GIB:g} GiB | {gen_len} | {steady:,.0f} | {full:,.0f} | "
+            f"| {_model(cell)} | {memory_of(cell)} | {gen_len} | {steady:,.0f} | {full:,.0f} | "
             f"{_share(full / steady)} | {job['tokens_per_s']:,.0f} |"
         )
     return "\n".join(rows)
@@ -108,7 +108,8 @@ def _groups(results: Iterable[Values]) -> dict[tuple[Any, ...], list[tuple[Value
         settings = values["settings"]
         host, seqs = settings["host_memory"], settings["max_num_seqs"]
         # A limit of all cells of a run is no cell of its own: the name of a cell says what is.
-        note = f", host {host / GIB:g} GiB" if host and "host" in values.get("cell", "") else ""
+        note = f" of an {card}" if (card := card_of(values)) else ""
+        note += f", host {host / GIB:g} GiB" if host and "host" in values.get("cell", "") else ""
         note += f", {seqs} sequences" if seqs else ""
         requests = values["workload"].get("num_requests")
         note += f", {requests} requests" if requests else ""

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accuracy_tables import IDLE, is_steady
+from accuracy_tables import IDLE, is_steady, memory_of
 
 from moe_lightning.bench.models import spec_of
 from moe_lightning.bench.report import LANE_TOLERANCE, RATE_TOLERANCE
@@ -28,7 +28,6 @@ from moe_lightning.perf.outlook import Outlook, Prediction
 from moe_lightning.perf.rates import DatasheetRates, MeasuredRates
 from moe_lightning.perf.workload import Workload
 from moe_lightning.policy import Policy
-from moe_lightning.units import GIB
 
 Values = dict[str, Any]
 
@@ -102,7 +101,7 @@ def _cell(values: Values) -> str:
     fewer = settings["max_num_seqs"] or values["workload"]["num_requests"] or "host" in values.get("cell", "")
     if not is_plan or fewer:
         return ""
-    return f"{settings['model']}, {values['gpu_memory'] / GIB:g} GiB, {values['workload']['gen_len']:3}"
+    return f"{settings['model']}, {memory_of(values)}, {values['workload']['gen_len']:3}"
 
 
 def _lanes(measured: Values, predicted: dict[str, float]) -> dict[str, float]:

@@ -206,6 +206,28 @@ class TestTables:
         assert not plan_accuracy._is_undisturbed(slower["measured"][0])
         assert plan_accuracy._is_undisturbed(like["measured"][0])
 
+    def test_a_plan_is_compared_with_neighbours_of_its_own_machine_alone(self):
+        """One commit on two machines, the second twice as fast; the tables say of which GPU its memory is."""
+        results = [
+            point(name, rate, 100)
+            | {"commit": "a", "began_s": n, "profile": {"created": str(n // 2)}, "hardware": {"gpu": gpu}}
+            for n, (name, rate, gpu) in enumerate(
+                [
+                    ("plan", 100, "NVIDIA H100 80GB HBM3"), ("ring 1", 99, "NVIDIA H100 80GB HBM3"),
+                    ("plan", 200, "NVIDIA H200"), ("ring 1", 202, "NVIDIA H200"),
+                ]
+            )
+        ]  # fmt: skip
+        assert [line for line in verdicts(results, 0.05)[0] if "neighbour" in line] == [
+            "mixtral, 24 GiB of an H100, 128: 1 neighbour, the fastest is ring 1, -1.0% to the plan",
+            "mixtral, 24 GiB of an H200, 128: 1 neighbour, the fastest is ring 1, +1.0% to the plan",
+        ]
+        for each in results:
+            each["hardware"] = {"gpu": "NVIDIA H200"}
+        assert [line.partition("1, ")[2] for line in verdicts(results, 0.05)[0] if "neighbour" in line] == [
+            "-1.0% to the plan", "+1.0% to the plan",
+        ]  # fmt: skip
+
     def test_a_plan_is_compared_with_neighbours_of_its_own_commit_alone(self):
         others = [point(name, rate, 100) | {"commit": "b"} for name, rate in (("plan", 90), ("ring 1", 89))]
         results = [point("plan", 100, 100) | {"commit": "a0b1c2d3e4"}, *others]

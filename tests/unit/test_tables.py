@@ -109,6 +109,9 @@ def test_a_cell_that_fails_stops_no_other(driver, tmp_path):
     assert len(list(tmp_path.glob("cell_*.json"))) == 2, "a wrong answer is kept, and told by the exit status"
 
 
+H100 = {"gpu": "NVIDIA H100 80GB HBM3"}
+
+
 def result(gpu=24, gen_len=128, rate=2000.0, kind="steady state", **changes):
     lanes = {"use": {"h2d": {"seconds": 1.4, "share": 0.96, "predicted_s": 1.4}}}
     values = {
@@ -177,13 +180,14 @@ def test_the_headline_has_a_column_for_each_length_and_counts_kept_promises():
     """Of plans alone, of jobs that fill memory; with 16-bit weights 54 GB/s allow 2,900 tokens/s here."""
 
     def run(rate, **changes):
-        values = result(rate=rate, plain_copy_bytes_per_s=5.4e10, **changes)
+        values = result(rate=rate, plain_copy_bytes_per_s=5.4e10, **{"hardware": H100, **changes})
         values["workload"]["num_requests"] = None
         return values
 
     results = [
         run(2100.0), run(1800.0, point="plan again 1"), run(1500.0, gen_len=64),
         run(9999.0, point="ring 2"), run(9999.0, cell="24GiB,128,steady,host=96GiB"),
+        run(9999.0, hardware={"gpu": "NVIDIA H200"}),
         {
             "engine": "deepspeed", "gpu_memory": 24 * GIB, "workload": {"gen_len": 128},
             "runs": [{"batch_size": 512, "tokens_per_s": 243.2}, {"batch_size": 1024, "error": "out of memory"}],

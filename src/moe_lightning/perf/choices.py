@@ -80,7 +80,7 @@ def starts(problem: Problem) -> Starts:
     whole = replace(usual, ring=1.2, micro_batches=2, prefill=4.0, parts=1, groups=2)
     bridging = replace(usual, ring=2.0, prefill=1.25, parts=1, groups=2)
     halves = replace(
-        usual, ring=1.1, micro_batches=4, prefill=4.0, parts=min(2, max(values["parts"])), groups=2
+        usual, ring=1.1, micro_batches=4, prefill=4.0, parts=int(min(2, max(values["parts"]))), groups=2
     )
     least: dict[str, Any] = {name: min(values[name]) for name in ("ring", "prefill")}
     most: dict[str, Any] = {name: max(values[name]) for name in ("micro_batches", "parts", "pages")}
