@@ -748,6 +748,21 @@ def test_more_memory_is_never_predicted_slower_where_kv_is_on_the_gpu(gpu, host)
         assert planned(*more, num_requests=20_000).tokens_per_s >= 0.98 * before.tokens_per_s
 
 
+@pytest.mark.parametrize(("model", "faster"), [("mixtral-8x7b", 1.25), ("mixtral-8x22b", 1.5)])
+def test_a_small_job_is_no_slower_with_a_faster_link_though_its_experts_and_kv_stay_where_they_are(
+    model, faster
+):
+    """Three of four requests at once: with all of them this way is slower than others, and not where one looks."""
+    spec, work, memory = registry.resolve(model), Workload((512,), 8, 4), Memory(300 * GIB, 15 * GIB)
+    usual = PRESETS["t4"]
+    plans = [
+        search(spec, "float16", memory, DatasheetRates(replace(usual, h2d=h2d)), work)
+        for h2d in (usual.h2d, faster * usual.h2d)
+    ]
+    assert all(plan.choice.kv_every == plan.choice.cpu_every == 1 for plan in plans)
+    assert plans[1].tokens_per_s >= plans[0].tokens_per_s
+
+
 @pytest.mark.parametrize(
     ("model", "gpu", "hosts", "gen"),
     [("mixtral-8x22b", 79, (300, 332, 360), 128), ("mixtral-8x7b", 23, (112, 140, 192), 32)],

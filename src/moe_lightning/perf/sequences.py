@@ -60,10 +60,12 @@ def of_fewer(
     shares = {best.kv_every, 1} if best.kv_every else set()
     others = [replace(best, kv_every=0), begin.halves]
     others += (replace(begin.bridging, kv_every=every) for every in {0, *shares})
-    choices = list(dict.fromkeys([best, *others]))
     result, fewer = (found, problem), _with_fewer(most, problem, best)
     requests = most.workload.num_requests
     is_brief = is_near or (requests is not None and requests <= most_sequences(most, best))  # all run at once
+    if is_brief and rates.knows_cpu_experts:  # nothing streams: with all at once the CPU may compute more than pays
+        others.append(replace(best, kv_every=1, cpu_every=1, micro_batches=1, groups=1))
+    choices = list(dict.fromkeys([best, *others]))
     for _ in range(1 if is_brief else _TURNS):
         reached = result[0].tokens_per_s
         likely, choices = _likely(fewer, choices, rates, reached), []
