@@ -63,7 +63,9 @@ def of_fewer(
     result, fewer = (found, problem), _with_fewer(most, problem, best)
     requests = most.workload.num_requests
     is_brief = is_near or (requests is not None and requests <= most_sequences(most, best))  # all run at once
-    if is_brief and rates.knows_cpu_experts:  # nothing streams: with all at once the CPU may compute more than pays
+    if (
+        is_brief and rates.knows_cpu_experts
+    ):  # nothing streams: with all at once the CPU may compute more than pays
         others.append(replace(best, kv_every=1, cpu_every=1, micro_batches=1, groups=1))
     choices = list(dict.fromkeys([best, *others]))
     for _ in range(1 if is_brief else _TURNS):
