@@ -27,7 +27,7 @@ from torch import Tensor
 from moe_lightning.bench.machine import facts, require_gpu
 from moe_lightning.bench.shapes import LayerShape, Routing
 from moe_lightning.engine.worker import cpu_lane_threads
-from moe_lightning.kernels import ops, packing
+from moe_lightning.kernels import ops
 from moe_lightning.kernels.cpu_kernels import CpuKernels
 from moe_lightning.memory.arena import HostArena
 from moe_lightning.memory.mapped import device_view
@@ -133,7 +133,7 @@ class Machine:
         page = torch.empty(3 * VALUES, dtype=torch.bfloat16, device="cuda").normal_(std=HIDDEN**-0.5)
         packed = torch.zeros(EXPERTS, self.row, dtype=torch.uint8, device="cuda")
         for part, segment in enumerate(page.split(VALUES)):
-            packing.pack(segment, packed[0, part * segment_bytes(VALUES) :][: segment_bytes(VALUES)])
+            ops.pack(segment, packed[0, part * segment_bytes(VALUES) :][: segment_bytes(VALUES)])
         packed[1:] = packed[0]
         frames = page.repeat(EXPERTS * PAGES, 1)
         table = torch.randperm(EXPERTS * PAGES, device="cuda").int()

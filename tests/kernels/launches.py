@@ -13,6 +13,7 @@ from moe_lightning.kernels import (
     experts,
     host_rows,
     norm,
+    pack,
     paged_attention,
     rope,
     router,
@@ -22,7 +23,7 @@ from moe_lightning.kernels import (
 )
 from moe_lightning.kernels.expert_config import ExpertsConfig, Tile
 from moe_lightning.models.spec import AttentionSpec, RouterSpec
-from moe_lightning.perf.page_size import page_bytes
+from moe_lightning.perf.page_size import page_bytes, segment_bytes, segment_parts
 from moe_lightning.pipeline.shape import experts_in
 
 NUM_FRAMES = 40_000  # more elements than 32 bits can count
@@ -101,6 +102,9 @@ def unpacking(shape: LayerShape) -> None:
         NUM_FRAMES, page_bytes(shape.hidden_size, shape.page_rows, 2, packed=True), dtype=torch.uint8
     )
     table, out = empty(pages, dtype=torch.int32), empty(pages, 3 * values, dtype=torch.bfloat16)
+    parts, segment = segment_parts(values), packed[0, : segment_bytes(values)]
+    pack.pack_tiles(out[0, :values].view(torch.int16), segment, parts)
+    pack.write_escapes(out[0, :values].view(torch.int16), segment, parts)
     for first, count in ((0, pages), (pages - 1, 1)):
         unpack.unpack_pages(packed, table, first, count, out, values)
 

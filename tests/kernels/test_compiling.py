@@ -17,9 +17,9 @@ KIB = 1024
 SHARED_BYTES = {75: 64 * KIB, 80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 120: 99 * KIB}
 LARGEST_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 KERNELS = {
-    "_attention_kernel", "_count_kernel", "_gather_kernel", "_load_kernel", "_place_kernel", "_rms_norm_kernel",
-    "_rotate_kernel", "_route_kernel", "_store_kernel", "_unpack_kernel", "combine_kernel", "down_kernel",
-    "gate_up_kernel",
+    "_attention_kernel", "_count_kernel", "_escapes_kernel", "_gather_kernel", "_load_kernel", "_place_kernel",
+    "_rms_norm_kernel", "_rotate_kernel", "_route_kernel", "_store_kernel", "_tiles_kernel", "_unpack_kernel",
+    "combine_kernel", "down_kernel", "gate_up_kernel",
 }  # fmt: skip
 ROWS_ANYWHERE = "rows anywhere"  # a case of `launches`
 ALL = os.environ.get("MOE_LIGHTNING_FULL_TESTS") == "1"

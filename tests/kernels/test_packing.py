@@ -13,6 +13,7 @@ from moe_lightning.kernels import ops, packing
 from moe_lightning.perf.page_size import TILE, page_bytes, segment_bytes, segment_parts
 
 pytest.importorskip("triton")
+from moe_lightning.kernels import pack as packing_kernel
 from moe_lightning.kernels import unpack as kernel
 
 SIZES = (1, 2, TILE // 2, TILE - 1, TILE, TILE + 1, 3 * TILE + 77)
@@ -237,6 +238,44 @@ def test_packing_gives_the_same_bytes_wherever_the_values_are(device):
     values[::500] = 1e-20
     values[TILE] = float("nan")
     out = torch.empty(segment_bytes(len(values)), dtype=torch.uint8)
-    packing.pack(values.to(device), out)
-    assert torch.equal(out, _packed(values))
+    for pack in (packing.pack, ops.pack):
+        pack(values.to(device), out.fill_(0xAA))
+        assert torch.equal(out, _packed(values))
     assert torch.equal(_bits(packing.unpack(out.to(device), len(values)).cpu()), _bits(values))
+
+
+def _with_exponents(first, last, size):
+    """Any signs and mantissas, exponents from first to last."""
+    exponents = torch.randint(first, last + 1, (size,))
+    return (exponents << 7 | torch.randint(0, 128, (size,)) | torch.randint(0, 2, (size,)) << 15).short()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        *(lambda size=size: _normal(size) for size in SIZES),
+        lambda: _normal(90, 70).t(),
+        lambda: torch.zeros(TILE + 9).bfloat16(),
+        *(lambda first=first: _with_exponents(first, min(first + 15, 255), 2 * TILE) for first in (0, 3, 130, 240)),
+        *(lambda first=first: _with_exponents(first, min(first + 16, 255), 16) for first in (0, 100, 235)),
+        # Tiles that no window near the largest exponent fits: one value far above all others, two scales.
+        lambda: torch.cat((torch.tensor([1e30]), torch.randn(TILE) * 1e-3, torch.randn(TILE) * 1e-9)).bfloat16(),
+        lambda: torch.cat((torch.randn(20) * 1e12, torch.randn(2 * TILE) * 1e-3)).bfloat16(),
+        lambda: _with_exponents(0, 255, 2 * TILE),  # refused
+    ],
+)  # fmt: skip
+def test_the_kernel_packs_the_bytes_of_the_reference_or_refuses_in_its_words(device, draw):
+    values = draw()
+    values = values if values.dtype is torch.bfloat16 else values.view(torch.bfloat16)
+    found = list[torch.Tensor | str]()
+    for pack, where in ((packing.pack, "cpu"), (packing_kernel.pack, device)):
+        out = torch.full((segment_bytes(values.numel()),), 0xAA, dtype=torch.uint8)
+        try:
+            pack(values.to(where), out)
+            found.append(out)
+        except NotPackableError as error:
+            found.append(str(error))
+    if isinstance(found[0], str):
+        assert found[0] == found[1]
+    else:
+        assert torch.equal(*found)

@@ -11,7 +11,7 @@ from moe_lightning.bench.experts import WrongResultError
 from moe_lightning.bench.result import Measurement
 from moe_lightning.bench.shapes import LayerShape
 from moe_lightning.bench.timing import seconds_of
-from moe_lightning.kernels import ops, packing
+from moe_lightning.kernels import ops
 from moe_lightning.perf.page_size import page_bytes, segment_bytes
 
 _BYTES = 2**28  # of packed pages in one call: more than any cache
@@ -43,4 +43,4 @@ def measure_unpacking(model: str, shape: LayerShape) -> Measurement:
 def _pack(page: Tensor, row: Tensor, values: int) -> None:
     size = segment_bytes(values)
     for segment in range(3):
-        packing.pack(page[segment * values :][:values], row[segment * size :][:size])
+        ops.pack(page[segment * values :][:values], row[segment * size :][:size])

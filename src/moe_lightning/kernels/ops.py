@@ -86,6 +86,16 @@ def store_kv(kv: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     kernel.store_kv(kv, k, v, slots)
 
 
+def pack(values: Tensor, out: Tensor) -> None:
+    """bfloat16 values into a packed segment; see `packing.pack`, also for what it raises."""
+    if not values.is_cuda:
+        packing.pack(values, out)
+        return
+    from moe_lightning.kernels import pack as kernel
+
+    kernel.pack(values, out)
+
+
 def unpack_pages(packed: Tensor, table: Tensor, first: int, count: int, out: Tensor, num_values: int) -> None:
     """Pages first .. first + count - 1 of a layer, packed by `packing.pack`; page p into row p % rows of `out`.
 

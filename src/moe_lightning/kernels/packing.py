@@ -21,11 +21,10 @@ from torch import Tensor
 from moe_lightning.errors import NotPackableError
 from moe_lightning.perf.page_size import TILE, segment_bytes, segment_parts
 
-_TILES_AT_ONCE = 4096  # 16 million values: on a GPU, enough that launches cost little
-_TILES_AT_ONCE_CPU = 64  # what is made of them meanwhile stays in a core's cache
-_CODES = 15  # that stand for exponents
-_NUM_WINDOWS = 8  # that are tried: the first ends with the tile's largest exponent, each other one lower
-_MANY = 16  # exponents of a tile without a code: twice its share of the list of escapes
+_TILES_AT_ONCE = 64  # what is made of them meanwhile stays in a core's cache
+CODES = 15  # that stand for exponents
+NUM_WINDOWS = 8  # that are tried: the first ends with the tile's largest exponent, each other one lower
+MANY = 16  # exponents of a tile without a code: twice its share of the list of escapes
 _WORDS_AT_ONCE = 128  # that are added up, byte by byte: a byte holds no more than 255
 _SIGN_AND_MANTISSA = -0x7F81  # 0x807F as int16
 
@@ -65,19 +64,14 @@ def pack(values: Tensor, out: Tensor) -> None:
     """
     num_values = values.numel()
     assert values.dtype is torch.bfloat16
-    _check(out, num_values)
+    check(out, num_values)
     packed = out if out.device == values.device else torch.empty_like(out, device=values.device)
     segment, bits = _Segment.of(packed.zero_(), num_values), values.reshape(-1).view(torch.int16)
     num_escapes, capacity = 0, len(segment.escapes)
-    step = _TILES_AT_ONCE_CPU if values.device.type == "cpu" else _TILES_AT_ONCE
-    for first in range(0, len(segment.bases), step):
-        tiles = slice(first, min(first + step, len(segment.bases)))
+    for first in range(0, len(segment.bases), _TILES_AT_ONCE):
+        tiles = slice(first, min(first + _TILES_AT_ONCE, len(segment.bases)))
         num_escapes += _pack_tiles(bits, segment, tiles, num_escapes)
-    if num_escapes > capacity:
-        raise NotPackableError(
-            f"{num_escapes} of {num_values} weights have exponents outside their windows, and a packed segment has "
-            f"room for {capacity}; load them as they are, with packing=off"
-        )
+    check_escapes(num_escapes, capacity, num_values)
     if packed is not out:
         out.copy_(packed)
 
@@ -111,11 +105,11 @@ def _bases(exponents: Tensor) -> Tensor:
     many, as when one weight is far larger than all others or not a number, it is the best of all.
     """
     top = exponents.amax(1).int()
-    bases = [(top - k - _CODES).clamp_(min=0).to(torch.uint8) for k in range(_NUM_WINDOWS)]
+    bases = [(top - k - CODES).clamp_(min=0).to(torch.uint8) for k in range(NUM_WINDOWS)]
     missed = torch.stack([_count(_without_code(exponents, base)) for base in bases])
     best = torch.stack(bases).gather(0, missed.argmin(0, keepdim=True))[0]  # of equally good ones the first
     many = (
-        missed.amin(0) - _count(1 - exponents.clamp(max=1)) > _MANY
+        missed.amin(0) - _count(1 - exponents.clamp(max=1)) > MANY
     )  # zeros, which need no window, are among them
     bad = many.nonzero().flatten()
     if len(bad):
@@ -128,7 +122,7 @@ def _best_of_all(exponents: Tensor) -> Tensor:
     rows = torch.arange(len(exponents), device=exponents.device)[:, None] * 256
     counts = (rows + exponents).flatten().bincount(minlength=256 * len(exponents)).view(-1, 256)
     up_to = counts.cumsum(1)
-    covered = up_to[:, _CODES:] - up_to[:, :-_CODES]  # of each base, 0 to 240
+    covered = up_to[:, CODES:] - up_to[:, :-CODES]  # of each base, 0 to 240
     return (covered.shape[1] - 1 - covered.flip(1).argmax(1)).to(
         torch.uint8
     )  # of equally good ones the highest
@@ -140,7 +134,7 @@ def _without_code(exponents: Tensor, bases: Tensor) -> Tensor:
     In arithmetic of bytes, which torch does with a CPU's wide instructions, as it does not compare. Bytes wrap
     around: what is not above its base comes out above the window, since no base is over 240.
     """
-    return (exponents - (bases + 1)[:, None]).clamp_(min=_CODES - 1).sub_(_CODES - 1).clamp_(max=1)
+    return (exponents - (bases + 1)[:, None]).clamp_(min=CODES - 1).sub_(CODES - 1).clamp_(max=1)
 
 
 def _count(ones: Tensor) -> Tensor:
@@ -163,7 +157,7 @@ def unpack(packed: Tensor, num_values: int) -> Tensor:
         packed: [segment_bytes(num_values)] uint8, contiguous, beginning at a multiple of 4 bytes.
         num_values: n.
     """
-    _check(packed, num_values)
+    check(packed, num_values)
     low, codes, bases, starts, escapes = _Segment.of(packed, num_values)
     codes = torch.cat((codes & 15, codes >> 4), dim=1)
     exponents = (codes + bases[:, None]).mul_(codes.clamp(max=1)).view(-1)
@@ -185,7 +179,21 @@ def unpack_pages(packed: Tensor, table: Tensor, first: int, count: int, out: Ten
             out[row, segment * num_values : (segment + 1) * num_values].copy_(values)
 
 
-def _check(packed: Tensor, num_values: int) -> None:
+def check(packed: Tensor, num_values: int) -> None:
+    """That a tensor can hold the segment of so many values."""
     assert packed.dtype is torch.uint8
     assert packed.shape == (segment_bytes(num_values),), f"{packed.shape} for {num_values} values"
     assert packed.is_contiguous()
+
+
+def check_escapes(num_escapes: int, capacity: int, num_values: int) -> None:
+    """That the list of escapes has room for all.
+
+    Raises:
+        NotPackableError: it has not.
+    """
+    if num_escapes > capacity:
+        raise NotPackableError(
+            f"{num_escapes} of {num_values} weights have exponents outside their windows, and a packed segment has "
+            f"room for {capacity}; load them as they are, with packing=off"
+        )

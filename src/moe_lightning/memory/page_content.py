@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from moe_lightning.kernels import packing
+from moe_lightning.kernels import ops, packing
 from moe_lightning.memory.page_store import PageStore
 from moe_lightning.perf.page_size import segment_bytes
 
@@ -57,7 +57,7 @@ class PageContent:
         """
         pages = self._pages
         if is_packed(segment):
-            packing.pack(values.to(pages.frames.device, pages.dtype), segment)
+            ops.pack(values.to(pages.frames.device, pages.dtype), segment)
         else:
             segment.view(values.shape).copy_(values)
 
