@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,15 +18,14 @@ def points_of(results: Iterable[Values]) -> list[Values]:
 
 
 def memory_of(values: Values) -> str:
-    """How much of which GPU's memory: "24 GiB of an H100"; of results that do not say which, "24 GiB"."""
-    card = card_of(values)
-    return f"{values['gpu_memory'] / 2**30:g} GiB{f' of an {card}' if card else ''}"
+    """How much of which GPU's memory: "24 GiB, H100"; of results that do not say which, "24 GiB"."""
+    return ", ".join(filter(None, (f"{(values['gpu_memory'] or 0) / 2**30:g} GiB", card_of(values))))
 
 
 def card_of(values: Values) -> str:
-    """The GPU that a result is from, such as H100; nothing where it does not say."""
+    """The GPU that a result is from, such as H100 or GeForce RTX 4090; nothing where it does not say."""
     name: str = (values.get("hardware") or {}).get("gpu") or ""
-    return name.removeprefix("NVIDIA ").partition(" ")[0]
+    return re.sub(r" \d+GB.*", "", name.removeprefix("NVIDIA "))
 
 
 def is_steady(found: Values) -> bool:

@@ -138,7 +138,9 @@ def _best_of_peer(results: Iterable[Values], engine: str, length: int) -> str:
     rates = [
         run["tokens_per_s"]
         for values in results
-        if values.get("engine") == engine and values["workload"]["gen_len"] == length
+        if values.get("engine") == engine
+        and card_of(values) == _CARD
+        and values["workload"]["gen_len"] == length
         for run in values["runs"]
         if run.get("tokens_per_s")
     ]

@@ -108,7 +108,7 @@ def _groups(results: Iterable[Values]) -> dict[tuple[Any, ...], list[tuple[Value
         settings = values["settings"]
         host, seqs = settings["host_memory"], settings["max_num_seqs"]
         # A limit of all cells of a run is no cell of its own: the name of a cell says what is.
-        note = f" of an {card}" if (card := card_of(values)) else ""
+        note = f", {card}" if (card := card_of(values)) else ""
         note += f", host {host / GIB:g} GiB" if host and "host" in values.get("cell", "") else ""
         note += f", {seqs} sequences" if seqs else ""
         requests = values["workload"].get("num_requests")
@@ -131,14 +131,12 @@ def peers(results: Iterable[Values]) -> str:
     for values in results:
         if "engine" not in values:
             continue
-        key = (values["engine"], values["gpu_memory"] or 0, values["workload"]["gen_len"])
+        key = (values["engine"], memory_of(values), values["workload"]["gen_len"])
         for run in values["runs"]:
             if run.get("tokens_per_s", 0.0) > best.get(key, {}).get("tokens_per_s", 0.0):
                 best[key] = run
-    for (engine, gpu, gen_len), run in sorted(best.items()):
-        rows.append(
-            f"| {engine} | {gpu / GIB:g} GiB | {gen_len} | {run['batch_size']} | {run['tokens_per_s']:,.1f} |"
-        )
+    for (engine, memory, gen_len), run in sorted(best.items()):
+        rows.append(f"| {engine} | {memory} | {gen_len} | {run['batch_size']} | {run['tokens_per_s']:,.1f} |")
     return "\n".join(rows)
 
 

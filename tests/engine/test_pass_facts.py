@@ -35,6 +35,10 @@ def test_tokens_keys_and_rows_are_those_of_each_token_of_each_micro_batch(step, 
     spec = replace(SPEC, attention=replace(SPEC.attention, sliding_window=window))
     work = pass_work(spec, "bfloat16", POLICY, step, streamed_pages=7)
     assert (work.num_prefill, work.streamed_pages, work.kv_share) == (len(step.prefill), 7, 0.0)
+    at_once = replace(POLICY, packed=True, first_part_at_once=True)
+    in_parts = pass_work(spec, "bfloat16", at_once, step, expert_parts=2)
+    first = in_parts.num_prefill if step.decode else 0
+    assert (in_parts.swept_first(0), in_parts.swept_first(1)) == (0, first)
     three_layers = replace(spec, num_layers=3)
     assert pass_work(three_layers, "bfloat16", replace(POLICY, kv_every=2), step).kv_share == 1 / 3
     starts = [[(p.start, len(p.token_ids)) for p in chunk] for chunk in step.prefill]

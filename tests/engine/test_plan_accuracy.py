@@ -26,6 +26,8 @@ from moe_lightning.perf.memory import memory_use
 from moe_lightning.perf.paper_model import PaperMachine
 from moe_lightning.perf.planner import problem_of, search
 from moe_lightning.perf.rates import DatasheetRates
+from moe_lightning.perf.sizing import largest_policy
+from moe_lightning.perf.trials import Planned
 from moe_lightning.perf.workload import Workload
 from moe_lightning.units import GIB, MIB
 
@@ -58,6 +60,16 @@ def test_neighbours_are_other_policies_that_fit(planned):
     for policy in found.values():
         use = memory_use(SHALLOW, 2, policy)
         assert use.gpu_bytes <= problem.memory.gpu and use.host_bytes <= problem.memory.host
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_of_plans_in_parts_one_neighbour_has_the_first_with_the_others(parts, planned):
+    problem, plan = planned
+    choice = replace(plan.choice, parts=parts)
+    policy = largest_policy(problem, choice)
+    found = neighbours(problem, Planned(problem.outlook(policy, plan.outlook.rates), choice))
+    late = replace(policy, first_part_at_once=False)
+    assert found.get("first part late") == (late if parts > 1 else None)
 
 
 @pytest.fixture
@@ -219,8 +231,8 @@ class TestTables:
             )
         ]  # fmt: skip
         assert [line for line in verdicts(results, 0.05)[0] if "neighbour" in line] == [
-            "mixtral, 24 GiB of an H100, 128: 1 neighbour, the fastest is ring 1, -1.0% to the plan",
-            "mixtral, 24 GiB of an H200, 128: 1 neighbour, the fastest is ring 1, +1.0% to the plan",
+            "mixtral, 24 GiB, H100, 128: 1 neighbour, the fastest is ring 1, -1.0% to the plan",
+            "mixtral, 24 GiB, H200, 128: 1 neighbour, the fastest is ring 1, +1.0% to the plan",
         ]
         for each in results:
             each["hardware"] = {"gpu": "NVIDIA H200"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -24,6 +25,30 @@ def test_values_of_the_file_replace_those_of_the_base(path):
     policy = load_policy(str(path), BASE)
     assert (policy.schedule, policy.resident_pages, policy.look_ahead) == ("flexgen", (1, 0, 2), 0)
     assert policy.num_blocks == BASE.num_blocks
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_policy_as_json_comes_back_as_it_was(at_once, path):
+    """As `plan --json` and results have it."""
+    policy = Policy(
+        9, 3, 2, 5, 300, 70, 4, (0, 7, 16), 11, 99, block_size=32, expert_parts=2, first_part_at_once=at_once,
+        kv_every=2, cpu_every=3, packed=True,
+    )  # fmt: skip
+    path.write_text(json.dumps(asdict(policy)))
+    assert load_policy(str(path), BASE) == policy
+
+
+def test_policies_of_files_that_know_no_order_of_parts_keep_the_one_they_ran_with(path):
+    path.write_text(json.dumps({"expert_parts": 2}))
+    assert not load_policy(str(path), BASE).first_part_at_once
+
+
+@pytest.mark.parametrize("name", ["packed", "first_part_at_once"])
+@pytest.mark.parametrize("value", [1, 0, "no", None])
+def test_what_is_true_or_false_is_nothing_else(name, value, path):
+    path.write_text(json.dumps({name: value}))
+    with pytest.raises(ConfigError, match=rf"{name}={value!r}: give true or false"):
+        load_policy(str(path), BASE)
 
 
 @pytest.mark.parametrize("schedule", ["zzz", 3, None, ["cgopipe"]])

@@ -148,9 +148,9 @@ def _check_value(base: Policy, name: str, value: object) -> None:
             raise ConfigError(
                 f"resident_pages={value!r}: give a list of {layers} integers, one for each layer"
             )
-    elif name == "packed":
+    elif isinstance(getattr(base, name), bool):
         if not isinstance(value, bool):
-            raise ConfigError(f"packed={value!r}: give true or false")
+            raise ConfigError(f"{name}={value!r}: give true or false")
     elif name in _EVERY and isinstance(value, int) and value > len(base.resident_pages):
         raise ConfigError(
             f"{name}={value}: the last of so many layers {_EVERY[name]}, and there are "

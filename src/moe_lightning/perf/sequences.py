@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -60,14 +61,15 @@ def of_fewer(
     shares = {best.kv_every, 1} if best.kv_every else set()
     others = [replace(best, kv_every=0), begin.halves]
     others += (replace(begin.bridging, kv_every=every) for every in {0, *shares})
-    result, fewer = (found, problem), _with_fewer(most, problem, best)
     requests = most.workload.num_requests
-    is_brief = is_near or (requests is not None and requests <= most_sequences(most, best))  # all run at once
-    if (
-        is_brief and rates.knows_cpu_experts
-    ):  # nothing streams: with all at once the CPU may compute more than pays
+    all_at_once = requests is not None and requests <= most_sequences(most, best)
+    is_brief = is_near or all_at_once
+    if is_brief and rates.knows_cpu_experts:
+        # Nothing streams; of all at once the CPU may have more to compute than pays.
         others.append(replace(best, kv_every=1, cpu_every=1, micro_batches=1, groups=1))
     choices = list(dict.fromkeys([best, *others]))
+    recomputes = not all_at_once and found.best.prediction.bottleneck != "h2d"
+    result, fewer = (found, problem), _with_fewer(most, problem, best, recomputes=recomputes)
     for _ in range(1 if is_brief else _TURNS):
         reached = result[0].tokens_per_s
         likely, choices = _likely(fewer, choices, rates, reached), []
@@ -93,7 +95,7 @@ def _apart(likely: list[tuple[float, Problem, Choice]]) -> list[tuple[float, Pro
     """Those whose numbers of sequences are not nearly that of one before: from there the way leads to the same."""
     found: list[tuple[float, Problem, Choice]] = []
     for entry in likely:
-        if all(abs(entry[1].enough / other.enough - 1) > _NEAR for _, other, _ in found):
+        if all(abs(_number(entry[1]) / _number(other) - 1) > _NEAR for _, other, _ in found):
             found.append(entry)
     return found
 
@@ -108,7 +110,7 @@ def _likely(
 
     @cache
     def outlook(problem: Problem, choice: Choice) -> Outlook | None:
-        policy = sized(problem, choice, problem.enough)
+        policy = sized(problem, choice, _number(problem))
         return problem.outlook(policy, rates) if policy else None
 
     def bound(problem: Problem, choice: Choice) -> float:
@@ -131,10 +133,12 @@ def _likely(
     return sorted(best.values(), key=lambda entry: -entry[0])
 
 
-def _with_fewer(most: Problem, now: Problem, best: Choice) -> list[Problem]:
+def _with_fewer(most: Problem, now: Problem, best: Choice, *, recomputes: bool) -> list[Problem]:
     """The problem with KV memory for fewer sequences than fit, where that may be faster.
 
     With KV on the GPU each takes room of experts. Jobs of a few times as many requests end in passes nearly empty.
+    Where pages are not the bound, to compute anew what was put back takes time that nobody has to spare
+    (`recomputes`): fewer may run there, for whom there is memory to their end.
     """
     counts = set()
     if best.kv_every:
@@ -142,10 +146,21 @@ def _with_fewer(most: Problem, now: Problem, best: Choice) -> list[Problem]:
     if requests := most.workload.num_requests:
         counts |= {ceil(requests * 16 / wave) for wave in _WAVES}
     fitting = most_sequences(most, best)
-    others = (
-        count for count in sorted(counts) if _FEWEST * fitting <= count < fitting and count != now.enough
-    )
-    return [replace(most, enough=count) for count in others]
+
+    def some(counts: Iterable[int]) -> list[int]:
+        return [count for count in sorted(counts) if _FEWEST * fitting <= count < fitting]
+
+    found = [replace(most, enough=count) for count in some(counts) if count != now.enough]
+    if recomputes and not best.kv_every:
+        longer = most.blocks_of_longest / most.mean_blocks
+        places = some(round(2 ** (step / 2)) for step in range(2 * 20))
+        found += [replace(most, most_seqs=count, enough=ceil(longer * count)) for count in places]
+    return found
+
+
+def _number(problem: Problem) -> int:
+    """Sequences that decode, if they fit."""
+    return min(problem.enough, problem.most_seqs)
 
 
 def of_balanced(found: Trials, problem: Problem, most: Problem, rates: Rates) -> tuple[Trials, Problem]:

@@ -63,9 +63,9 @@ class Effort:
     pages_s: float = 1.0
     num_seqs: tuple[int, ...] = (1, 128, 1024)
     geometries: tuple[tuple[int, int, int], ...] = ((32, 32, 128), (32, 8, 128), (32, 4, 128))
-    # Tiles of experts have up to 128 rows, so that a sweep's seconds rise in steps. These sizes are amid steps for
-    # Mixtral-8x7B, where each expert has a quarter of the tokens, and not at the ends for a sixteenth: there some
-    # experts have a tile more, and what lies between two such sizes would be taken to be as slow.
+    # Tiles of experts have up to 128 rows, so that a sweep's seconds rise in steps. Where steps begin half of the
+    # experts have a tile more, and what lies below would be taken to be nearly as slow. So these are amid steps for
+    # Mixtral-8x7B, where an expert has a quarter of the tokens, and below their ends where it has a sixteenth.
     tokens: tuple[int, ...] = (1, 16, 64, 128, 240, 448, 832, 1856, 3904, 8000)
     part_tokens: tuple[int, ...] = (240, 448, 832, 1856, 3904, 8000)
     expert_parts: tuple[int, ...] = (8, 4)
