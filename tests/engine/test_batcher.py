@@ -187,7 +187,7 @@ class Run:
         assert all(0 < len(members) <= policy.micro_batch_size for members in batch.decode)
         for members, rows in zip(batch.decode, batch.step.decode, strict=True):
             for sequence, row in zip(members, rows, strict=True):
-                assert (row.token_id, row.position) == (sequence.last_token_id, sequence.num_tokens - 1)
+                assert (row.token_id, row.position) == (sequence.token_ids[-1], sequence.num_tokens - 1)
                 assert row.block_table == sequence.blocks
         self.check_chunks(batch)
 

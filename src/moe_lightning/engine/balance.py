@@ -69,8 +69,9 @@ def spread(lengths: Sequence[int], num_micro_batches: int, micro_batch_size: int
     open_sums = _open_sums(num_micro_batches, micro_batch_size) if lengths else []
     for index in _longest_first(lengths):
         context_tokens, target = open_sums[0]
-        micro_batches[target].append(index)
-        is_full = len(micro_batches[target]) == micro_batch_size
+        members = micro_batches[target]
+        members.append(index)
+        is_full = len(members) == micro_batch_size
         _update_least_loaded(open_sums, context_tokens + lengths[index], is_full=is_full)
     return micro_batches
 

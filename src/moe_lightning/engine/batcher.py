@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 
 from moe_lightning.engine.balance import spread
 from moe_lightning.engine.forecast import AnswerLengths, Forecast
@@ -14,10 +15,11 @@ from moe_lightning.engine.waiting import Turns, Waiting
 from moe_lightning.memory.blocks import BlockAllocator, num_blocks_for
 from moe_lightning.perf.filling import CHEAP, KNOWN
 from moe_lightning.policy import Policy
-from moe_lightning.runtime.micro_batch import DecodeRow, PrefillPiece, Step
+from moe_lightning.runtime.micro_batch import PrefillPiece, Step
 
-_UNLIMITED = 512
 _IN_ORDER = Turns()
+# Of thousands of sequences in each pass.
+_RANK, _PROMPT, _ALLOWED = attrgetter("rank"), attrgetter("num_prompt_tokens"), attrgetter("allowed")
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,15 @@ class Batcher:
         # What was just put back must not take the blocks that it gave up for others.
         admitted = [] if preempted else self._admit()
         decoding = list(self.running)
-        self.running = sorted(self.running + admitted, key=lambda s: s.rank)
+        self.running = sorted(self.running + admitted, key=_RANK)
         micro_batches = self._decode_micro_batches(decoding)
         chunks = list(self._chunks(admitted))
         return Batch(
             step=Step(
                 prefill=tuple(tuple(piece for _, piece in chunk) for chunk in chunks),
-                decode=tuple(tuple(self._decode_row(s) for s in members) for members in micro_batches),
+                decode=tuple(
+                    tuple(s.decode_row(self._eos_token_ids) for s in members) for members in micro_batches
+                ),
             ),
             prefill=tuple(tuple(s for s, piece in chunk if piece.sampling) for chunk in chunks),
             scored=tuple(tuple((s, len(p.next_ids)) for s, p in chunk if p.next_ids) for chunk in chunks),
@@ -149,7 +153,7 @@ class Batcher:
         for sequence in self.running:
             if sequence.finish:
                 self._release(sequence)
-                self._answer_lengths.count(len(sequence.output_ids), _allowed(sequence))
+                self._answer_lengths.count(len(sequence.output_ids), sequence.allowed)
         self.running = [s for s in self.running if not s.finish]
 
     def remove(self, request_ids: Collection[str]) -> None:
@@ -167,6 +171,15 @@ class Batcher:
 
     def _reserve(self) -> bool:
         """Give every running sequence a slot for its next token; whether some had to be put back."""
+        size = self._policy.block_size
+        growing = [
+            (sequence, count) for sequence in self.running
+            if (count := num_blocks_for(sequence.num_tokens, size) - len(sequence.blocks))
+        ]  # fmt: skip
+        if sum(count for _, count in growing) <= self.allocator.num_free:  # whoever comes first
+            for sequence, count in growing:
+                sequence.blocks += self.allocator.allocate(count)
+            return False
         kept: list[Sequence] = []
         pending = deque(sorted(self.running, key=self._turns.to_keep))
         victims: list[Sequence] = []
@@ -186,7 +199,7 @@ class Batcher:
                 continue
             sequence.blocks += self.allocator.allocate(missing)
             kept.append(sequence)
-        self.running = sorted(kept, key=lambda s: s.rank)
+        self.running = sorted(kept, key=_RANK)
         self._preempt(victims)
         return bool(victims)
 
@@ -281,7 +294,7 @@ class Batcher:
         """None in a job whose sequences may be put back: their prompts cost little beside what they generate."""
         if self._turns.together > 1:
             known = [*running, *self.waiting.next(KNOWN)]
-            if sum(s.num_prompt_tokens for s in known) <= CHEAP * share * sum(map(_allowed, known)):
+            if sum(map(_PROMPT, known)) <= CHEAP * share * sum(map(_ALLOWED, known)):
                 return None
         remaining = [_remaining(s, share) for s in running]
         candidates = self.waiting.next(max(1, self._max_num_seqs - len(running)))
@@ -300,11 +313,6 @@ class Batcher:
         lengths = [s.num_tokens for s in decoding]
         groups = spread(lengths, -(-len(decoding) // size), size)
         return [[decoding[i] for i in sorted(group)] for group in groups if group]
-
-    def _decode_row(self, sequence: Sequence) -> DecodeRow:
-        sampling = sequence.sampling(self._eos_token_ids)
-        assert sampling is not None, "a sequence without tokens to generate ends with its prompt"
-        return DecodeRow(sequence.last_token_id, sequence.num_tokens - 1, sequence.blocks, sampling)
 
     def _chunks(self, admitted: list[Sequence]) -> Iterable[list[tuple[Sequence, PrefillPiece]]]:
         """The prompts one after the other, cut into chunks that fit the workspace."""
@@ -337,12 +345,6 @@ class Batcher:
         )
 
 
-def _allowed(sequence: Sequence) -> int:
-    """Tokens that an answer may have; of one without a limit, more than most have."""
-    has_limit = sequence.request.params.max_tokens is not None
-    return sequence.max_new_tokens if has_limit else min(sequence.max_new_tokens, _UNLIMITED)
-
-
 def _remaining(sequence: Sequence, share: float) -> int:
     """Tokens that an answer will probably still get, if answers get this share of what they may."""
-    return max(1, round(_allowed(sequence) * share) - len(sequence.output_ids))
+    return max(1, round(sequence.allowed * share) - len(sequence.output_ids))

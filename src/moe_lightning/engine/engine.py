@@ -37,7 +37,6 @@ class Engine:
     Attributes:
         num_prompt_tokens: of all prompts computed so far, each counted once.
         num_generated_tokens: of all answers so far.
-        advanced: ids of the requests that got tokens in the last pass, those that it finished among them.
         watch: compares passes with their predictions; None for an engine without any.
         clock: seconds, for the watch.
     """
@@ -63,7 +62,7 @@ class Engine:
         self._num_arrived = self._num_too_large = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
-        self.advanced: list[str] = []
+        self._ran: Batch | None = None  # in the last pass
         self.watch: Watch | None = None
         self._last_pass: tuple[Step, float] | None = None  # and its seconds, not yet compared
         self.clock: Callable[[], float] = time.perf_counter
@@ -102,6 +101,14 @@ class Engine:
     def num_preemptions(self) -> int:
         """How often a sequence had to give its memory back."""
         return self._batcher.num_preemptions
+
+    @property
+    def advanced(self) -> list[str]:
+        """Ids of the requests that got tokens in the last pass, those that it finished among them."""
+        if self._ran is None:
+            return []
+        fed = (s for sequences in (*self._ran.prefill, *self._ran.decode) for s in sequences)
+        return list(dict.fromkeys(s.request.request_id for s in fed))
 
     def add(self, request: Request) -> None:
         """Queue a request; its id must be new among the unfinished ones."""
@@ -161,7 +168,7 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """One pass; the requests it finished."""
-        self.advanced = []
+        self._ran = None
         if not self._batcher.has_work:
             return []
         self._compare()
@@ -179,8 +186,7 @@ class Engine:
             self._back_off(reason)
             return []
         self._take(batch, outputs)
-        fed = [s for sequences in (*batch.prefill, *batch.decode) for s in sequences]
-        self.advanced = list(dict.fromkeys(s.request.request_id for s in fed))
+        self._ran = batch
         ended = {s.request.request_id for s in self._batcher.running if s.finish}
         self._batcher.retire()
         done = [r for r in ended if all(s.finish for s in self._unfinished[r])]
@@ -243,15 +249,15 @@ class Engine:
         if sampled is None:
             return
         rows = _Rows(sampled, self._tokenizer)
-        for row, sequence in enumerate(sequences):
+        for row, (sequence, token_id) in enumerate(zip(sequences, rows.token_ids, strict=True)):
             if sequence.finish:  # its prompt's scores were not finite
                 continue
-            if rows.token_ids[row] == NOT_FINITE:
+            if token_id == NOT_FINITE:
                 sequence.fail()
                 continue
             k = sequence.request.params.logprobs
             logprobs = None if k is None else rows.logprobs(row, k)
-            sequence.accept(rows.token_ids[row], self._eos_token_ids, logprobs)
+            sequence.accept(token_id, self._eos_token_ids, logprobs)
             self.num_generated_tokens += 1
 
     def _take_scores(self, scored: tuple[tuple[Sequence, int], ...], output: MicroBatchOutput) -> None:

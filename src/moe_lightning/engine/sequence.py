@@ -9,34 +9,40 @@ from moe_lightning.engine.detokenizer import Detokenizer
 from moe_lightning.engine.draws import uniform
 from moe_lightning.engine.request import CompletionOutput, Logprobs, Request
 from moe_lightning.engine.stopping import Finish, accept_token, forbidden_token_ids, max_new_tokens
+from moe_lightning.runtime.micro_batch import DecodeRow
 from moe_lightning.runtime.sampling_batch import RowSampling
+
+_UNLIMITED = 512
 
 
 class Sequence:
     """One of a request's n answers: its tokens, its KV blocks and how it goes on.
 
-    `order` is its place in arrival order; `blocks` is empty while it waits.
+    `order` is its place in arrival order; `blocks` is empty while it waits. `rank` says who goes first: the oldest,
+    and background work after all other. `allowed` are the tokens that the answer may have; of one without a limit,
+    more than most have.
     """
 
     def __init__(self, request: Request, index: int, order: int, max_model_len: int, tokenizer: Any) -> None:
         self.request = request
         self.index = index
         self.order = order
+        self.rank = request.is_background, order
         self.blocks: list[int] = []
         self.output_ids: list[int] = []
         self.logprobs: list[Logprobs] = []
         self.cumulative_logprob = 0.0
         self.finish: Finish | None = None
         self.max_new_tokens = max_new_tokens(request.params, len(request.prompt_token_ids), max_model_len)
+        has_limit = request.params.max_tokens is not None
+        self.allowed = self.max_new_tokens if has_limit else min(self.max_new_tokens, _UNLIMITED)
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self._form = request.form.begin() if request.form else None
         self._greedy: RowSampling | None = None  # the same for every token of most greedy answers
+        p = request.params
+        # Only the end of a text or its length ends it, and nobody looks at what it says before.
+        self._is_simple = not (p.stop_strings or p.stop_token_ids or p.min_tokens or self._form)
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=request.params.skip_special_tokens)
-
-    @property
-    def rank(self) -> tuple[bool, int]:
-        """Who goes first: the oldest, and background work after all other."""
-        return self.request.is_background, self.order
 
     @property
     def num_left(self) -> int:
@@ -53,17 +59,20 @@ class Sequence:
         """Prompt and answer so far."""
         return [*self.request.prompt_token_ids, *self.output_ids]
 
-    @property
-    def last_token_id(self) -> int:
-        """The token that goes in next."""
-        return self.output_ids[-1] if self.output_ids else self.request.prompt_token_ids[-1]
+    def decode_row(self, eos_token_ids: Collection[int]) -> DecodeRow:
+        """Its last token, which goes in next."""
+        output_ids = self.output_ids
+        sampling = self._greedy or self.sampling(eos_token_ids)
+        assert sampling is not None, "a sequence without tokens to generate ends with its prompt"
+        last = output_ids[-1] if output_ids else self.request.prompt_token_ids[-1]
+        return DecodeRow(last, self.num_prompt_tokens + len(output_ids) - 1, self.blocks, sampling)
 
     def sampling(self, eos_token_ids: Collection[int]) -> RowSampling | None:
         """How its next token is sampled; None if it wants none."""
-        if self.max_new_tokens == 0:
-            return None
         if self._greedy is not None:
             return self._greedy
+        if self.max_new_tokens == 0:
+            return None
         p, position = self.request.params, len(self.output_ids)
         sampling = RowSampling(
             temperature=p.temperature,
@@ -92,6 +101,14 @@ class Sequence:
     def accept(self, token_id: int, eos_token_ids: Collection[int], logprobs: Logprobs | None) -> None:
         """Take the next token; sets `finish` when it is the last."""
         self.output_ids.append(token_id)
+        if (
+            self._is_simple
+            and logprobs is None
+            and token_id not in eos_token_ids
+            and len(self.output_ids) < self.max_new_tokens
+        ):  # thousands of times a pass
+            self._detokenizer.append(token_id)
+            return
         if self._form:
             self._form.accept(token_id)
         if logprobs is not None:

@@ -51,7 +51,8 @@ def accept_token(
         max_new_tokens: see the function of that name.
     """
     token_id = token_ids[-1]
-    is_stop_token = is_stopped_by(token_id, params, eos_token_ids, len(token_ids))
+    may_stop = params.stop_token_ids or token_id in eos_token_ids
+    is_stop_token = may_stop and is_stopped_by(token_id, params, eos_token_ids, len(token_ids))
     if is_stop_token and not params.include_stop_str_in_output:
         return _finish_by_token(detokenizer, params, eos_token_ids, token_id)
     detokenizer.append(token_id)

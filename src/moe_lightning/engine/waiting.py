@@ -76,8 +76,15 @@ class Waiting:
         return (sequence for _, sequence in sorted(self._heap, key=lambda entry: entry[0]))
 
     def next(self, count: int) -> Iterator[Sequence]:
-        """The first so many."""
-        return (sequence for _, sequence in heapq.nsmallest(count, self._heap, key=lambda entry: entry[0]))
+        """The first so many, by way of the heap's own order: of thousands only those near the top are looked at."""
+        near = [(self._heap[0][0], 0)] if self._heap else []
+        while near and count:
+            _, place = heapq.heappop(near)
+            yield self._heap[place][1]
+            count -= 1
+            for child in (2 * place + 1, 2 * place + 2):
+                if child < len(self._heap):
+                    heapq.heappush(near, (self._heap[child][0], child))
 
     def change_turns(self, turns: Turns) -> None:
         """Wait in another order from now on."""

@@ -11,7 +11,7 @@ from moe_lightning.perf.attending import where_faster
 from moe_lightning.perf.choices import changed, starts, values_of
 from moe_lightning.perf.default_policy import Memory
 from moe_lightning.perf.rates import Rates
-from moe_lightning.perf.sequences import PAGES, balanced, of_balanced, of_fewer, with_enough
+from moe_lightning.perf.sequences import PAGES, balanced, of_balanced, of_fewer, of_undisturbed, with_enough
 from moe_lightning.perf.shortfall import no_feasible_policy
 from moe_lightning.perf.sizing import (
     MOST_PREFILL,
@@ -142,7 +142,7 @@ def _settled(
     With KV on the GPU bounds are not in the order of what is reached: all shares of it are tried, and in pairs what
     hangs together.
     """
-    problem = most
+    problem, looked_from = most, None
     for _ in range(1 if is_near else _ROUNDS):
         before, reached = found, found.tokens_per_s
         is_job = problem.workload.num_requests is not None
@@ -152,11 +152,14 @@ def _settled(
             for other in ("groups", "prefill"):
                 found.vary_both(found.best.choice, "micro_batches", other)
             found.vary(found.best.choice, few=None)
+        if looked_from == (found.best.choice, problem):  # nothing else would come of it
+            break
+        looked_from = found.best.choice, problem
         found, problem = of_fewer(found, problem, most, rates, is_near=is_near)
         found, problem = of_balanced(found, problem, most, rates)
         if found is before and found.tokens_per_s <= WORTH * reached:
             break
-    return found, problem
+    return of_undisturbed(found, problem, most, rates)
 
 
 def _look_elsewhere(found: Trials, bridging: Choice, rates: Rates, *, is_near: bool, is_job: bool) -> None:

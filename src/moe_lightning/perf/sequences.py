@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -26,6 +25,7 @@ _ABOUT, PAGES, _PREFILLS = (0.9, 0.95, 1.0, 1.05, 1.1), (1.0, 0.0), (1.25, 2.0)
 _NEAR = 0.05  # numbers of sequences
 # Of what is reached. Choices are for more sequences, so varying them gains more here than elsewhere.
 _HOPEFUL = 0.96
+_LEAST = 0.99  # of the same, where places are the only thing that is other
 _SPARE, _ENOUGH = 8, 0.985  # so many times the sequences with which this share is reached are enough
 
 
@@ -61,15 +61,14 @@ def of_fewer(
     shares = {best.kv_every, 1} if best.kv_every else set()
     others = [replace(best, kv_every=0), begin.halves]
     others += (replace(begin.bridging, kv_every=every) for every in {0, *shares})
-    requests = most.workload.num_requests
-    all_at_once = requests is not None and requests <= most_sequences(most, best)
-    is_brief = is_near or all_at_once
+    is_brief = is_near or _all_at_once(most, best)
     if is_brief and rates.knows_cpu_experts:
         # Nothing streams; of all at once the CPU may have more to compute than pays.
         others.append(replace(best, kv_every=1, cpu_every=1, micro_batches=1, groups=1))
-    choices = list(dict.fromkeys([best, *others]))
-    recomputes = not all_at_once and found.best.prediction.bottleneck != "h2d"
-    result, fewer = (found, problem), _with_fewer(most, problem, best, recomputes=recomputes)
+    # Which problems are looked at, the first choice tells.
+    first = [replace(begin.bridging, kv_every=_fewer_layers(problem, best), prefill=best.prefill)]
+    choices = list(dict.fromkeys([*(first if best.kv_every else ()), best, *others]))
+    result, fewer = (found, problem), _with_fewer(most, problem, best)
     for _ in range(1 if is_brief else _TURNS):
         reached = result[0].tokens_per_s
         likely, choices = _likely(fewer, choices, rates, reached), []
@@ -91,11 +90,17 @@ def of_fewer(
     return result
 
 
+def _fewer_layers(problem: Problem, choice: Choice) -> int:
+    """With fewer sequences fewer layers need their KV on the GPU: the next but one of such shares."""
+    longer = sorted(every for every in values_of(problem)["kv_every"] if every > choice.kv_every)
+    return int(longer[min(1, len(longer) - 1)]) if longer else choice.kv_every
+
+
 def _apart(likely: list[tuple[float, Problem, Choice]]) -> list[tuple[float, Problem, Choice]]:
     """Those whose numbers of sequences are not nearly that of one before: from there the way leads to the same."""
     found: list[tuple[float, Problem, Choice]] = []
     for entry in likely:
-        if all(abs(_number(entry[1]) / _number(other) - 1) > _NEAR for _, other, _ in found):
+        if all(abs(entry[1].enough / other.enough - 1) > _NEAR for _, other, _ in found):
             found.append(entry)
     return found
 
@@ -110,7 +115,7 @@ def _likely(
 
     @cache
     def outlook(problem: Problem, choice: Choice) -> Outlook | None:
-        policy = sized(problem, choice, _number(problem))
+        policy = sized(problem, choice, problem.enough)
         return problem.outlook(policy, rates) if policy else None
 
     def bound(problem: Problem, choice: Choice) -> float:
@@ -133,12 +138,10 @@ def _likely(
     return sorted(best.values(), key=lambda entry: -entry[0])
 
 
-def _with_fewer(most: Problem, now: Problem, best: Choice, *, recomputes: bool) -> list[Problem]:
+def _with_fewer(most: Problem, now: Problem, best: Choice) -> list[Problem]:
     """The problem with KV memory for fewer sequences than fit, where that may be faster.
 
     With KV on the GPU each takes room of experts. Jobs of a few times as many requests end in passes nearly empty.
-    Where pages are not the bound, to compute anew what was put back takes time that nobody has to spare
-    (`recomputes`): fewer may run there, for whom there is memory to their end.
     """
     counts = set()
     if best.kv_every:
@@ -147,20 +150,43 @@ def _with_fewer(most: Problem, now: Problem, best: Choice, *, recomputes: bool) 
         counts |= {ceil(requests * 16 / wave) for wave in _WAVES}
     fitting = most_sequences(most, best)
 
-    def some(counts: Iterable[int]) -> list[int]:
-        return [count for count in sorted(counts) if _FEWEST * fitting <= count < fitting]
-
-    found = [replace(most, enough=count) for count in some(counts) if count != now.enough]
-    if recomputes and not best.kv_every:
-        longer = most.blocks_of_longest / most.mean_blocks
-        places = some(round(2 ** (step / 2)) for step in range(2 * 20))
-        found += [replace(most, most_seqs=count, enough=ceil(longer * count)) for count in places]
-    return found
+    others = (
+        count for count in sorted(counts) if _FEWEST * fitting <= count < fitting and count != now.enough
+    )
+    return [replace(most, enough=count) for count in others]
 
 
-def _number(problem: Problem) -> int:
-    """Sequences that decode, if they fit."""
-    return min(problem.enough, problem.most_seqs)
+def _all_at_once(problem: Problem, choice: Choice) -> bool:
+    """A job of no more requests than KV memory holds."""
+    requests = problem.workload.num_requests
+    return requests is not None and requests <= most_sequences(problem, choice)
+
+
+def of_undisturbed(found: Trials, problem: Problem, most: Problem, rates: Rates) -> tuple[Trials, Problem]:
+    """Trials with so few sequences that there is memory for each to its end, where these may be faster.
+
+    With as many as fill memory at their mean length some are put back while all are old, and computed anew later:
+    that costs nothing where pages are the bound. Numbers are the same whatever memory is, as in `of_fewer`.
+    """
+    assert found.best is not None
+    best = found.best.choice
+    if _all_at_once(most, best) or found.best.prediction.bottleneck == "h2d":
+        return found, problem
+    fitting, longer = most_sequences(most, best), most.blocks_of_longest / most.mean_blocks
+    counts = (round(2 ** (step / 2)) for step in range(2 * 20))
+    likely = list[tuple[float, Problem, Choice]]()
+    for count in counts:
+        if _FEWEST * fitting <= count < fitting:
+            some = replace(most, most_seqs=count, enough=ceil(longer * count))
+            for choice in dict.fromkeys([best, replace(best, kv_every=0), starts(problem).halves]):
+                if policy := sized(some, choice, count):
+                    likely.append((some.outlook(policy, rates).estimate, some, choice))
+    estimate, some, choice = max(likely, key=lambda entry: entry[0], default=(0.0, problem, best))
+    if estimate < _LEAST * found.tokens_per_s:
+        return found, problem
+    trials = Trials(some, rates)
+    trials.vary(choice)
+    return (trials, some) if trials.tokens_per_s > WORTH * found.tokens_per_s else (found, problem)
 
 
 def of_balanced(found: Trials, problem: Problem, most: Problem, rates: Rates) -> tuple[Trials, Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +49,7 @@ class RowSampling:
         """The most likely token is taken; random number and filters do not matter."""
         return self.temperature < _GREEDY_BELOW
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """The most likely token of the unchanged logits is taken, and nothing else is wanted."""
         is_changed = self.forbidden_ids or self.num_logprobs is not None or self.has_penalty
