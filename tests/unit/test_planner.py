@@ -246,7 +246,7 @@ def test_host_memory_beyond_what_prompts_can_fill_makes_no_plan_slower():
     assert more.policy.max_num_seqs * 77 <= 2**16 * 8
 
 
-def test_kv_memory_is_made_for_as_many_as_make_passes_fast_and_as_always_a_quarter_more_may_run():
+def test_kv_memory_is_made_for_as_many_as_make_passes_fast_and_no_more_than_a_quarter_more_may_run():
     spec = registry.resolve("smollm2-135m")
     memory, work = Memory(512 * GIB, 16 * GIB), Workload((20, 30, 1500), 128)
     plan = search(spec, "bfloat16", memory, DatasheetRates(H100), work)
@@ -257,7 +257,7 @@ def test_kv_memory_is_made_for_as_many_as_make_passes_fast_and_as_always_a_quart
         <= policy.num_blocks
         < 0.5 * problem.free_blocks(replace(policy, num_blocks=0))
     )
-    assert policy.max_num_seqs == pytest.approx(ROOM * n, rel=0.01)
+    assert n <= policy.max_num_seqs <= 1.01 * ROOM * n
     assert policy.kv_every == 1, "there is room on the GPU for as many"
     one = replace(problem, enough=1)
     assert one.most_blocks == problem.blocks_of_longest > problem.mean_blocks
@@ -790,9 +790,10 @@ def test_no_schedule_of_the_papers_is_faster_for_small_jobs_either(model, gpu, s
 
 # Much GPU memory: there the number of sequences is a choice as well, since each takes room of experts.
 @pytest.mark.parametrize(("gpu", "host"), [(64, 120), (100, 100), (200, 120)])
-def test_more_memory_is_never_predicted_slower_where_kv_is_on_the_gpu(gpu, host):
+def test_more_memory_is_never_predicted_slower_where_the_gpu_has_much(gpu, host):
     before = planned(gpu, host, num_requests=20_000)
-    assert before.policy.kv_every
+    is_fewer = before.policy.max_num_seqs == before.prediction.num_seqs
+    assert before.policy.kv_every or is_fewer
     for more in ((gpu, 1.3 * host), (1.3 * gpu, host)):
         assert planned(*more, num_requests=20_000).tokens_per_s >= 0.98 * before.tokens_per_s
 
