@@ -149,7 +149,6 @@ def _with_fewer(most: Problem, now: Problem, best: Choice) -> list[Problem]:
     if requests := most.workload.num_requests:
         counts |= {ceil(requests * 16 / wave) for wave in _WAVES}
     fitting = most_sequences(most, best)
-
     others = (
         count for count in sorted(counts) if _FEWEST * fitting <= count < fitting and count != now.enough
     )
