@@ -174,7 +174,7 @@ class Batcher:
         size = self._policy.block_size
         growing = [
             (sequence, count) for sequence in self.running
-            if (count := num_blocks_for(sequence.num_tokens, size) - len(sequence.blocks))
+            if (count := num_blocks_for(sequence.num_tokens, size) - len(sequence.blocks)) > 0
         ]  # fmt: skip
         if sum(count for _, count in growing) <= self.allocator.num_free:  # whoever comes first
             for sequence, count in growing:

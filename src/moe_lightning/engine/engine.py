@@ -62,7 +62,8 @@ class Engine:
         self._num_arrived = self._num_too_large = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
-        self._ran: Batch | None = None  # in the last pass
+        self._ran: Batch | None = None  # in the last pass, until somebody asks who advanced
+        self._advanced: list[str] = []
         self.watch: Watch | None = None
         self._last_pass: tuple[Step, float] | None = None  # and its seconds, not yet compared
         self.clock: Callable[[], float] = time.perf_counter
@@ -105,10 +106,11 @@ class Engine:
     @property
     def advanced(self) -> list[str]:
         """Ids of the requests that got tokens in the last pass, those that it finished among them."""
-        if self._ran is None:
-            return []
-        fed = (s for sequences in (*self._ran.prefill, *self._ran.decode) for s in sequences)
-        return list(dict.fromkeys(s.request.request_id for s in fed))
+        if self._ran is not None:
+            fed = (s for sequences in (*self._ran.prefill, *self._ran.decode) for s in sequences)
+            self._advanced = list(dict.fromkeys(s.request.request_id for s in fed))
+            self._ran = None
+        return self._advanced
 
     def add(self, request: Request) -> None:
         """Queue a request; its id must be new among the unfinished ones."""
@@ -168,7 +170,7 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """One pass; the requests it finished."""
-        self._ran = None
+        self._ran, self._advanced = None, []
         if not self._batcher.has_work:
             return []
         self._compare()

@@ -78,7 +78,7 @@ class Waiting:
     def next(self, count: int) -> Iterator[Sequence]:
         """The first so many, by way of the heap's own order: of thousands only those near the top are looked at."""
         near = [(self._heap[0][0], 0)] if self._heap else []
-        while near and count:
+        while near and count > 0:
             _, place = heapq.heappop(near)
             yield self._heap[place][1]
             count -= 1

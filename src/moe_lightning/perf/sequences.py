@@ -164,6 +164,7 @@ def _all_at_once(problem: Problem, choice: Choice) -> bool:
 def of_undisturbed(found: Trials, problem: Problem, most: Problem, rates: Rates) -> tuple[Trials, Problem]:
     """Trials with so few sequences that there is memory for each to its end, where these may be faster.
 
+    With KV on the GPU, where blocks take room of pages, there is memory for as many at their mean length.
     With as many as fill memory at their mean length some are put back while all are old, and computed anew later:
     that costs nothing where pages are the bound. Numbers are the same whatever memory is, as in `of_fewer`.
     """
