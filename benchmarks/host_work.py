@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import itertools
 import pstats
 import statistics
 import time
@@ -22,6 +21,7 @@ from moe_lightning.bench.passes import Source, begin_midway, run_passes
 from moe_lightning.bench.workloads import workload
 from moe_lightning.engine.engine import Engine
 from moe_lightning.engine.garbage import collect_rarely
+from moe_lightning.engine.tokenizer import dummy_tokenizer
 from moe_lightning.engine.waiting import Turns
 from moe_lightning.policy import Policy
 from moe_lightning.runtime.micro_batch import Step, build_micro_batches
@@ -30,14 +30,6 @@ from moe_lightning.runtime.sampler import SampleOutput
 from moe_lightning.runtime.upload import Uploader
 
 _VOCAB = 32_000
-
-
-class NoWords:
-    """A tokenizer whose tokens are no text."""
-
-    def decode(self, token_ids: list[int], **how: bool) -> str:
-        """Nothing."""
-        return ""
 
 
 class Nothing:
@@ -72,11 +64,12 @@ def main() -> None:
         prefill_tokens=9336, chunk_tokens=2048, pages_per_expert=1, resident_pages=(0,), num_frames=8,
         num_blocks=int(n * work.mean_blocks(16)),
     )  # fmt: skip
-    engine = Engine(Nothing(16), policy, NoWords(), (2,), 4096, turns=Turns(8 * policy.max_num_seqs))  # type: ignore[arg-type]
+    engine = Engine(
+        Nothing(16), policy, dummy_tokenizer(_VOCAB), (2,), 4096, turns=Turns(8 * policy.max_num_seqs)
+    )  # type: ignore[arg-type]
     source = Source(work, _VOCAB)
-    requests = itertools.chain(iter(source))
     running = begin_midway(engine, source, n)
-    passes = run_passes(engine, requests, source, 2 * policy.max_num_seqs, num_passes=args.passes + 3)
+    passes = run_passes(engine, iter(source), source, 2 * policy.max_num_seqs, num_passes=args.passes + 3)
     for _ in range(3):
         next(passes)
     collect_rarely()
